@@ -1,0 +1,41 @@
+"""Gradient health of PPO runs, measured per action head and exported to Prometheus.
+
+Names that need torch are imported on first use, so a process that only reads
+snapshots or serves `/metrics` never pays for it.
+"""
+
+from importlib import import_module
+
+from exporter.gradient_cv import gradient_cv, gradient_cv_ceiling, unreachable_critical_warning
+from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel, cv_text
+
+_IMPORTED_ON_FIRST_USE = {
+    "HeadGradientMeter": "exporter.heads",
+    "MetricsServer": "exporter.server",
+    "PPOUpdatePayload": "exporter.telemetry",
+    "Rows": "exporter.heads",
+    "RunAggregator": "exporter.aggregator",
+    "TargetFile": "exporter.discovery",
+    "emit_ppo_update": "exporter.telemetry",
+}
+
+__all__ = [
+    "CRITICAL_THRESHOLD",
+    "WARNING_THRESHOLD",
+    "HealthLevel",
+    "cv_text",
+    "gradient_cv",
+    "gradient_cv_ceiling",
+    "unreachable_critical_warning",
+    *_IMPORTED_ON_FIRST_USE,
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _IMPORTED_ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_IMPORTED_ON_FIRST_USE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

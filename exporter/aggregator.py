@@ -1,0 +1,87 @@
+"""Adds up what must be added over the updates of a run and publishes the result as a snapshot."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from exporter.health import HealthLevel
+from exporter.snapshot import GradientQuality, RunSnapshot, Snapshot
+from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload
+
+
+class RunAggregator:
+    """Takes updates from training threads; readers take `snapshot`, which never blocks.
+
+    The lock is between writers only. Publishing a snapshot is one assignment, so
+    a reader sees either all of an update or nothing of it.
+    """
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot()
+        self._writers = threading.Lock()
+
+    def register_run(self, run: str, heads: Iterable[str], info: Mapping[str, str] | None = None) -> None:
+        """Announce a run before its first update, so that its series exist from the first scrape.
+
+        Args:
+            run: name of the run.
+            heads: names of its action heads.
+            info: labels of `ppo_run_info`, such as environment and seed.
+
+        Raises:
+            ValueError: a run of that name is registered already.
+        """
+        heads = tuple(heads)
+        with self._writers:
+            if run in self.snapshot.runs:
+                raise ValueError(f"run {run!r} is registered already; runs of one process need distinct names")
+            quality = GradientQuality(
+                contributing_heads=len(heads), nonfinite_steps=MappingProxyType(dict.fromkeys(heads, 0))
+            )
+            self.snapshot = self.snapshot.with_run(
+                RunSnapshot(run, info=MappingProxyType(dict(info or {})), gradient_quality=quality)
+            )
+
+    def handle_ppo_update(self, payload: PPOUpdatePayload) -> None:
+        """Add one update to its run; a run that was not registered is created."""
+        with self._writers:
+            before = self.snapshot.runs.get(payload.run) or RunSnapshot(payload.run)
+            self.snapshot = self.snapshot.with_run(_after_update(before, payload))
+
+
+def _after_update(before: RunSnapshot, payload: PPOUpdatePayload) -> RunSnapshot:
+    quality = before.gradient_quality
+    steps = Counter(map(HealthLevel.of, payload.gradient_cv_per_step))
+    signals = {name: getattr(payload, name) for name in TRAINING_SIGNALS}
+    return replace(
+        before,
+        gradient_quality=GradientQuality(
+            gradient_cv=payload.gradient_cv,
+            contributing_heads=payload.contributing_heads,
+            gradient_norm=payload.gradient_norm,
+            head_norms=payload.head_gradient_norms,
+            steps_by_level=_added(quality.steps_by_level, steps),
+            cv_per_step=quality.cv_per_step.observe(payload.gradient_cv_per_step),
+            nonfinite_steps=_added(quality.nonfinite_steps, payload.nonfinite_gradient_steps),
+            skipped_steps=quality.skipped_steps + payload.skipped_gradient_steps,
+        ),
+        updates=before.updates + 1,
+        environment_steps=before.environment_steps + payload.environment_steps,
+        episodes=before.episodes + payload.episodes,
+        signals=MappingProxyType({name: value for name, value in signals.items() if value is not None}),
+        update_duration_seconds=before.update_duration_seconds.observe(_known(payload.update_duration_seconds)),
+        rollout_duration_seconds=before.rollout_duration_seconds.observe(_known(payload.rollout_duration_seconds)),
+        last_update_timestamp_seconds=payload.timestamp_seconds,
+    )
+
+
+def _added(totals: Mapping, increments: Mapping) -> Mapping:
+    return MappingProxyType(
+        {key: totals.get(key, 0) + increments.get(key, 0) for key in {**totals, **increments}}
+    )
+
+
+def _known(value: float | None) -> tuple[float, ...]:
+    return () if value is None else (value,)

@@ -1,0 +1,64 @@
+"""The formula: coefficient of variation of the action heads' gradient norms."""
+
+import math
+from collections.abc import Iterable
+
+from exporter.health import CRITICAL_THRESHOLD
+
+MEAN_FLOOR = 1e-8
+
+
+def gradient_cv(norms: Iterable[float]) -> float:
+    """Coefficient of variation of `norms`: sample standard deviation over |mean|.
+
+    Args:
+        norms: one L2 gradient norm (>= 0, any unit) per action head that has a
+            gradient; a head whose gradient is zero contributes 0.0.
+
+    Returns:
+        `stdev(norms) / max(|mean(norms)|, 1e-8)` with n - 1 degrees of freedom,
+        dimensionless, between 0 and sqrt(n). 0.0 for fewer than two norms or
+        when all are zero. +Inf as soon as one norm is NaN or infinite, so that
+        every `cv >= threshold` holds.
+    """
+    values = [float(norm) for norm in norms]
+    if not all(map(math.isfinite, values)):
+        return math.inf
+    if len(values) < 2:
+        return 0.0
+    # Dividing by the largest norm keeps the squares from over- or underflowing.
+    scale = max(map(abs, values))
+    if scale == 0.0:
+        return 0.0
+    scaled = [value / scale for value in values]
+    mean = math.fsum(scaled) / len(scaled)
+    variance = math.fsum([(value - mean) ** 2 for value in scaled]) / (len(scaled) - 1)
+    return math.sqrt(variance) / max(abs(mean), MEAN_FLOOR / scale)
+
+
+def gradient_cv_ceiling(heads: int) -> float:
+    """Upper bound of the CV of `heads` contributing heads: sqrt(heads).
+
+    It is reached when one head carries the whole gradient and the others are
+    exactly zero. (By definition the CV of fewer than two heads is 0.0.)
+
+    Raises:
+        ValueError: `heads` is negative.
+    """
+    return math.sqrt(heads)
+
+
+def unreachable_critical_warning(heads: int) -> str | None:
+    """Why the CV of `heads` heads cannot rise above the critical threshold; None if it can."""
+    ceiling = gradient_cv_ceiling(heads)
+    critical = f"critical at {CRITICAL_THRESHOLD:.1f}"
+    if ceiling > CRITICAL_THRESHOLD:
+        return None
+    if heads < 2:
+        return f"{heads} head{'s' * (heads != 1)}: CV needs two heads and stays 0.000; {critical} can never be reached"
+    if ceiling == CRITICAL_THRESHOLD:
+        return (
+            f"{heads} heads: CV cannot exceed {ceiling:.3f}; {critical} is reached only when "
+            f"{heads - 1} of them have a gradient of exactly zero"
+        )
+    return f"{heads} heads: CV cannot exceed {ceiling:.3f}; {critical} can never be reached"

@@ -1,0 +1,235 @@
+"""Every metric family, declared once, and the collector that fills them from one snapshot."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from exporter.aggregator import RunAggregator
+from exporter.health import HealthLevel
+from exporter.snapshot import Histogram, RunSnapshot
+
+RUN_LABEL = "run"
+HEALTH_LABEL = "health"
+HEAD_LABEL = "head"
+
+# (label values beside `run`, value); a value is a Histogram for histograms, a dict for info.
+Sample = tuple[tuple[str, ...], object]
+
+
+@dataclass(frozen=True)
+class MetricFamily:
+    """One declaration: what the family is called and where its samples come from.
+
+    Attributes:
+        name: as it is queried in Prometheus, with `_total` or `_info` where the type has one.
+        kind: counter, gauge, histogram or info.
+        documentation: the HELP text.
+        labels: label names beside `run`.
+        samples: reads the family's samples of one run from its snapshot.
+    """
+
+    name: str
+    kind: str
+    documentation: str
+    labels: tuple[str, ...]
+    samples: Callable[[RunSnapshot], Iterable[Sample]]
+
+    def collect(self, runs: Iterable[RunSnapshot]) -> Metric:
+        """The family with the samples of all `runs`."""
+        labels = (RUN_LABEL, *self.labels)
+        match self.kind:
+            case "counter":
+                family = CounterMetricFamily(self.name, self.documentation, labels=labels)
+            case "gauge":
+                family = GaugeMetricFamily(self.name, self.documentation, labels=labels)
+            case "histogram":
+                family = HistogramMetricFamily(self.name, self.documentation, labels=labels)
+            case "info":
+                family = InfoMetricFamily(self.name.removesuffix("_info"), self.documentation, labels=labels)
+            case other:
+                raise ValueError(f"{self.name}: unknown metric type {other!r}")
+        for run in runs:
+            for label_values, value in self.samples(run):
+                if isinstance(value, Histogram):
+                    buckets = [(floatToGoString(bound), count) for bound, count in value.cumulative()]
+                    family.add_metric((run.run, *label_values), buckets=buckets, sum_value=value.total)
+                else:
+                    family.add_metric((run.run, *label_values), value)
+        return family
+
+
+def _one(read: Callable[[RunSnapshot], object]) -> Callable[[RunSnapshot], list[Sample]]:
+    """One sample per run, or none while its value is not known."""
+
+    def samples(run: RunSnapshot) -> list[Sample]:
+        value = read(run)
+        return [] if value is None else [((), value)]
+
+    return samples
+
+
+def _signal(name: str, documentation: str) -> MetricFamily:
+    return MetricFamily(f"ppo_{name}", "gauge", documentation, (), _one(lambda run: run.signals.get(name)))
+
+
+GRADIENT_CV = MetricFamily(
+    "ppo_gradient_cv",
+    "gauge",
+    "Mean coefficient of variation of the action heads' gradient norms over the gradient steps of the last PPO "
+    "update, labeled by its health level; one sample per run, +Inf when a gradient was not finite.",
+    (HEALTH_LABEL,),
+    lambda run: [((run.gradient_quality.health,), run.gradient_quality.gradient_cv)],
+)
+GRADIENT_CV_CEILING = MetricFamily(
+    "ppo_gradient_cv_ceiling",
+    "gauge",
+    "Largest coefficient of variation that the heads which contributed to the last update could reach: the square "
+    "root of their number.",
+    (),
+    _one(lambda run: run.gradient_quality.ceiling),
+)
+GRADIENT_STEPS = MetricFamily(
+    "ppo_gradient_steps_total",
+    "counter",
+    "Gradient steps by the health level of their own coefficient of variation.",
+    (HEALTH_LABEL,),
+    lambda run: [((level,), run.gradient_quality.steps_by_level[level]) for level in HealthLevel],
+)
+GRADIENT_CV_PER_STEP = MetricFamily(
+    "ppo_gradient_cv_per_step",
+    "histogram",
+    "Coefficient of variation of each gradient step; the sum leaves out steps whose gradient was not finite.",
+    (),
+    _one(lambda run: run.gradient_quality.cv_per_step),
+)
+HEAD_GRADIENT_NORM = MetricFamily(
+    "ppo_head_gradient_norm",
+    "gauge",
+    "Mean L2 norm of the head's gradient in the last update, before clipping; heads without a gradient are absent.",
+    (HEAD_LABEL,),
+    lambda run: [((head,), norm) for head, norm in run.gradient_quality.head_norms.items()],
+)
+HEAD_GRADIENT_SHARE = MetricFamily(
+    "ppo_head_gradient_share",
+    "gauge",
+    "The head's part of the sum of the heads' gradient norms in the last update, 0 to 1; a head whose norm is not "
+    "finite takes the whole.",
+    (HEAD_LABEL,),
+    lambda run: [((head,), share) for head, share in run.gradient_quality.head_shares.items()],
+)
+NONFINITE_GRADIENTS = MetricFamily(
+    "ppo_nonfinite_gradients_total",
+    "counter",
+    "Gradient steps in which the head's gradient norm was NaN or infinite.",
+    (HEAD_LABEL,),
+    lambda run: [((head,), count) for head, count in run.gradient_quality.nonfinite_steps.items()],
+)
+SKIPPED_GRADIENT_STEPS = MetricFamily(
+    "ppo_skipped_gradient_steps_total",
+    "counter",
+    "Gradient steps that did not touch the weights because a gradient, of a head or elsewhere, was not finite.",
+    (),
+    _one(lambda run: run.gradient_quality.skipped_steps),
+)
+GRADIENT_NORM = MetricFamily(
+    "ppo_gradient_norm",
+    "gauge",
+    "Mean global L2 norm of the gradient in the last update, before clipping.",
+    (),
+    _one(lambda run: run.gradient_quality.gradient_norm),
+)
+UPDATES = MetricFamily("ppo_updates_total", "counter", "PPO updates completed.", (), _one(lambda run: run.updates))
+ENVIRONMENT_STEPS = MetricFamily(
+    "ppo_environment_steps_total",
+    "counter",
+    "Environment steps collected, summed over the parallel environments.",
+    (),
+    _one(lambda run: run.environment_steps),
+)
+EPISODES = MetricFamily("ppo_episodes_total", "counter", "Episodes completed.", (), _one(lambda run: run.episodes))
+POLICY_LOSS = _signal("policy_loss", "Mean clipped policy loss of the last update.")
+VALUE_LOSS = _signal("value_loss", "Mean value loss of the last update.")
+ENTROPY = _signal("entropy", "Mean entropy of the policy in the last update, summed over the heads, in nats.")
+APPROX_KL = _signal(
+    "approx_kl", "Approximate KL divergence between the policies before and during the last update, in nats."
+)
+CLIP_FRACTION = _signal(
+    "clip_fraction", "Fraction of samples whose probability ratio was outside the clip range in the last update, 0 to 1."
+)
+EXPLAINED_VARIANCE = _signal(
+    "explained_variance",
+    "Fraction of the returns' variance that the value function explained in the last rollout, at most 1.",
+)
+LEARNING_RATE = _signal("learning_rate", "Learning rate of the last update.")
+EPISODE_RETURN_MEAN = _signal("episode_return_mean", "Mean undiscounted return of the last episodes.")
+EPISODE_LENGTH_MEAN = _signal("episode_length_mean", "Mean length of the last episodes, in environment steps.")
+UPDATE_DURATION = MetricFamily(
+    "ppo_update_duration_seconds",
+    "histogram",
+    "Wall time of the PPO update, all epochs and minibatches.",
+    (),
+    _one(lambda run: run.update_duration_seconds),
+)
+ROLLOUT_DURATION = MetricFamily(
+    "ppo_rollout_duration_seconds",
+    "histogram",
+    "Wall time of collecting the rollout of an update.",
+    (),
+    _one(lambda run: run.rollout_duration_seconds),
+)
+LAST_UPDATE_TIMESTAMP = MetricFamily(
+    "ppo_last_update_timestamp_seconds",
+    "gauge",
+    "Unix time at which the last PPO update ended; absent before the first one.",
+    (),
+    _one(lambda run: run.last_update_timestamp_seconds),
+)
+RUN_INFO = MetricFamily(
+    "ppo_run_info",
+    "info",
+    "What is being trained: environment, seed, device, torch and exporter versions.",
+    (),
+    _one(lambda run: dict(run.info)),
+)
+
+METRIC_FAMILIES: tuple[MetricFamily, ...] = tuple(
+    value for value in list(globals().values()) if isinstance(value, MetricFamily)
+)
+"""Every family in the order of its declaration, which is the order on `/metrics`."""
+
+
+class RunCollector(Collector):
+    """All families of all runs, from the one snapshot that was current when the scrape began."""
+
+    def __init__(self, aggregator: RunAggregator) -> None:
+        self._aggregator = aggregator
+
+    def collect(self) -> Iterator[Metric]:
+        runs = tuple(self._aggregator.snapshot.runs.values())
+        for family in METRIC_FAMILIES:
+            yield family.collect(runs)
+
+    def describe(self) -> Iterator[Metric]:
+        """The families without samples, with which a registry checks that names are free."""
+        for family in METRIC_FAMILIES:
+            yield family.collect(())
+
+
+def build_registry(aggregator: RunAggregator) -> CollectorRegistry:
+    """A registry of its own: the runs of `aggregator` and this process, its platform and its GC."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(RunCollector(aggregator))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry

@@ -1,0 +1,117 @@
+"""The state of every run at one moment: frozen, swapped whole, safe to read from any thread."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from types import MappingProxyType
+
+from exporter.gradient_cv import gradient_cv_ceiling
+from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
+
+CV_BUCKET_BOUNDS = (
+    *(0.1, 0.2, 0.3, 0.4),
+    WARNING_THRESHOLD,
+    *(0.6, 0.8, 1.0, 1.25, 1.5, 1.75),
+    CRITICAL_THRESHOLD,
+    *(2.25, 2.5, 3.0, 5.0),
+)
+DURATION_BUCKET_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of observations by upper bound (inclusive), the last one unbounded.
+
+    `total` leaves non-finite observations out: they are counted in the unbounded
+    bucket, but one +Inf in the sum would make every later mean useless.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float = 0.0
+
+    @classmethod
+    def empty(cls, bounds: tuple[float, ...]) -> "Histogram":
+        return cls(bounds, (0,) * (len(bounds) + 1))
+
+    def observe(self, values: Iterable[float]) -> "Histogram":
+        """A histogram with `values` added; this one stays as it is."""
+        counts = list(self.counts)
+        total = self.total
+        for value in values:
+            counts[bisect_left(self.bounds, value)] += 1
+            if math.isfinite(value):
+                total += value
+        return Histogram(self.bounds, tuple(counts), total)
+
+    def cumulative(self) -> list[tuple[float, int]]:
+        """(upper bound, observations at or below it) for every bucket, ending with +Inf."""
+        return list(zip((*self.bounds, math.inf), accumulate(self.counts), strict=True))
+
+
+@dataclass(frozen=True)
+class GradientQuality:
+    """Gradient health of a run: the last update's means and the run's totals."""
+
+    gradient_cv: float = 0.0
+    contributing_heads: int = 0
+    gradient_norm: float | None = None
+    head_norms: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    steps_by_level: Mapping[HealthLevel, int] = field(
+        default_factory=lambda: MappingProxyType(dict.fromkeys(HealthLevel, 0))
+    )
+    cv_per_step: Histogram = Histogram.empty(CV_BUCKET_BOUNDS)
+    nonfinite_steps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    skipped_steps: int = 0
+
+    @property
+    def health(self) -> HealthLevel:
+        return HealthLevel.of(self.gradient_cv)
+
+    @property
+    def ceiling(self) -> float:
+        """Largest CV that the contributing heads could reach."""
+        return gradient_cv_ceiling(self.contributing_heads)
+
+    @property
+    def head_shares(self) -> dict[str, float]:
+        """Each head's part of the sum of norms, 0 to 1; all 0.0 when every norm is zero.
+
+        Heads with a non-finite norm share the whole between them, which is the
+        limit as their norms grow: they dominate, and no share is ever NaN.
+        """
+        nonfinite = [head for head, norm in self.head_norms.items() if not math.isfinite(norm)]
+        if nonfinite:
+            return {head: (head in nonfinite) / len(nonfinite) for head in self.head_norms}
+        total = math.fsum(self.head_norms.values())
+        return {head: norm / total if total else 0.0 for head, norm in self.head_norms.items()}
+
+
+@dataclass(frozen=True)
+class RunSnapshot:
+    """One run. `signals` holds only those that are known; `last_update_timestamp_seconds`
+    is None before the first update."""
+
+    run: str
+    info: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    gradient_quality: GradientQuality = GradientQuality()
+    updates: int = 0
+    environment_steps: int = 0
+    episodes: int = 0
+    signals: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    update_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
+    rollout_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
+    last_update_timestamp_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Every run of this process, in the order in which they were registered."""
+
+    runs: Mapping[str, RunSnapshot] = field(default_factory=lambda: MappingProxyType({}))
+
+    def with_run(self, run: RunSnapshot) -> "Snapshot":
+        """A snapshot in which `run` replaces the one of the same name or joins the others."""
+        return replace(self, runs=MappingProxyType({**self.runs, run.run: run}))

@@ -1,0 +1,225 @@
+"""The contract: what one PPO update says about itself, in plain validated numbers."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Protocol, TypedDict
+
+from exporter.gradient_cv import gradient_cv
+
+
+@dataclass(frozen=True)
+class GradientStep:
+    """Norms of one gradient step, taken after backward and before clipping.
+
+    Attributes:
+        head_norms: L2 norm of every head that has a gradient; heads whose
+            gradient is None are absent, a zero gradient is 0.0.
+        global_norm: L2 norm over all parameters of the optimizer, heads included.
+    """
+
+    head_norms: Mapping[str, float]
+    global_norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every norm, that of the parameters outside the heads included, is finite."""
+        return math.isfinite(self.global_norm) and all(map(math.isfinite, self.head_norms.values()))
+
+    @property
+    def cv(self) -> float:
+        """CV of the heads; +Inf if any gradient of the step is NaN or infinite.
+
+        A NaN in the trunk or the value head leaves the heads' own norms finite,
+        but the step is lost all the same and must not count as healthy.
+        """
+        return gradient_cv(self.head_norms.values()) if self.is_finite else math.inf
+
+
+class GradientMetrics(TypedDict):
+    """What the gradient steps of one update come to; keys are fields of `PPOUpdatePayload`."""
+
+    gradient_cv: float
+    gradient_cv_per_step: tuple[float, ...]
+    contributing_heads: int
+    head_gradient_norms: dict[str, float]
+    nonfinite_gradient_steps: dict[str, int]
+    gradient_norm: float | None
+
+
+class PPOUpdateMetrics(GradientMetrics):
+    """What `PPOAgent.update()` returns; keys are fields of `PPOUpdatePayload`."""
+
+    skipped_gradient_steps: int
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    approx_kl: float
+    clip_fraction: float
+    explained_variance: float
+    learning_rate: float
+    update_duration_seconds: float
+
+
+def summarize_gradient_steps(steps: Sequence[GradientStep]) -> GradientMetrics:
+    """Means over the gradient steps of one update; a head's mean runs over the steps it took part in."""
+    cvs = tuple(step.cv for step in steps)
+    norms_of: dict[str, list[float]] = {}
+    for step in steps:
+        for head, norm in step.head_norms.items():
+            norms_of.setdefault(head, []).append(norm)
+    return GradientMetrics(
+        gradient_cv=_mean(cvs) if cvs else 0.0,
+        gradient_cv_per_step=cvs,
+        contributing_heads=max((len(step.head_norms) for step in steps), default=0),
+        head_gradient_norms={head: _mean(norms) for head, norms in norms_of.items()},
+        nonfinite_gradient_steps={
+            head: sum(not math.isfinite(norm) for norm in norms) for head, norms in norms_of.items()
+        },
+        gradient_norm=_mean([step.global_norm for step in steps]) if steps else None,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOUpdatePayload:
+    """One PPO update of one run. Counts are increments since the update before.
+
+    Attributes:
+        run: name of the run, the `run` label on `/metrics`.
+        gradient_cv: mean CV over the update's gradient steps, >= 0; +Inf if one
+            of them had a non-finite gradient; 0.0 without gradient steps.
+        gradient_cv_per_step: CV of each gradient step, in order.
+        contributing_heads: heads that had a gradient (most of any step).
+        head_gradient_norms: mean L2 norm per head that had a gradient; may be NaN or +Inf.
+        nonfinite_gradient_steps: per head, steps in which its norm was NaN or infinite.
+        gradient_norm: mean global L2 norm before clipping; None without gradient steps.
+        skipped_gradient_steps: steps that did not touch the weights because a gradient was not finite.
+        environment_steps: environment steps that were collected for this update.
+        episodes: episodes that ended while they were collected.
+        policy_loss ... episode_length_mean: training signals, None where not known (yet).
+        update_duration_seconds: wall time of the update, >= 0.
+        rollout_duration_seconds: wall time of collecting its experience, >= 0.
+        timestamp_seconds: Unix time at which the update ended.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of its range; the message names it.
+    """
+
+    run: str
+    gradient_cv: float = 0.0
+    gradient_cv_per_step: tuple[float, ...] = ()
+    contributing_heads: int = 0
+    head_gradient_norms: Mapping[str, float] = field(default_factory=dict)
+    nonfinite_gradient_steps: Mapping[str, int] = field(default_factory=dict)
+    gradient_norm: float | None = None
+    skipped_gradient_steps: int = 0
+    environment_steps: int = 0
+    episodes: int = 0
+    policy_loss: float | None = None
+    value_loss: float | None = None
+    entropy: float | None = None
+    approx_kl: float | None = None
+    clip_fraction: float | None = None
+    explained_variance: float | None = None
+    learning_rate: float | None = None
+    episode_return_mean: float | None = None
+    episode_length_mean: float | None = None
+    update_duration_seconds: float | None = None
+    rollout_duration_seconds: float | None = None
+    timestamp_seconds: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.run, str):
+            raise TypeError(f"run must be a string, got {self.run!r}")
+        if not self.run:
+            raise ValueError("run must not be empty")
+        _require_cv("gradient_cv", self.gradient_cv)
+        for cv in self.gradient_cv_per_step:
+            _require_cv("gradient_cv_per_step", cv)
+        for name in ("contributing_heads", "skipped_gradient_steps", "environment_steps", "episodes"):
+            _require_count(name, getattr(self, name))
+        if self.skipped_gradient_steps > len(self.gradient_cv_per_step):
+            raise ValueError(
+                f"skipped_gradient_steps is {self.skipped_gradient_steps}, "
+                f"but the update had {len(self.gradient_cv_per_step)} gradient steps"
+            )
+        for head, norm in self.head_gradient_norms.items():
+            _require_number(f"head_gradient_norms[{head!r}]", norm)
+            if norm < 0:
+                raise ValueError(f"head_gradient_norms[{head!r}] must be >= 0, got {norm!r}")
+        for head, count in self.nonfinite_gradient_steps.items():
+            _require_count(f"nonfinite_gradient_steps[{head!r}]", count)
+        for name in TRAINING_SIGNALS + ("gradient_norm",):
+            if getattr(self, name) is not None:
+                _require_number(name, getattr(self, name))
+        for name in ("update_duration_seconds", "rollout_duration_seconds", "timestamp_seconds"):
+            value = getattr(self, name)
+            if value is None and name != "timestamp_seconds":
+                continue
+            _require_number(name, value)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+        # Copies, so that what was validated cannot change under a reader.
+        object.__setattr__(self, "gradient_cv_per_step", tuple(self.gradient_cv_per_step))
+        for name in ("head_gradient_norms", "nonfinite_gradient_steps"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+
+def _signal_names() -> tuple[str, ...]:
+    names = [f.name for f in fields(PPOUpdatePayload)]
+    return tuple(names[names.index("policy_loss") : names.index("update_duration_seconds")])
+
+
+TRAINING_SIGNALS = _signal_names()
+"""Fields of `PPOUpdatePayload` that are exported as one gauge each, from `policy_loss` on."""
+
+
+def _require_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _require_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value!r}")
+
+
+def _require_cv(name: str, value: object) -> None:
+    _require_number(name, value)
+    if not value >= 0:  # NaN fails too
+        raise ValueError(f"{name} must be >= 0 (+Inf for a non-finite gradient), got {value!r}")
+
+
+class PPOUpdateHandler(Protocol):
+    """Whoever takes updates; `exporter.aggregator.RunAggregator` is the one in this package."""
+
+    def handle_ppo_update(self, payload: PPOUpdatePayload) -> None: ...
+
+
+def emit_ppo_update(
+    metrics: Mapping[str, object], *, run: str, handler: PPOUpdateHandler, **progress: object
+) -> PPOUpdatePayload:
+    """Hand one update to `handler` as a validated payload.
+
+    Args:
+        metrics: what `PPOAgent.update()` returned, or any mapping of `PPOUpdatePayload` fields.
+        run: name of the run.
+        handler: takes the payload, usually a `RunAggregator`.
+        **progress: further payload fields that the update itself does not know,
+            such as `environment_steps` or `episode_return_mean`.
+
+    Raises:
+        TypeError, ValueError: as `PPOUpdatePayload`.
+    """
+    payload = PPOUpdatePayload(run=run, **metrics, **progress)
+    handler.handle_ppo_update(payload)
+    return payload
