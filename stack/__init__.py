@@ -1,0 +1,1 @@
+"""The servers around the trainer: fetching them, running them together, receiving notifications."""
