@@ -1,0 +1,44 @@
+# `make help` lists the targets.
+PYTHON ?= $(shell for python in python3.11 python3 python3.14 python3.13 python3.12; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+ARGS ?=
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help setup run test
+
+help:  ## list the targets
+	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: .venv/.complete .servers/.complete  ## build .venv and fetch the servers; nothing when nothing changed
+
+run: setup  ## start all and train; options: make run ARGS="--help", trainer's after --: ARGS="-- --help"
+	@.venv/bin/python -m stack $(ARGS)
+
+test: setup  ## run every test; pytest's options: make test ARGS="-k name"
+	@.venv/bin/python -m pytest $(ARGS)
+
+# A stamp is written last, so that an interrupted set-up is done again.
+.venv/.complete: pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "error: Python 3.11 or newer is needed; Debian, Ubuntu: apt-get install python3.11 python3.11-venv" >&2; \
+		exit 1; \
+	fi
+	@rm -f $@; started=$$SECONDS; \
+	version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then \
+		if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+			echo "error: Python $$version lacks its venv module: apt-get install python$$version-venv" >&2; \
+			exit 1; \
+		fi; \
+		echo "Building .venv with Python $$version ..."; \
+		$(PYTHON) -m venv --clear .venv; \
+	fi; \
+	echo "Installing the pinned dependencies; PyTorch is large, so the first time takes minutes ..."; \
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	touch $@; \
+	echo "  .venv: ready after $$((SECONDS - started)) s"
+
+.servers/.complete: stack/servers.py | .venv/.complete
+	@.venv/bin/python -m stack.servers
+	@mkdir -p .servers && touch $@

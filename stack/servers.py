@@ -24,14 +24,13 @@ class ServersMissing(RuntimeError):
 
 @dataclass(frozen=True)
 class Servers:
-    """Executables, and the options that tell unpacked packages where their own files lie."""
+    """Executables, and the options that tell an unpacked Prometheus where its own files lie."""
 
     prometheus: Path
     promtool: Path
     alertmanager: Path
     amtool: Path
     prometheus_options: tuple[str, ...] = ()
-    alertmanager_options: tuple[str, ...] = ()
 
 
 def provide(directory: Path = DIRECTORY) -> Servers:
@@ -49,14 +48,10 @@ def provide(directory: Path = DIRECTORY) -> Servers:
             f"--web.console.templates={unpacked}/etc/prometheus/consoles",
             f"--web.console.libraries={unpacked}/etc/prometheus/console_libraries",
         )
-    alertmanager, amtool, unpacked = _pair(
+    alertmanager, amtool, _ = _pair(
         "prometheus-alertmanager", ["alertmanager", "prometheus-alertmanager"], "amtool", directory
     )
-    alertmanager_options: tuple[str, ...] = ()
-    if unpacked:
-        # Debian ships no web pages, only one that says so; without it `/` would answer 404.
-        alertmanager_options = (f"--web.ui-path={unpacked}/usr/share/prometheus/alertmanager/no-ui/",)
-    return Servers(prometheus, promtool, alertmanager, amtool, prometheus_options, alertmanager_options)
+    return Servers(prometheus, promtool, alertmanager, amtool, prometheus_options)
 
 
 def _pair(package: str, names: list[str], tool: str, directory: Path) -> tuple[Path, Path, Path | None]:
@@ -101,6 +96,8 @@ def _fetch(package: str, root: Path) -> None:
                 ) from error
         for archive in sorted(downloads.glob("*.deb")):
             subprocess.run(["dpkg", "-x", archive, unpacked], check=True)
+        if package == "prometheus-alertmanager":
+            _make_relocatable(unpacked)
         try:
             unpacked.rename(root)
         except OSError:
@@ -116,6 +113,26 @@ def _download(package: str, downloads: Path, options: tuple[str, ...]) -> None:
     )
     pages = {line for line in depends.splitlines() if line.startswith(("libjs-", "fonts-"))}
     _apt(["apt-get", *options, "download", package, *sorted(pages)], downloads)
+
+
+def _make_relocatable(root: Path) -> None:
+    """Let Debian's Alertmanager run from `root`.
+
+    Its build reads its notification templates from a fixed folder, which no option changes, and does
+    not start without them. The name of that folder is overwritten by an equally long one that stands
+    for a file descriptor, and a wrapper opens this descriptor on the unpacked folder.
+    """
+    fixed = b"/usr/share/prometheus/alertmanager"
+    real, wrapper = root / "usr/lib/prometheus-alertmanager", root / "usr/bin/prometheus-alertmanager"
+    real.parent.mkdir(exist_ok=True)
+    real.write_bytes(wrapper.read_bytes().replace(fixed, b"/proc/self/fd/9".ljust(len(fixed), b"/")))
+    real.chmod(0o755)
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        'usr=$(dirname "$(dirname "$(readlink -f "$0")")")\n'
+        'exec 9< "$usr/share/prometheus/alertmanager"\n'
+        'exec "$usr/lib/prometheus-alertmanager" "$@"\n'
+    )
 
 
 def _update_lists(directory: Path) -> tuple[str, ...]:

@@ -1,0 +1,380 @@
+"""Runs trainer, Prometheus, Alertmanager, notification receiver and Grafana together.
+
+Ctrl-C ends all of them, the trainer first. When training ends by itself the servers stay up.
+Everything after `--` goes to the trainer: `make run ARGS="--prometheus-port 9091 -- --total-timesteps 100000"`.
+"""
+
+import argparse
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from stack import configuration, servers
+from stack.configuration import Ports
+from stack.processes import ChildProcess
+from stack.servers import ROOT, Servers
+
+START_TIMEOUT = 120.0  # seconds; a cold import of torch from a slow disk takes its time
+TRAINER_STOP_TIMEOUT = 60.0  # seconds; it ends after the running gradient step
+POLL_INTERVAL = 0.2  # seconds
+RETENTION = "15d"
+
+
+class StartError(Exception):
+    """What keeps the stack from starting."""
+
+
+class StopRequested(Exception):
+    """A signal asked for the end."""
+
+
+class TerminalMessages:
+    """The file that collects what the terminal shows beside training, and how much of it was shown.
+
+    The receiver writes its notifications there, the runner what happens to the servers. In a terminal
+    the trainer prints new lines above its live display; at all other times the runner prints them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._shown = 0
+
+    def write(self, text: str) -> None:
+        with self.path.open("a") as file:
+            file.write(text.rstrip("\n") + "\n")
+
+    def show(self) -> None:
+        """Print the whole lines that are new."""
+        new = self._unread()
+        if new:
+            sys.stdout.write(new.decode(errors="replace"))
+            sys.stdout.flush()
+
+    def skip(self) -> None:
+        """Leave what is new to the trainer."""
+        self._unread()
+
+    def _unread(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self._shown)
+            new = file.read()
+        new = new[: new.rfind(b"\n") + 1]
+        self._shown += len(new)
+        return new
+
+
+class Stack:
+    """One run of everything. `run()` is called once, from the main thread."""
+
+    def __init__(self, ports: Ports, state: Path, trainer_arguments: list[str]) -> None:
+        self.ports = ports
+        self.state = state
+        self.trainer_arguments = trainer_arguments
+        self.logs = state / "logs"
+        # The repository's own files apply where nothing differs from them.
+        self.is_default = ports == Ports() and state.resolve() == ROOT / ".stack"
+        self.targets = ROOT / "targets" if state.resolve() == ROOT / ".stack" else state / "targets"
+        self.messages = TerminalMessages(self.logs / "messages.log")
+        self.servers: list[ChildProcess] = []
+        self.trainer: ChildProcess | None = None
+        self.stop_signal: int | None = None
+
+    def run(self) -> int:
+        """Start all, wait for the end, end all; the exit code."""
+        # Set once and kept to the end: a second Ctrl-C must not interrupt the clean-up.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        code = 0
+        try:
+            _check_ports(self.ports)
+            with self._lock():
+                try:
+                    self._start()
+                    self._watch()
+                except StopRequested:
+                    code = 128 + self.stop_signal
+                finally:
+                    self._stop()
+        except StartError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 1
+        return 128 + self.stop_signal if self.stop_signal else code
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.stop_signal is None:
+            self.stop_signal = number
+
+    def _pause(self) -> None:
+        if self.stop_signal is None:
+            time.sleep(POLL_INTERVAL)
+        if self.stop_signal is not None:
+            raise StopRequested
+
+    def _lock(self):
+        self.logs.mkdir(parents=True, exist_ok=True)
+        lock = (self.state / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StartError(f"another stack is running in {_shown(self.state)}; choose another --state-dir") from None
+        return lock
+
+    def _start(self) -> None:
+        try:
+            found = servers.provide()
+        except servers.ServersMissing as error:
+            raise StartError(str(error)) from error
+        prometheus_yml, alertmanager_yml = self._configurations()
+        _check(found.promtool, "check", "config", prometheus_yml)
+        _check(found.amtool, "check-config", alertmanager_yml)
+        self.targets.mkdir(parents=True, exist_ok=True)
+
+        self._start_server("receiver", "/-/healthy", self._receiver_command(), output=self.messages.path)
+        self._start_server("alertmanager", "/-/ready", self._alertmanager_command(found, alertmanager_yml))
+        self._start_server("prometheus", "/-/ready", self._prometheus_command(found, prometheus_yml))
+        grafana = _find_grafana()
+        if grafana:
+            self._start_server("grafana", "/api/health", *self._grafana(*grafana))
+        for server in self.servers:
+            self._wait_until_ready(server)
+
+        print(f"Prometheus     {self.ports.url('prometheus')}")
+        print(f"Alertmanager   {self.ports.url('alertmanager')}")
+        if grafana:
+            print(f"Grafana        {self.ports.url('grafana')}")
+        else:
+            print("Grafana        not on PATH; to have it started too: https://grafana.com/docs/grafana/latest/setup-grafana/")
+        print(f"Metrics        {self.ports.url('metrics')}/metrics")
+        print(f"Notifications  {_shown(self.state / 'notifications.jsonl')}")
+        print(f"Server logs    {_shown(self.logs)}", flush=True)
+
+        self.messages.show()
+        self.trainer = ChildProcess("trainer", self._trainer_command(), f"{self.ports.url('metrics')}/metrics")
+        self._wait_until_ready(self.trainer)
+
+    def _configurations(self) -> tuple[Path, Path]:
+        """prometheus.yml and alertmanager.yml."""
+        alertmanager_source = ROOT / "alerts/alertmanager.yml"
+        if not alertmanager_source.exists():
+            raise StartError(f"{_shown(alertmanager_source)} is missing")
+        if self.is_default:
+            return ROOT / "prometheus.yml", alertmanager_source
+        prometheus = configuration.prometheus_configuration(self.ports, self.targets)
+        alertmanager = configuration.alertmanager_configuration(self.ports)
+        return (
+            configuration.write_yaml(self.state / "prometheus.yml", prometheus, "prometheus.yml"),
+            configuration.write_yaml(self.state / "alertmanager.yml", alertmanager, "alerts/alertmanager.yml"),
+        )
+
+    def _start_server(
+        self,
+        name: str,
+        ready_path: str,
+        command: list[str | Path],
+        environment: dict[str, str] | None = None,
+        output: Path | None = None,
+    ) -> None:
+        log = self.logs / f"{name}.log"
+        ready_url = self.ports.url(name) + ready_path
+        files = {"output": output, "errors": log} if output else {"output": log}
+        try:
+            self.servers.append(
+                ChildProcess(name, command, ready_url, environment=environment, directory=ROOT, **files)
+            )
+        except OSError as error:
+            raise StartError(f"cannot start {name}: {error}") from error
+
+    def _prometheus_command(self, found: Servers, configuration_file: Path) -> list[str | Path]:
+        return [
+            found.prometheus,
+            f"--config.file={configuration_file.resolve()}",
+            f"--storage.tsdb.path={self.state.resolve() / 'data/prometheus'}",
+            f"--storage.tsdb.retention.time={RETENTION}",
+            f"--web.listen-address=127.0.0.1:{self.ports.prometheus}",
+            f"--web.external-url={self.ports.url('prometheus')}",
+            *found.prometheus_options,
+        ]
+
+    def _alertmanager_command(self, found: Servers, configuration_file: Path) -> list[str | Path]:
+        return [
+            found.alertmanager,
+            f"--config.file={configuration_file.resolve()}",
+            f"--storage.path={self.state.resolve() / 'data/alertmanager'}",
+            f"--web.listen-address=127.0.0.1:{self.ports.alertmanager}",
+            f"--web.external-url={self.ports.url('alertmanager')}",
+            "--cluster.listen-address=",  # one instance alone needs no gossip port
+        ]
+
+    def _receiver_command(self) -> list[str | Path]:
+        notifications = self.state.resolve() / "notifications.jsonl"
+        color = "always" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else "never"
+        command = [sys.executable, "-m", "stack.receiver", "--port", str(self.ports.receiver)]
+        return [*command, "--output", notifications, "--color", color]
+
+    def _grafana(self, command: list[str], home: Path) -> tuple[list[str | Path], dict[str, str]]:
+        data = self.state.resolve() / "data/grafana"
+        provisioning = ROOT / "grafana/provisioning"
+        if not self.is_default:
+            provisioning = configuration.copy_provisioning(self.ports, self.state.resolve() / "grafana-provisioning")
+        environment = {
+            "GF_PATHS_PROVISIONING": str(provisioning),
+            "GF_PATHS_DATA": str(data),
+            "GF_PATHS_LOGS": str(data / "log"),
+            "GF_PATHS_PLUGINS": str(data / "plugins"),
+            "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+            "GF_SERVER_HTTP_PORT": str(self.ports.grafana),
+            "GF_ANALYTICS_REPORTING_ENABLED": "false",
+            "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+            # Looking needs no password on this machine; changing does.
+            "GF_AUTH_ANONYMOUS_ENABLED": "true",
+        }
+        return [*command, "--homepath", home], environment
+
+    def _trainer_command(self) -> list[str | Path]:
+        command = [sys.executable, "-m", "trainer", "--metrics-address", "127.0.0.1"]
+        command += ["--metrics-port", str(self.ports.metrics), "--targets-dir", self.targets.resolve()]
+        if sys.stdout.isatty():
+            command += ["--follow", self.messages.path.resolve()]
+        return [*command, *self.trainer_arguments]
+
+    def _wait_until_ready(self, process: ChildProcess) -> None:
+        deadline = time.monotonic() + START_TIMEOUT
+        while not process.is_ready:
+            if process.exit_code is not None:
+                if process is self.trainer and process.exit_code == 0:
+                    return  # training was done before it could be asked
+                log = f"; the end of {_shown(process.log)}:\n{process.log_tail()}" if process.log else ""
+                raise StartError(f"{process.name} ended with exit code {process.exit_code} before it was ready{log}")
+            if time.monotonic() > deadline:
+                raise StartError(f"{process.name} was not ready within {START_TIMEOUT:.0f} s\n{process.log_tail()}")
+            self._pause()
+
+    def _watch(self) -> None:
+        """Until a signal comes: show messages, and say what has ended."""
+        trainer_shows = sys.stdout.isatty()
+        running = list(self.servers)
+        training = True
+        while True:
+            if training and (code := self.trainer.exit_code) is not None:
+                training = False
+                ended = "Training ended." if code == 0 else f"Training ended with exit code {code}."
+                self.messages.write(f"{ended} The servers stay up; Ctrl-C ends them.")
+            for server in [server for server in running if server.exit_code is not None]:
+                running.remove(server)
+                self.messages.write(
+                    f"{server.name} has ended with exit code {server.exit_code}; the rest goes on. "
+                    f"The end of {_shown(server.log)}:\n{server.log_tail()}"
+                )
+            if training and trainer_shows:
+                self.messages.skip()
+            else:
+                self.messages.show()
+            self._pause()
+
+    def _stop(self) -> None:
+        trainer = self.trainer
+        if trainer and trainer.exit_code is None:
+            number = signal.SIGINT if self.stop_signal == signal.SIGINT else signal.SIGTERM
+            trainer.stop(number, TRAINER_STOP_TIMEOUT)
+        elif trainer:
+            trainer.stop()
+        if self.servers:
+            for server in self.servers:
+                server.send(signal.SIGTERM)
+            for server in self.servers:
+                server.stop()
+            self.messages.show()
+            print("All processes have ended.", flush=True)
+
+
+def _find_grafana() -> tuple[list[str], Path] | None:
+    """Command that starts Grafana's server, and its home folder; None when it is not on PATH."""
+    for name, arguments in (("grafana", ["server"]), ("grafana-server", [])):
+        if path := shutil.which(name):
+            homes = [Path(path).resolve().parents[1], Path("/usr/share/grafana")]
+            if home := next((home for home in homes if (home / "conf/defaults.ini").exists()), None):
+                return [path, *arguments], home
+            raise StartError(f"{path} is on PATH, but conf/defaults.ini is in none of {', '.join(map(str, homes))}")
+    return None
+
+
+def _check_ports(ports: Ports) -> None:
+    """Raises StartError naming every port that cannot be had, with its flag."""
+    wanted = ["prometheus", "alertmanager", "receiver", "metrics"] + (["grafana"] if _find_grafana() else [])
+    problems, flags = [], {}
+    for name in wanted:
+        port, flag = getattr(ports, name), f"--{name}-port"
+        if port in flags:
+            problems.append(f"port {port} is given to both {flags[port]} and {flag}")
+            continue
+        flags[port] = flag
+        with socket.socket() as probe:
+            # As the servers do it: connections of an earlier run that linger are no obstacle.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+                probe.listen()
+            except OSError as error:
+                reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+                problems.append(f"port {port} {reason}; choose another with {flag}")
+    if problems:
+        raise StartError("\n       ".join(problems))
+
+
+def _check(tool: Path, *arguments: str | Path) -> None:
+    done = subprocess.run([tool, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise StartError(f"{tool.name} {' '.join(map(str, arguments))} failed:\n{done.stdout}")
+
+
+def _shown(path: Path) -> str:
+    """`path` as a person reads it: relative to the present folder where it lies below it."""
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port from 1 to 65535")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    description, _, usage = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m stack",
+        usage="%(prog)s [options] [-- trainer options]",
+        description=f"{description} {usage}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, what in (
+        ("prometheus", "Prometheus"),
+        ("alertmanager", "Alertmanager"),
+        ("receiver", "the notification receiver"),
+        ("grafana", "Grafana"),
+        ("metrics", "the trainer's /metrics"),
+    ):
+        parser.add_argument(f"--{name}-port", type=_port, default=getattr(Ports, name), help=f"TCP port of {what}")
+    parser.add_argument("--state-dir", type=Path, default=Path(".stack"), help="logs, storage and adapted configuration")
+    options = parser.parse_args(arguments[:split])
+    ports = Ports(
+        options.prometheus_port,
+        options.alertmanager_port,
+        options.receiver_port,
+        options.grafana_port,
+        options.metrics_port,
+    )
+    return Stack(ports, options.state_dir, arguments[split + 1 :]).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Child processes that end with their parent, however it ends."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+_PR_SET_PDEATHSIG = 1
+# Loaded here because little may be done between fork and exec.
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class ChildProcess:
+    """A command in a process group of its own, so that Ctrl-C in the terminal reaches only the runner.
+
+    Start it from the main thread: the kernel kills it when the thread that started it ends.
+
+    Args:
+        name: what messages call it.
+        command: executable and arguments.
+        ready_url: answers with status 200 when the process is ready.
+        output, errors: files for stdout and stderr, emptied first; None inherits the terminal. Without
+            `errors`, stderr goes where stdout goes.
+        environment: added to the present one.
+
+    Raises:
+        OSError: the command cannot be started.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        ready_url: str,
+        output: Path | None = None,
+        errors: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.log = errors or output
+        self._ready_url = ready_url
+        runner = os.getpid()
+
+        def end_with_runner() -> None:
+            # Writing to the terminal from the background is wanted, even under `stty tostop`.
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+            if _libc is not None:
+                _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                if os.getppid() != runner:  # it died before the line above
+                    os._exit(1)
+
+        self._process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=_emptied(output),
+            stderr=_emptied(errors) if errors else subprocess.STDOUT if output else None,
+            env={**os.environ, **(environment or {})},
+            cwd=directory,
+            process_group=0,
+            preexec_fn=end_with_runner,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """As a shell has it (128 + signal number); None while the process runs."""
+        code = self._process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    @property
+    def is_ready(self) -> bool:
+        return _answers(self._ready_url)
+
+    def log_tail(self, lines: int = 12) -> str:
+        """The last lines of its log, indented; empty for a process that writes to the terminal."""
+        if self.log is None:
+            return ""
+        content = self.log.read_text(errors="replace").splitlines()
+        return "".join(f"    {line}\n" for line in content[-lines:])
+
+    def send(self, number: int) -> None:
+        """Send a signal to the process and its own children."""
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def wait(self, seconds: float) -> bool:
+        """Whether the process ended within `seconds`."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 10.0) -> None:
+        """Ask with a signal, and kill what still runs after `seconds`."""
+        if self.exit_code is None:
+            self.send(number)
+            self.wait(seconds)
+        # Also what the process may have left behind in its group.
+        self.send(signal.SIGKILL)
+        self._process.wait()
+
+
+# No proxy from the environment stands between us and 127.0.0.1.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def _answers(url: str) -> bool:
+    try:
+        with _opener.open(url, timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError, ValueError):
+        return False
+
+
+def _emptied(path: Path | None) -> IO[bytes] | None:
+    if path is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    # Appending, so that others may write to the same file.
+    return path.open("ab")
