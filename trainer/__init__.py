@@ -1,0 +1,1 @@
+"""PPO for factored discrete actions, observed by `exporter`."""

@@ -1,0 +1,180 @@
+"""PPO with a clipped objective (Schulman et al. 2017, https://arxiv.org/abs/1707.06347)."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.heads import HeadGradientMeter
+from exporter.telemetry import GradientStep, PPOUpdateMetrics, summarize_gradient_steps
+from trainer.drill import Drill
+from trainer.policy import ActorCritic
+from trainer.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class PPOHyperparameters:
+    """What an update needs to know; ranges and defaults are those of `trainer.config.TrainerConfig`."""
+
+    minibatch_size: int
+    epochs: int
+    clip_range: float
+    value_clip_range: float | None
+    entropy_coef: float
+    value_coef: float
+    max_grad_norm: float
+    target_kl: float | None
+    adam_eps: float
+    on_nonfinite: str
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """A gradient was NaN or infinite and the run is to stop at it.
+
+    Attributes:
+        metrics: of the update up to and including the bad gradient step.
+    """
+
+    def __init__(self, step: GradientStep, number: int, metrics: PPOUpdateMetrics) -> None:
+        heads = [head for head, norm in step.head_norms.items() if not math.isfinite(norm)]
+        where = f"head{'s' * (len(heads) > 1)} {', '.join(heads)}" if heads else "the trunk or the value head"
+        super().__init__(f"non-finite gradient in {where} at gradient step {number} of the update; weights are untouched")
+        self.metrics = metrics
+
+
+class PPOAgent:
+    """Improves a policy from rollouts and measures the gradient of every head while it does.
+
+    Args:
+        policy: network to train, already on its device.
+        hyperparameters: see `PPOHyperparameters`.
+        generator: CPU generator that shuffles the minibatches.
+        drill: a fault to inject, for testing alerts.
+    """
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        hyperparameters: PPOHyperparameters,
+        generator: torch.Generator,
+        drill: Drill | None = None,
+    ) -> None:
+        self.policy = policy
+        self.updates = 0
+        self._hyperparameters = hyperparameters
+        self._generator = generator
+        self._drill = drill
+        self._optimizer = torch.optim.Adam(policy.parameters(), eps=hyperparameters.adam_eps, fused=True)
+        self._meter = HeadGradientMeter(policy.head_rows, policy.parameters())
+
+    def update(
+        self, rollout: Rollout, *, learning_rate: float, should_stop: Callable[[], bool] = lambda: False
+    ) -> PPOUpdateMetrics:
+        """One PPO update: `epochs` passes over the rollout in shuffled minibatches.
+
+        A gradient step whose gradient is not finite leaves weights and optimizer
+        as they are, and is counted. If `should_stop()` holds after a gradient
+        step, the update ends there and its metrics cover the steps done.
+
+        Raises:
+            NonFiniteGradientError: a gradient was not finite and `on_nonfinite` is `raise`.
+        """
+        started = time.perf_counter()
+        hp = self._hyperparameters
+        device = next(self.policy.parameters()).device
+        observations, actions, old_log_probs, old_values, advantages, returns = (
+            torch.from_numpy(array).to(device)
+            for array in (
+                rollout.observations,
+                rollout.actions,
+                rollout.log_probs,
+                rollout.values,
+                rollout.advantages,
+                rollout.returns,
+            )
+        )
+        self.updates += 1
+        self._optimizer.param_groups[0]["lr"] = learning_rate
+        self.policy.return_moments.include(rollout.returns)
+        # Value errors count in standard deviations of the returns, whatever the environment pays.
+        scale = self.policy.return_moments.deviation
+        minibatches = max(1, len(observations) // hp.minibatch_size)
+        statistics: list[Tensor] = []
+        stopped = raised = False
+
+        for _ in range(hp.epochs):
+            shuffled = torch.randperm(len(observations), generator=self._generator).to(device)
+            for batch in shuffled.tensor_split(minibatches):
+                distribution, values = self.policy(observations[batch])
+                entropy = distribution.entropy().mean()
+
+                log_ratio = distribution.log_prob(actions[batch]) - old_log_probs[batch]
+                ratio = log_ratio.exp()
+                advantage = advantages[batch]
+                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                clipped_ratio = ratio.clamp(1 - hp.clip_range, 1 + hp.clip_range)
+                policy_loss = -torch.min(ratio * advantage, clipped_ratio * advantage).mean()
+
+                squared_error = ((values - returns[batch]) / scale) ** 2
+                if hp.value_clip_range is not None:
+                    limit = hp.value_clip_range * scale
+                    clipped_values = old_values[batch] + (values - old_values[batch]).clamp(-limit, limit)
+                    squared_error = torch.max(squared_error, ((clipped_values - returns[batch]) / scale) ** 2)
+                value_loss = 0.5 * squared_error.mean()
+
+                loss = policy_loss + hp.value_coef * value_loss - hp.entropy_coef * entropy
+                self._optimizer.zero_grad()
+                loss.backward()
+                if self._drill is not None:
+                    self._drill.bend(self.policy, self.updates)
+
+                # The one pass over the gradients: head norms for the metric, global norm for clipping.
+                global_norm = self._meter.measure()
+                # Fused Adam divides the gradient by grad_scale and does nothing where found_inf is 1:
+                # clipping and skipping without a pass of their own and without waiting for the device.
+                self._optimizer.grad_scale = (global_norm / hp.max_grad_norm).clamp(min=1.0)
+                self._optimizer.found_inf = (~torch.isfinite(global_norm)).float()
+                self._optimizer.step()
+
+                with torch.no_grad():
+                    # Schulman's low-variance estimator, http://joschu.net/blog/kl-approx.html
+                    approx_kl = (ratio - 1 - log_ratio).mean()
+                    clip_fraction = ((ratio - 1).abs() > hp.clip_range).float().mean()
+                    statistics.append(torch.stack([policy_loss, value_loss, entropy, approx_kl, clip_fraction]))
+                stopped = should_stop()
+                raised = hp.on_nonfinite == "raise" and not math.isfinite(global_norm.item())
+                if stopped or raised:
+                    break
+            if stopped or raised or (hp.target_kl is not None and statistics[-1][3].item() > hp.target_kl):
+                break
+
+        steps = self._meter.collect()
+        policy_loss, value_loss, entropy, approx_kl, clip_fraction = torch.stack(statistics).mean(0).tolist()
+        metrics = PPOUpdateMetrics(
+            **summarize_gradient_steps(steps),
+            skipped_gradient_steps=sum(not math.isfinite(step.global_norm) for step in steps),
+            policy_loss=policy_loss,
+            value_loss=value_loss,
+            entropy=entropy,
+            approx_kl=approx_kl,
+            clip_fraction=clip_fraction,
+            explained_variance=explained_variance(rollout.values, rollout.returns),
+            learning_rate=learning_rate,
+            update_duration_seconds=time.perf_counter() - started,
+        )
+        if raised:
+            raise NonFiniteGradientError(steps[-1], len(steps), metrics)
+        return metrics
+
+
+def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant.
+
+    NaN when the returns do not vary.
+    """
+    variance = returns.var()
+    return float(1 - (returns - values).var() / variance) if variance > 0 else math.nan

@@ -1,0 +1,273 @@
+"""Settings of a run: defaults, then a YAML file, then flags; every error says where it stands."""
+
+import argparse
+import difflib
+import math
+import os
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from exporter.server import DEFAULT_ADDRESS, DEFAULT_PORT
+from trainer.drill import KINDS, Drill
+from trainer.environments import DEFAULT_ENVIRONMENT
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type or impossible; the message names it and where it stands."""
+
+
+def _option(default: Any, description: str, *, group: str, **limits: Any) -> Any:
+    """A setting. `limits`: `minimum` and `maximum` (inclusive), `above` (exclusive), `choices`."""
+    return field(default=default, metadata={"description": description, "group": group, **limits})
+
+
+_RUN, _PPO, _TELEMETRY = "run", "PPO", "telemetry"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Settings of a run. Field names are the keys of the file and, with hyphens, the flags."""
+
+    env: str = _option(
+        DEFAULT_ENVIRONMENT, "environment: host-growth, or the id of a registered Gymnasium environment", group=_RUN
+    )
+    run: str | None = _option(None, "name of the run, its label on /metrics (default: ENV-seedSEED)", group=_RUN)
+    seed: int = _option(1, "seed of environment, initialization and sampling", group=_RUN, minimum=0)
+    device: str = _option("cpu", "torch device", group=_RUN)
+    total_timesteps: int = _option(1_000_000, "environment steps to train for", group=_RUN, minimum=1)
+    num_envs: int = _option(64, "parallel environments", group=_RUN, minimum=1)
+    log_interval: int = _option(10, "updates per line where there is no terminal", group=_RUN, minimum=1)
+
+    rollout_steps: int = _option(64, "steps per environment and rollout", group=_PPO, minimum=1)
+    minibatch_size: int = _option(512, "samples per gradient step", group=_PPO, minimum=2)
+    epochs: int = _option(4, "passes over a rollout per update", group=_PPO, minimum=1)
+    learning_rate: float = _option(1e-3, "Adam's learning rate at the start", group=_PPO, above=0.0)
+    anneal_learning_rate: bool = _option(True, "lower the learning rate linearly to zero", group=_PPO)
+    adam_eps: float = _option(1e-5, "Adam's epsilon", group=_PPO, above=0.0)
+    gamma: float = _option(0.99, "discount factor", group=_PPO, minimum=0.0, maximum=1.0)
+    gae_lambda: float = _option(0.95, "lambda of GAE", group=_PPO, minimum=0.0, maximum=1.0)
+    clip_range: float = _option(0.2, "clip range of the probability ratio", group=_PPO, above=0.0)
+    value_clip_range: float | None = _option(
+        None, "clip range of the value's change, in standard deviations of the returns", group=_PPO, above=0.0
+    )
+    entropy_coef: float = _option(0.01, "weight of the entropy bonus", group=_PPO, minimum=0.0)
+    value_coef: float = _option(0.5, "weight of the value loss", group=_PPO, minimum=0.0)
+    max_grad_norm: float = _option(0.5, "global norm to which gradients are clipped", group=_PPO, above=0.0)
+    target_kl: float | None = _option(
+        None, "end an update after the epoch in which approx_kl exceeds this", group=_PPO, above=0.0
+    )
+    hidden_size: int = _option(128, "width of the two layers of the shared trunk", group=_PPO, minimum=1)
+    on_nonfinite: str = _option(
+        "skip",
+        "what to do at a NaN or infinite gradient: skip the gradient step, or raise an error that names the head",
+        group=_PPO,
+        choices=("skip", "raise"),
+    )
+
+    metrics_address: str = _option(DEFAULT_ADDRESS, "address that serves /metrics", group=_TELEMETRY)
+    metrics_port: int = _option(
+        DEFAULT_PORT, "port that serves /metrics; 0 takes any free one", group=_TELEMETRY, minimum=0, maximum=65535
+    )
+    targets_dir: str = _option(
+        "targets", "folder for the run's target file (Prometheus file service discovery)", group=_TELEMETRY
+    )
+    follow: str | None = _option(
+        None, "print the lines that are appended to this file above the live display", group=_TELEMETRY
+    )
+    drill: str | None = _option(
+        None,
+        "KIND:HEAD:FIRST-LAST bends gradients from update FIRST to LAST to test alerts, for example dominate:op:20-60; "
+        "kinds: " + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
+        group=_TELEMETRY,
+    )
+
+    @property
+    def run_name(self) -> str:
+        return self.run or f"{self.env}-seed{self.seed}"
+
+    @property
+    def steps_per_update(self) -> int:
+        return self.num_envs * self.rollout_steps
+
+    @property
+    def updates(self) -> int:
+        """Updates in the whole run, at least one."""
+        return max(1, self.total_timesteps // self.steps_per_update)
+
+
+_FIELDS = {f.name: f for f in fields(TrainerConfig)}
+_TYPES = {
+    name: tuple(kind for kind in (get_args(hint) or (hint,)) if kind is not types.NoneType)[0]
+    for name, hint in get_type_hints(TrainerConfig).items()
+    if name in _FIELDS
+}
+_OPTIONAL = {name for name, hint in get_type_hints(TrainerConfig).items() if types.NoneType in get_args(hint)}
+
+
+@dataclass(frozen=True)
+class _Setting:
+    value: Any
+    place: str
+    """Where it was set: `run.yml:3: num_envs` or `--num-envs`."""
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> TrainerConfig:
+    """Settings from the command line and the file that it names.
+
+    Prints help and exits for `--help`; otherwise raises only `ConfigError`.
+    """
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    path = given.pop("config", None)
+    settings = _read_file(Path(path)) if path is not None else {}
+    for name, value in given.items():
+        settings[name] = _Setting(value, _flag(name))
+    for name, setting in settings.items():
+        _check(name, setting)
+    config = TrainerConfig(**{name: setting.value for name, setting in settings.items()})
+    _check_combinations(config, settings)
+    return config
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flags = [option for action in self._actions for option in action.option_strings]
+            message += _suggestion(unknown.split()[0].split("=")[0], flags)
+        raise ConfigError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m trainer",
+        description="Train a PPO agent and serve the health of its gradients on /metrics.",
+        epilog="Settings come from the defaults, then the file, then the flags.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same names as the flags")
+    groups = {name: parser.add_argument_group(name) for name in (_RUN, _PPO, _TELEMETRY)}
+    for name, option in _FIELDS.items():
+        text = option.metadata["description"].replace("%", "%%")
+        if "(default:" not in text:
+            default = option.default if type(option.default) in (int, float, str) else "on" if option.default else "off"
+            text += f" (default: {default})"
+        group = groups[option.metadata["group"]]
+        if _TYPES[name] is bool:
+            group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(
+                _flag(name),
+                type=_TYPES[name],
+                choices=option.metadata.get("choices"),
+                metavar=None if "choices" in option.metadata else _TYPES[name].__name__.upper(),
+                help=text,
+            )
+    return parser
+
+
+def _read_file(path: Path) -> dict[str, _Setting]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return {}
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}:{root.start_mark.line + 1}: expected `key: value` lines")
+        settings: dict[str, _Setting] = {}
+        for key_node, value_node in root.value:
+            line = key_node.start_mark.line + 1
+            key = loader.construct_object(key_node, deep=True)
+            name = str(key).replace("-", "_")
+            if name not in _FIELDS:
+                raise ConfigError(f"{path}:{line}: unknown key {str(key)!r}{_suggestion(name, list(_FIELDS))}")
+            if name in settings:
+                raise ConfigError(f"{path}:{line}: key {str(key)!r} is there twice, before at {settings[name].place}")
+            value = loader.construct_object(value_node, deep=True)
+            settings[name] = _Setting(_of_type(name, value, f"{path}:{line}"), f"{path}:{line}: {name}")
+        return settings
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: {getattr(error, 'problem', None) or error}") from error
+    finally:
+        loader.dispose()
+
+
+def _of_type(name: str, value: Any, place: str) -> Any:
+    expected = _TYPES[name]
+    if value is None and name in _OPTIONAL:
+        return None
+    # YAML 1.1 reads 1e-3, without a dot, as a string.
+    if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not expected:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise ConfigError(f"{place}: {name} must be {words[expected]}, got {value!r}")
+    return value
+
+
+def _check(name: str, setting: _Setting) -> None:
+    value, limits = setting.value, _FIELDS[name].metadata
+    if value is None:
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{setting.place}: must be finite, got {value}")
+    if "minimum" in limits and value < limits["minimum"]:
+        raise ConfigError(f"{setting.place}: must be at least {limits['minimum']}, got {value}")
+    if "maximum" in limits and value > limits["maximum"]:
+        raise ConfigError(f"{setting.place}: must be at most {limits['maximum']}, got {value}")
+    if "above" in limits and value <= limits["above"]:
+        raise ConfigError(f"{setting.place}: must be above {limits['above']:g}, got {value}")
+    if "choices" in limits and value not in limits["choices"]:
+        raise ConfigError(
+            f"{setting.place}: must be one of {', '.join(limits['choices'])}, got {value!r}"
+            f"{_suggestion(str(value), list(limits['choices']))}"
+        )
+    if isinstance(value, str) and not value:
+        raise ConfigError(f"{setting.place}: must not be empty")
+    if name == "drill":
+        try:
+            Drill.parse(value)
+        except ValueError as error:
+            raise ConfigError(f"{setting.place}: {error}") from error
+
+
+def _check_combinations(config: TrainerConfig, settings: dict[str, _Setting]) -> None:
+    def places(*names: str) -> str:
+        return " and ".join(settings[name].place if name in settings else f"{name} (default)" for name in names)
+
+    if config.minibatch_size > config.steps_per_update:
+        raise ConfigError(
+            f"{places('minibatch_size', 'num_envs', 'rollout_steps')}: a minibatch of {config.minibatch_size} is larger "
+            f"than the rollout of {config.num_envs} x {config.rollout_steps} = {config.steps_per_update} samples"
+        )
+    if config.total_timesteps < config.steps_per_update:
+        raise ConfigError(
+            f"{places('total_timesteps', 'num_envs', 'rollout_steps')}: {config.total_timesteps} environment steps are "
+            f"less than one rollout of {config.num_envs} x {config.rollout_steps} = {config.steps_per_update}"
+        )
+    if config.follow is not None and not os.path.exists(config.follow):
+        raise ConfigError(f"{places('follow')}: there is no file {config.follow!r}")
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]}?" if nearest else ""

@@ -1,0 +1,179 @@
+"""What a person sees while a run trains: a live display in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from exporter.health import HealthLevel, cv_text
+from exporter.snapshot import GradientQuality, RunSnapshot
+
+ReadRun = Callable[[], RunSnapshot]
+REFRESHES_PER_SECOND = 4
+
+
+class Display(Protocol):
+    """Shown while training; `updated()` is called after every update."""
+
+    def __enter__(self) -> "Display": ...
+    def __exit__(self, *exc_info: object) -> None: ...
+    def updated(self) -> None: ...
+    def announce(self, line: str) -> None: ...
+
+
+def open_display(read_run: ReadRun, updates: int, log_interval: int, follow: Path | None) -> Display:
+    """The live display if standard output is a terminal that can show it, plain lines otherwise."""
+    console = Console()
+    if console.is_terminal and not console.is_dumb_terminal:
+        return LiveDisplay(read_run, updates, console, follow)
+    return PlainDisplay(read_run, updates, log_interval)
+
+
+class StepsPerSecond:
+    """Environment steps per wall second since the display started."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+
+    def of(self, run: RunSnapshot) -> float:
+        return run.environment_steps / max(time.monotonic() - self._started, 1e-9)
+
+
+class PlainDisplay:
+    """One line per `log_interval` updates, and one for the last update."""
+
+    def __init__(self, read_run: ReadRun, updates: int, log_interval: int) -> None:
+        self._read_run = read_run
+        self._updates = updates
+        self._log_interval = log_interval
+        self._speed = StepsPerSecond()
+
+    def __enter__(self) -> "PlainDisplay":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+    def updated(self) -> None:
+        run = self._read_run()
+        if run.updates % self._log_interval == 0 or run.updates == self._updates:
+            signals = " ".join(f"{name} {value}" for name, value in _signals(run))
+            self.announce(
+                f"update {run.updates}/{self._updates} steps {run.environment_steps} "
+                f"steps/s {self._speed.of(run):.0f} {signals} {cv_text(run.gradient_quality.gradient_cv)}"
+            )
+
+    def announce(self, line: str) -> None:
+        print(line, flush=True)
+
+
+class LiveDisplay:
+    """Progress, training signals and the heads panel, redrawn in place from the current snapshot.
+
+    Args:
+        follow: lines that are appended to this file are printed above the display.
+    """
+
+    def __init__(self, read_run: ReadRun, updates: int, console: Console, follow: Path | None) -> None:
+        self._read_run = read_run
+        self._console = console
+        self._speed = StepsPerSecond()
+        self._progress = Progress(
+            TextColumn("update"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            expand=True,
+        )
+        self._task = self._progress.add_task("update", total=updates)
+        self._followed = follow.open(encoding="utf-8", errors="replace") if follow else None
+        if self._followed:
+            self._followed.seek(0, 2)
+        self._live = Live(
+            get_renderable=self._render,
+            console=console,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            redirect_stderr=sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> "LiveDisplay":
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._print_followed()
+        self._live.__exit__(*exc_info)
+        if self._followed:
+            self._followed.close()
+
+    def updated(self) -> None:
+        self._progress.update(self._task, completed=self._read_run().updates)
+        self._print_followed()
+
+    def announce(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False)
+
+    def _print_followed(self) -> None:
+        if self._followed:
+            for line in self._followed.read().splitlines():
+                self._console.print(Text.from_ansi(line))
+
+    def _render(self) -> Group:
+        run = self._read_run()
+        signals = Table.grid(padding=(0, 2))
+        shown = [("steps", f"{run.environment_steps:,}"), ("steps/s", f"{self._speed.of(run):,.0f}"), *_signals(run)]
+        for start in range(0, len(shown), 4):
+            signals.add_row(*(Text.assemble((name, "dim"), " ", value) for name, value in shown[start : start + 4]))
+        return Group(Panel(heads_panel(run.gradient_quality), title=run.run, title_align="left"), signals, self._progress)
+
+
+def heads_panel(quality: GradientQuality) -> Group:
+    """A bar for every head's norm, the longest for the largest, and the CV in its level's colour."""
+    heads = Table.grid(padding=(0, 1), expand=True)
+    heads.add_column(no_wrap=True)
+    heads.add_column(ratio=1)
+    heads.add_column(justify="right", no_wrap=True)
+    heads.add_column(justify="right", no_wrap=True)
+    shares = quality.head_shares
+    largest = max(shares.values(), default=0.0) or 1.0
+    for head, norm in quality.head_norms.items():
+        bar = ProgressBar(total=largest, completed=shares[head], complete_style="cyan", finished_style="cyan")
+        heads.add_row(head, bar, f"{norm:.3e}", f"{shares[head]:.0%}")
+    return Group(heads, flow_line(quality)) if quality.head_norms else Group(flow_line(quality))
+
+
+def flow_line(quality: GradientQuality) -> Text:
+    """`Flow: CV:0.312 stable` in its level's colour, with what is wrong beside it."""
+    line = Text.assemble("Flow: ", (cv_text(quality.gradient_cv), f"bold {quality.health.color}"))
+    nonfinite = [f"{head} {count}" for head, count in quality.nonfinite_steps.items() if count]
+    if nonfinite:
+        line.append(f"  non-finite steps: {', '.join(nonfinite)}", style=HealthLevel.CRITICAL.color)
+    if quality.skipped_steps:
+        line.append(f"  skipped steps: {quality.skipped_steps}", style=HealthLevel.CRITICAL.color)
+    return line
+
+
+def _signals(run: RunSnapshot) -> list[tuple[str, str]]:
+    formats = {
+        "episode_return_mean": ("return", ".3f"),
+        "episode_length_mean": ("length", ".1f"),
+        "policy_loss": ("policy_loss", ".4f"),
+        "value_loss": ("value_loss", ".4f"),
+        "entropy": ("entropy", ".3f"),
+        "approx_kl": ("approx_kl", ".5f"),
+        "clip_fraction": ("clip_fraction", ".3f"),
+        "explained_variance": ("explained_variance", ".3f"),
+        "learning_rate": ("learning_rate", ".2e"),
+    }
+    return [(label, format(run.signals[name], spec)) for name, (label, spec) in formats.items() if name in run.signals]

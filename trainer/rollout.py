@@ -1,0 +1,181 @@
+"""Experience: stepping the environments, and advantages by GAE(lambda)."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from trainer.environments import TrainingEnvironment
+from trainer.policy import ActorCritic
+
+EPISODE_WINDOW = 100
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Experience of one rollout, flattened; steps that only reset an environment are left out.
+
+    Attributes:
+        observations: float32 [samples, observation_size].
+        actions: int64 [samples, heads], choices counted from zero.
+        log_probs: float32 [samples], joint log-probability of the action when it was taken.
+        values: float32 [samples], the value function's estimate when the action was taken.
+        advantages: float32 [samples], GAE(lambda), not normalized.
+        returns: float32 [samples], advantages + values, the value function's target.
+        environment_steps: environment steps taken, all environments together, resets left out.
+        episodes: episodes that ended.
+    """
+
+    observations: np.ndarray
+    actions: np.ndarray
+    log_probs: np.ndarray
+    values: np.ndarray
+    advantages: np.ndarray
+    returns: np.ndarray
+    environment_steps: int
+    episodes: int
+
+
+def generalized_advantages(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    next_values: np.ndarray,
+    episode_ends: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> np.ndarray:
+    """GAE(lambda) of Schulman et al. 2016, https://arxiv.org/abs/1506.02438, equation 16.
+
+    Args:
+        rewards, values: [steps, environments].
+        next_values: [steps, environments], value of the state each step led to: 0 where the
+            episode terminated, the value of its final observation where it was truncated.
+        episode_ends: bool [steps, environments], whether the episode ended with the step.
+
+    Returns:
+        Advantages [steps, environments]; none flows across the end of an episode.
+    """
+    deltas = rewards + gamma * next_values - values
+    decay = gamma * gae_lambda * ~episode_ends
+    advantages = np.zeros_like(deltas)
+    running = np.zeros_like(deltas[0])
+    for step in reversed(range(len(deltas))):
+        running = deltas[step] + decay[step] * running
+        advantages[step] = running
+    return advantages
+
+
+class RolloutCollector:
+    """Steps the environments with the policy, from where the last rollout ended.
+
+    Respects Gymnasium's three autoreset modes: a truncated episode is continued
+    with the value of its own final observation, the step in which NEXT_STEP
+    environments only reset is not trained on, and DISABLED ones are reset here.
+
+    Attributes:
+        recent_returns, recent_lengths: of the last 100 episodes, as the environment paid them.
+    """
+
+    def __init__(
+        self,
+        environment: TrainingEnvironment,
+        policy: ActorCritic,
+        *,
+        steps: int,
+        gamma: float,
+        gae_lambda: float,
+        seed: int,
+        generator: torch.Generator,
+    ) -> None:
+        self._environment = environment
+        self._policy = policy
+        self._steps = steps
+        self._gamma = gamma
+        self._gae_lambda = gae_lambda
+        self._generator = generator
+        observations, _ = environment.vector_env.reset(seed=seed)
+        count = environment.vector_env.num_envs
+        self._observations = _float32(observations)
+        self._only_resets = np.zeros(count, dtype=bool)
+        self._returns = np.zeros(count)
+        self._lengths = np.zeros(count, dtype=int)
+        self.recent_returns: deque[float] = deque(maxlen=EPISODE_WINDOW)
+        self.recent_lengths: deque[int] = deque(maxlen=EPISODE_WINDOW)
+
+    def collect(self, should_stop: Callable[[], bool] = lambda: False) -> Rollout | None:
+        """One rollout, or None if `should_stop()` held after one of its steps."""
+        count = len(self._observations)
+        shape = (self._steps, count)
+        observations = np.empty((*shape, self._environment.observation_size), np.float32)
+        actions = np.empty((*shape, len(self._environment.heads)), np.int64)
+        log_probs, values, rewards = (np.empty(shape, np.float32) for _ in range(3))
+        next_values = np.zeros(shape, np.float32)
+        ends, trained_on = np.zeros(shape, bool), np.ones(shape, bool)
+        episodes = 0
+
+        for step in range(self._steps):
+            observations[step] = self._observations
+            trained_on[step] = ~self._only_resets
+            actions[step], log_probs[step], values[step] = self._policy.act(self._observations, self._generator)
+            following, reward, terminated, truncated, infos = self._environment.vector_env.step(
+                self._environment.environment_actions(actions[step])
+            )
+            rewards[step] = reward
+            ends[step] = terminated | truncated
+            episodes += self._count_episodes(reward, ends[step])
+            following, final = self._after_episode_ends(_float32(following), ends[step], infos)
+            cut_short = truncated & ~terminated
+            if cut_short.any():
+                next_values[step, cut_short] = self._policy.values(final[cut_short])
+            self._observations = following
+            if should_stop():
+                return None
+
+        continued = ~ends
+        next_values[:-1][continued[:-1]] = values[1:][continued[:-1]]
+        next_values[-1][continued[-1]] = self._policy.values(self._observations)[continued[-1]]
+        advantages = generalized_advantages(rewards, values, next_values, ends, self._gamma, self._gae_lambda)
+        return Rollout(
+            observations[trained_on],
+            actions[trained_on],
+            log_probs[trained_on],
+            values[trained_on],
+            advantages[trained_on],
+            (advantages + values)[trained_on],
+            environment_steps=int(trained_on.sum()),
+            episodes=episodes,
+        )
+
+    def _after_episode_ends(
+        self, following: np.ndarray, ended: np.ndarray, infos: dict
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Observations to act on next, and the final observations of episodes that ended."""
+        final = following
+        mode = self._environment.autoreset_mode
+        if mode is AutoresetMode.NEXT_STEP:
+            self._only_resets = ended
+        elif ended.any() and mode is AutoresetMode.SAME_STEP:
+            final = following.copy()
+            final[ended] = np.stack(list(infos["final_obs"][ended])).astype(np.float32)
+        elif ended.any() and mode is AutoresetMode.DISABLED:
+            final = following
+            reset, _ = self._environment.vector_env.reset(options={"reset_mask": ended.copy()})
+            following = np.where(ended[:, None], _float32(reset), following)
+        return following, final
+
+    def _count_episodes(self, reward: np.ndarray, ended: np.ndarray) -> int:
+        self._returns += reward
+        self._lengths += ~self._only_resets
+        self.recent_returns.extend(self._returns[ended].tolist())
+        self.recent_lengths.extend(self._lengths[ended].tolist())
+        self._returns[ended] = 0.0
+        self._lengths[ended] = 0
+        return int(ended.sum())
+
+
+def _float32(observations: np.ndarray) -> np.ndarray:
+    # A copy: vector environments may reuse the array that they return.
+    return np.array(observations, dtype=np.float32)
