@@ -43,7 +43,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _yaml(document: dict) -> str:
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

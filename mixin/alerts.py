@@ -139,9 +139,9 @@ def alerts(config: MixinConfig) -> list[Alert]:
             f"< {STARVED_PART}",
             hold=900,
             keep=300,
-            summary=f"Head {{{{ $labels.{HEAD_LABEL} }}}} of {_RUN} is starved of gradient",
-            description=f"For {duration(900)} head {{{{ $labels.{HEAD_LABEL} }}}} of {_RUN} has received {_VALUE} of an "
-            f"equal part of the gradient norms (alert below {STARVED_PART}).{_DOMINATING_HEAD}",
+            summary=f"Head {{{{ {head} }}}} of {_RUN} is starved of gradient",
+            description=f"For {duration(900)} head {{{{ {head} }}}} of {_RUN} has received {_VALUE} of an equal part "
+            f"of the gradient norms (alert below {STARVED_PART}).{_DOMINATING_HEAD}",
         ),
         Alert(
             "PPOTrainerDown",
@@ -163,8 +163,8 @@ def alerts(config: MixinConfig) -> list[Alert]:
             ">= 0",
             hold=0,
             keep=0,
-            summary=f"No PPO update in {_RUN} {{{{ if $value }}}}for {{{{ humanizeDuration $value }}}}{{{{ else }}}}since "
-            "it started{{ end }}",
+            summary=f"No PPO update in {_RUN} {{{{ if $value }}}}for {{{{ humanizeDuration $value }}}}{{{{ else }}}}"
+            "since it started{{ end }}",
             description=f"The trainer of {_RUN} answers, but {{{{ if $value }}}}its last PPO update ended {_VALUE} "
             f"seconds ago (alert above {STALLED_SECONDS}){{{{ else }}}}has not completed its first PPO update in "
             f"{duration(STALLED_SECONDS)}{{{{ end }}}}.",

@@ -427,7 +427,7 @@ def _training_panels(layout: _Layout) -> None:
         (metrics.EPISODE_LENGTH_MEAN, "Episode length", "Environment steps of an episode.", "short", 0),
         (metrics.POLICY_LOSS, "Policy loss", "Small and around zero when all is well.", "short", 4),
         (metrics.VALUE_LOSS, "Value loss", "Good: falling. Bad: growing by orders of magnitude.", "short", 3),
-        (metrics.ENTROPY, "Entropy", "Good: falling slowly. Bad: near zero early, the policy has collapsed.", "short", 3),
+        (metrics.ENTROPY, "Entropy", "Good: falling slowly. Bad: near zero early.", "short", 3),
         (metrics.APPROX_KL, "Approximate KL", "Good: about 0.003 to 0.03. Bad: spikes above.", "short", 4),
         (metrics.CLIP_FRACTION, "Clip fraction", "Good: below about 30 %.", "percentunit", 1),
         (metrics.EXPLAINED_VARIANCE, "Explained variance", "Good: towards 1. Bad: at or below 0.", "none", 3),
@@ -445,7 +445,7 @@ def _training_panels(layout: _Layout) -> None:
         panel = _series(title, f"{family.documentation} Mean over the interval. Bad: drifting upwards.", "s", 3)
         layout.add(panel, 6, 7, _by_run(f"{total} / {count}"))
     throughput = _series(
-        "Environment steps per second", "Throughput of the run. Bad: falling, or zero while it should train.", "short", 0
+        "Environment steps per second", "Throughput of the run. Bad: falling, or zero in training.", "short", 0
     )
     steps = select(metrics.ENVIRONMENT_STEPS, MATCHERS)
     layout.add(throughput, 8, 7, _by_run(f"rate({steps}[$__rate_interval])"))

@@ -270,8 +270,8 @@ class _Tests:
                     alert,
                     "warning",
                     "Non-finite gradients of the trunk or the value head in run demo",
-                    "In about 20.000 gradient steps of the last 10 minutes a gradient of the trunk or the value head of run"
-                    " demo was NaN or infinite.",
+                    "In about 20.000 gradient steps of the last 10 minutes a gradient of the trunk or the value head of"
+                    " run demo was NaN or infinite.",
                 ),
             ),
             self._test(
@@ -282,8 +282,8 @@ class _Tests:
                     alert,
                     "warning",
                     "Non-finite gradients of head op in run demo",
-                    "In about 4.000 gradient steps of the last 10 minutes a gradient of head op of run demo was NaN or"
-                            " infinite.",
+                    "In about 4.000 gradient steps of the last 10 minutes a gradient of head op of run demo was NaN"
+                            " or infinite.",
                     head="op",
                 ),
                 self._states("20m", alert),
@@ -303,8 +303,8 @@ class _Tests:
                         (
                             "warning",
                             "Non-finite gradients of head op in run demo",
-                            "In about 100.000 gradient steps of the last 10 minutes a gradient of head op of run demo was NaN or"
-                            " infinite.",
+                            "In about 100.000 gradient steps of the last 10 minutes a gradient of head op of run demo was NaN"
+                            " or infinite.",
                             {"head": "op"},
                         ),
                         (
@@ -332,8 +332,8 @@ class _Tests:
                     alert,
                     "warning",
                     "Head slot of run demo is starved of gradient",
-                    "For 15m head slot of run demo has received 0.060 of an equal part of the gradient norms (alert below"
-                    " 0.1). Head op dominates with a share of 0.780 of the gradient norms.",
+                    "For 15m head slot of run demo has received 0.060 of an equal part of the gradient norms (alert"
+                    " below 0.1). Head op dominates with a share of 0.780 of the gradient norms.",
                     head="slot",
                 ),
             ),
@@ -359,10 +359,7 @@ class _Tests:
                 "unequal but learning heads, and a single head, are silent",
                 [
                     *self._shares(slot=0.05, op=0.95),
-                    {
-                        "series": f'{HEAD_GRADIENT_SHARE.name}{{job="{self._config.job}", run="single", head="action"}}',
-                        "values": "1x60",
-                    },
+                    self._series(HEAD_GRADIENT_SHARE, "1x60", run="single", head="action"),
                 ],
                 self._states("25m", alert),
             ),
@@ -380,8 +377,8 @@ class _Tests:
                     down,
                     "critical",
                     "Trainer of run demo is down",
-                    "Prometheus has not been able to scrape 127.0.0.1:9842 (run demo) for 1m, and the trainer has not said"
-                    " goodbye by removing its scrape target.",
+                    "Prometheus has not been able to scrape 127.0.0.1:9842 (run demo) for 1m, and the trainer has not"
+                    " said goodbye by removing its scrape target.",
                 ),
                 self._states("15m", down),
             ),
@@ -399,7 +396,8 @@ class _Tests:
                     stalled,
                     "warning",
                     "No PPO update in run demo for 5m 30s",
-                    "The trainer of run demo answers, but its last PPO update ended 330.000 seconds ago (alert above 300).",
+                    "The trainer of run demo answers, but its last PPO update ended 330.000 seconds ago (alert above"
+                    " 300).",
                 ),
             ),
             self._test(
@@ -437,8 +435,8 @@ class _Tests:
                     alert,
                     "info",
                     "Gradient CV of run demo cannot exceed 1.732",
-                    "With the heads that contribute to it, the gradient CV of run demo cannot exceed 1.732: it cannot rise"
-                    " above the critical threshold of 2.0, so do not wait for a critical alert.",
+                    "With the heads that contribute to it, the gradient CV of run demo cannot exceed 1.732: it cannot"
+                    " rise above the critical threshold of 2.0, so do not wait for a critical alert.",
                 ),
             ),
             self._test(
