@@ -1,0 +1,82 @@
+"""The alert rules, checked and tested by promtool, and what they refer to."""
+
+import re
+import subprocess
+
+import yaml
+
+from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD
+from exporter.metrics import METRIC_FAMILIES
+from mixin.__main__ import REPOSITORY
+
+ALERTS = REPOSITORY / "alerts"
+RUNBOOKS = REPOSITORY / "docs/runbooks"
+RULES = [
+    rule for group in yaml.safe_load((ALERTS / "ppo.rules.yml").read_text())["groups"] for rule in group["rules"]
+]
+
+
+def run(*command: object) -> None:
+    done = subprocess.run([str(part) for part in command], cwd=ALERTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_pass_promtool(servers):
+    run(servers.promtool, "check", "rules", "--lint-fatal", "ppo.rules.yml")
+
+
+def test_unit_tests_of_the_rules_pass(servers):
+    run(servers.promtool, "test", "rules", "ppo.rules.test.yml")
+
+
+def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_stays_silent():
+    tests = yaml.safe_load((ALERTS / "ppo.rules.test.yml").read_text())["tests"]
+    fires, silent = set(), set()
+    for test in tests:
+        fires |= {case["alertname"] for case in test.get("alert_rule_test", []) if case["exp_alerts"]}
+        for case in test.get("promql_expr_test", []):
+            name = case["expr"].split('"')[1]
+            (fires if case["exp_samples"] else silent).add(name)
+    # Unreachable is silent for one of two runs within one case.
+    names = {rule["alert"] for rule in RULES}
+    assert fires == names and silent >= names - {"PPOCriticalThresholdUnreachable"}
+
+
+def test_cv_thresholds_are_those_of_the_exporter():
+    conditions = {
+        rule["labels"]["severity"]: rule["expr"].split(") ")[-1]
+        for rule in RULES
+        if rule["alert"] == "PPOGradientCVHigh"
+    }
+    assert conditions == {"warning": f">= {WARNING_THRESHOLD}", "critical": f">= {CRITICAL_THRESHOLD}"}
+
+
+def test_every_alert_says_who_what_and_what_to_do():
+    for rule in RULES:
+        annotations = rule["annotations"]
+        assert "$labels.run" in annotations["summary"] and "$labels.run" in annotations["description"]
+        assert rule["labels"]["severity"] in ("info", "warning", "critical")
+        assert (REPOSITORY / annotations["runbook_url"]).is_file()
+
+
+def test_every_runbook_belongs_to_an_alert():
+    assert {page.stem for page in RUNBOOKS.glob("PPO*.md")} == {rule["alert"] for rule in RULES}
+
+
+def test_alertmanager_configuration_passes_amtool(servers):
+    run(servers.amtool, "check-config", "alertmanager.yml")
+
+
+def test_commented_receivers_are_valid_once_uncommented(servers, tmp_path):
+    text = (ALERTS / "alertmanager.yml").read_text()
+    complete = tmp_path / "alertmanager.yml"
+    complete.write_text(text.replace("\n  # - ", "\n  - ").replace("\n  #   ", "\n    "))
+    names = [receiver["name"] for receiver in yaml.safe_load(complete.read_text())["receivers"]]
+    assert names == ["webhook", "slack", "e-mail"]
+    run(servers.amtool, "check-config", complete)
+
+
+def test_runbooks_name_only_metrics_that_exist():
+    exported = {family.name for family in METRIC_FAMILIES}
+    for page in RUNBOOKS.glob("PPO*.md"):
+        assert set(re.findall(r"\bppo_\w+", page.read_text())) <= exported, page.name

@@ -1,0 +1,121 @@
+"""Grafana's provisioning files hold only keys that Grafana reads, and point at things that exist.
+
+Grafana silently ignores a key that it does not know, so a wrong one would go unnoticed.
+"""
+
+import json
+import re
+
+import yaml
+
+from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD
+from mixin.__main__ import REPOSITORY
+
+PROVISIONING = REPOSITORY / "grafana/provisioning"
+KEYS = {
+    "datasource": {
+        *("name", "type", "uid", "access", "url", "isDefault", "jsonData", "orgId", "editable", "version"),
+    },
+    "provider": {
+        *("name", "orgId", "folder", "folderUid", "type", "disableDeletion", "allowUiUpdates"),
+        *("updateIntervalSeconds", "options"),
+    },
+    "group": {"orgId", "name", "folder", "interval", "rules"},
+    "rule": {
+        *("uid", "title", "condition", "data", "dashboardUid", "panelId", "noDataState", "execErrState", "for"),
+        *("annotations", "labels", "isPaused"),
+    },
+    "query": {"refId", "queryType", "relativeTimeRange", "datasourceUid", "model"},
+    "contact point": {"orgId", "name", "receivers"},
+    "receiver": {"uid", "type", "settings", "disableResolveMessage"},
+    "policy": {
+        *("orgId", "receiver", "group_by", "matchers", "object_matchers", "group_wait", "group_interval"),
+        *("repeat_interval", "routes", "mute_time_intervals"),
+    },
+}
+
+
+def load(path: str) -> dict:
+    document = yaml.safe_load((PROVISIONING / path).read_text())
+    assert document["apiVersion"] == 1
+    return document
+
+
+ALERTING = load("alerting/ppo.yml")
+RULES = [rule for group in ALERTING["groups"] for rule in group["rules"]]
+UIDS = {datasource["uid"]: datasource for datasource in load("datasources/ppo.yml")["datasources"]}
+
+
+def seconds(duration: str) -> int:
+    return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
+
+
+def test_only_keys_that_grafana_reads():
+    assert set(ALERTING) == {"apiVersion", "groups", "contactPoints", "policies"}
+    things = [
+        *(("datasource", datasource) for datasource in UIDS.values()),
+        *(("provider", provider) for provider in load("dashboards/ppo.yml")["providers"]),
+        *(("group", group) for group in ALERTING["groups"]),
+        *(("rule", rule) for rule in RULES),
+        *(("query", query) for rule in RULES for query in rule["data"]),
+        *(("contact point", point) for point in ALERTING["contactPoints"]),
+        *(("receiver", receiver) for point in ALERTING["contactPoints"] for receiver in point["receivers"]),
+        *(("policy", policy) for policy in ALERTING["policies"]),
+    ]
+    for kind, thing in things:
+        assert set(thing) <= KEYS[kind], f"{kind}: {set(thing) - KEYS[kind]}"
+
+
+def test_the_two_thresholds_are_those_of_the_exporter():
+    conditions = {
+        rule["labels"]["severity"]: next(query for query in rule["data"] if query["refId"] == rule["condition"])
+        for rule in RULES
+    }
+    assert {severity: query["model"]["expression"] for severity, query in conditions.items()} == {
+        "warning": f"$B >= {WARNING_THRESHOLD}",
+        "critical": f"$B >= {CRITICAL_THRESHOLD}",
+    }
+
+
+def test_rule_titles_are_unique_in_their_folder_and_equal_to_the_prometheus_alert():
+    places = [(group["folder"], rule["title"]) for group in ALERTING["groups"] for rule in group["rules"]]
+    assert len(set(places)) == len(places)
+    assert {title for _, title in places} == {"PPOGradientCVHigh"}
+    assert len({rule["uid"] for rule in RULES}) == len(RULES) and all(len(rule["uid"]) <= 40 for rule in RULES)
+
+
+def test_rules_point_at_a_data_source_a_panel_and_a_runbook_that_exist():
+    for rule in RULES:
+        assert {query["datasourceUid"] for query in rule["data"]} <= {*UIDS, "__expr__"}
+        board = json.loads((REPOSITORY / f"grafana/dashboards/{rule['dashboardUid']}.json").read_text())
+        assert rule["panelId"] in [panel["id"] for panel in board["panels"]]
+        assert rule["annotations"]["__dashboardUid__"] == rule["dashboardUid"]
+        assert rule["annotations"]["__panelId__"] == str(rule["panelId"])
+        assert (REPOSITORY / rule["annotations"]["runbook_url"]).is_file()
+
+
+def test_annotations_hold_no_dollar_that_grafana_would_expand_as_environment():
+    for rule in RULES:
+        assert not [text for text in rule["annotations"].values() if "$" in text]
+
+
+def test_policy_sends_to_the_alertmanager_and_again_before_it_forgets():
+    (policy,), (point,) = ALERTING["policies"], ALERTING["contactPoints"]
+    assert policy["receiver"] == point["name"]
+    assert point["receivers"][0]["type"] == "prometheus-alertmanager"
+    assert point["receivers"][0]["settings"]["url"] == UIDS["alertmanager"]["url"]
+    alertmanager = yaml.safe_load((REPOSITORY / "alerts/alertmanager.yml").read_text())
+    assert seconds(policy["repeat_interval"]) < seconds(alertmanager["global"]["resolve_timeout"])
+
+
+def test_grafana_managed_alerts_begin_after_and_end_before_those_of_prometheus():
+    """Otherwise the inhibition rule of Alertmanager would leave a gap, and a second notification."""
+    rules = yaml.safe_load((REPOSITORY / "alerts/ppo.rules.yml").read_text())["groups"][0]["rules"]
+    prometheus = {(rule["alert"], rule["labels"]["severity"]): rule for rule in rules}
+    interval = max(seconds(group["interval"]) for group in ALERTING["groups"])
+    (policy,) = ALERTING["policies"]
+    for rule in RULES:
+        twin = prometheus[rule["title"], rule["labels"]["severity"]]
+        assert seconds(rule["for"]) >= seconds(twin["for"]) + interval
+        assert seconds(twin["keep_firing_for"]) > interval + seconds(policy["group_interval"])
+        assert not re.search("keep", " ".join(rule)), "it would outlast Prometheus' alert"
