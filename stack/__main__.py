@@ -155,7 +155,6 @@ class Stack:
         print(f"Notifications  {_shown(self.state / 'notifications.jsonl')}")
         print(f"Server logs    {_shown(self.logs)}", flush=True)
 
-        self.messages.show()
         self.trainer = ChildProcess("trainer", self._trainer_command(), f"{self.ports.url('metrics')}/metrics")
         self._wait_until_ready(self.trainer)
 
@@ -247,6 +246,7 @@ class Stack:
     def _wait_until_ready(self, process: ChildProcess) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         while not process.is_ready:
+            self.messages.show()  # nobody else does while the trainer is starting
             if process.exit_code is not None:
                 if process is self.trainer and process.exit_code == 0:
                     return  # training was done before it could be asked

@@ -1,0 +1,15 @@
+# Trainer and notification receiver; see docker-compose.yml.
+FROM python:3.11.13-slim-bookworm
+
+WORKDIR /app
+RUN useradd --uid 1000 --create-home ppo && mkdir targets .stack && chown ppo targets .stack
+
+COPY pyproject.toml constraints.txt README.md ./
+COPY exporter exporter
+COPY trainer trainer
+RUN pip install --no-cache-dir -c constraints.txt '.[trainer]'
+COPY stack stack
+
+USER ppo
+ENV PYTHONUNBUFFERED=1
+CMD ["python", "-m", "trainer"]

@@ -1,0 +1,233 @@
+"""Real servers for tests: each on a free port of 127.0.0.1, each ended with its test."""
+
+import json
+import socket
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import yaml
+
+from stack import configuration
+from stack.configuration import Ports
+from stack.processes import ChildProcess
+from stack.servers import ROOT, Servers, provide
+
+Result = TypeVar("Result")
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def wait_until(probe: Callable[[], Result], what: str, seconds: float = 60.0) -> Result:
+    """The first true result of `probe`; fails the test when there is none within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (result := probe()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.1)
+    return result
+
+
+def fetch(url: str, body: bytes | None = None) -> tuple[int, str]:
+    """Status and text of the answer to GET, or to POST where there is a body."""
+    try:
+        with _opener.open(urllib.request.Request(url, data=body), timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def free_ports() -> Ports:
+    """Five different ports that are free now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+    ports = Ports(*(each.getsockname()[1] for each in sockets))
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@dataclass(frozen=True)
+class Observability:
+    """Prometheus, Alertmanager and receiver that run, configured by the repository's own files.
+
+    Only ports and durations differ from those files: everything is scraped, evaluated and grouped
+    every second, and `for` is as short as asked. Thresholds and range selectors are untouched.
+    """
+
+    ports: Ports
+    targets: Path  # folder that Prometheus watches for target files
+    jsonl: Path  # what the receiver writes
+    processes: dict[str, ChildProcess]
+
+    @property
+    def prometheus_url(self) -> str:
+        return self.ports.url("prometheus")
+
+    @property
+    def alertmanager_url(self) -> str:
+        return self.ports.url("alertmanager")
+
+    @property
+    def receiver_url(self) -> str:
+        return self.ports.url("receiver")
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """Result of an instant query, as Prometheus' HTTP API gives it."""
+        parameters = urllib.parse.urlencode({"query": expression})
+        answer = json.loads(fetch(f"{self.prometheus_url}/api/v1/query?{parameters}")[1])
+        assert answer["status"] == "success", answer
+        return answer["data"]["result"]
+
+    def rules(self) -> list[dict[str, Any]]:
+        """All rules that Prometheus loaded, with health and state."""
+        groups = json.loads(fetch(f"{self.prometheus_url}/api/v1/rules")[1])["data"]["groups"]
+        return [rule for group in groups for rule in group["rules"]]
+
+    def alerts(self) -> list[dict[str, Any]]:
+        """Alerts in Alertmanager, with `labels` and `status` (`state`, `inhibitedBy`)."""
+        return json.loads(fetch(f"{self.alertmanager_url}/api/v2/alerts")[1])
+
+    def notifications(self) -> list[dict[str, Any]]:
+        """Webhook messages that were delivered, in order."""
+        return [json.loads(line) for line in self.jsonl.read_text().splitlines()] if self.jsonl.exists() else []
+
+    def notified(self, status: str, **labels: str) -> list[dict[str, Any]]:
+        """Delivered alerts with this status (firing, resolved) and these labels."""
+        return [
+            alert
+            for notification in self.notifications()
+            for alert in notification["alerts"]
+            if alert["status"] == status and labels.items() <= alert["labels"].items()
+        ]
+
+
+@pytest.fixture(scope="session")
+def servers() -> Servers:
+    """Executables of Prometheus and Alertmanager."""
+    return provide()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., ChildProcess]]:
+    """Starts a process, waits until it is ready, and ends it after the test.
+
+    Takes the arguments of `ChildProcess`; without `output`, a log in the test's folder.
+    """
+    processes: list[ChildProcess] = []
+
+    def start_process(name: str, command: list[str | Path], ready_url: str, **options: Any) -> ChildProcess:
+        options.setdefault("output", tmp_path / f"{name}.log")
+        process = ChildProcess(name, command, ready_url, directory=options.pop("directory", ROOT), **options)
+        processes.append(process)
+
+        def ready() -> bool:
+            assert process.exit_code is None, f"{name} ended with {process.exit_code}:\n{process.log_tail()}"
+            return process.is_ready
+
+        wait_until(ready, f"{name} is ready")
+        return process
+
+    yield start_process
+    for process in reversed(processes):
+        process.stop()
+
+
+@pytest.fixture
+def start_receiver(start: Callable[..., ChildProcess], tmp_path: Path) -> Callable[[int], tuple[ChildProcess, Path]]:
+    """Starts a receiver on a port; gives the process and its JSON lines file. Its stdout is in the log."""
+
+    def start_it(port: int) -> tuple[ChildProcess, Path]:
+        jsonl = tmp_path / "notifications.jsonl"
+        command = [sys.executable, "-m", "stack.receiver", "--port", str(port), "--output", jsonl]
+        return start("receiver", command, f"http://127.0.0.1:{port}/-/healthy"), jsonl
+
+    return start_it
+
+
+@pytest.fixture
+def start_alertmanager(start: Callable[..., ChildProcess], servers: Servers, tmp_path: Path):
+    """Starts an Alertmanager with a configuration (as a dict) on a port."""
+
+    def start_it(port: int, content: dict[str, Any]) -> ChildProcess:
+        path = configuration.write_yaml(tmp_path / "alertmanager.yml", content, "alerts/alertmanager.yml")
+        command = [
+            servers.alertmanager,
+            f"--config.file={path}",
+            f"--storage.path={tmp_path / 'alertmanager'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--cluster.listen-address=",
+        ]
+        return start("alertmanager", command, f"http://127.0.0.1:{port}/-/ready")
+
+    return start_it
+
+
+@pytest.fixture
+def start_prometheus(start: Callable[..., ChildProcess], servers: Servers, tmp_path: Path):
+    """Starts a Prometheus with a configuration (as a dict) on a port."""
+
+    def start_it(port: int, content: dict[str, Any]) -> ChildProcess:
+        path = configuration.write_yaml(tmp_path / "prometheus.yml", content, "prometheus.yml")
+        command = [
+            servers.prometheus,
+            f"--config.file={path}",
+            f"--storage.tsdb.path={tmp_path / 'prometheus'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            *servers.prometheus_options,
+        ]
+        return start("prometheus", command, f"http://127.0.0.1:{port}/-/ready")
+
+    return start_it
+
+
+@pytest.fixture
+def start_observability(
+    start_receiver, start_alertmanager, start_prometheus, tmp_path: Path
+) -> Callable[..., Observability]:
+    """Starts all three with copies of the repository's files; `for_` is every rule's waiting time."""
+
+    def start_all(for_: str = "2s") -> Observability:
+        ports, targets = free_ports(), tmp_path / "targets"
+        targets.mkdir()
+
+        alertmanager = configuration.alertmanager_configuration(ports)
+        routes = [alertmanager["route"]]
+        for route in routes:
+            routes.extend(route.get("routes", []))
+            route.update(group_wait="1s", group_interval="1s")
+
+        prometheus = configuration.prometheus_configuration(ports, targets)
+        prometheus["global"].update(scrape_interval="1s", evaluation_interval="1s")
+        for job in prometheus["scrape_configs"]:
+            job.pop("scrape_interval", None)
+        prometheus["rule_files"] = [
+            str(_with_short_durations(source, tmp_path / "alerts", for_))
+            for source in sorted((ROOT / "alerts").glob("*.rules.yml"))
+        ]
+
+        receiver, jsonl = start_receiver(ports.receiver)
+        processes = {
+            "receiver": receiver,
+            "alertmanager": start_alertmanager(ports.alertmanager, alertmanager),
+            "prometheus": start_prometheus(ports.prometheus, prometheus),
+        }
+        return Observability(ports, targets, jsonl, processes)
+
+    return start_all
+
+
+def _with_short_durations(source: Path, directory: Path, for_: str) -> Path:
+    content = yaml.safe_load(source.read_text())
+    for group in content["groups"]:
+        group["interval"] = "1s"
+        for rule in group["rules"]:
+            for duration in ("for", "keep_firing_for"):
+                if duration in rule:
+                    rule[duration] = for_
+    return configuration.write_yaml(directory / source.name, content, f"alerts/{source.name}")
