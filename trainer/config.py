@@ -39,6 +39,9 @@ class TrainerConfig:
     run: str | None = _option(None, "name of the run, its label on /metrics (default: ENV-seedSEED)", group=_RUN)
     seed: int = _option(1, "seed of environment, initialization and sampling", group=_RUN, minimum=0)
     device: str = _option("cpu", "torch device", group=_RUN)
+    threads: int = _option(
+        1, "torch's CPU threads; a second one pays where a core is idle, and costs much where none is", group=_RUN, minimum=1
+    )
     total_timesteps: int = _option(1_000_000, "environment steps to train for", group=_RUN, minimum=1)
     num_envs: int = _option(64, "parallel environments", group=_RUN, minimum=1)
     log_interval: int = _option(10, "updates per line where there is no terminal", group=_RUN, minimum=1)

@@ -77,6 +77,7 @@ class Training:
         drill = Drill.parse(config.drill) if config.drill else None
         if drill is not None and drill.head not in heads:
             raise ConfigError(f"drill: {config.env} has no head {drill.head!r}; its heads are {', '.join(heads)}")
+        torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         try:
             policy = ActorCritic(self.environment.observation_size, heads, config.hidden_size).to(config.device)

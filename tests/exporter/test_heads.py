@@ -1,0 +1,138 @@
+"""Norms per head: right, attributed to the right head, and the same as torch's for clipping."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from exporter import HeadGradientMeter, Rows
+
+
+def network(seed: int = 0) -> nn.ModuleDict:
+    torch.manual_seed(seed)
+    return nn.ModuleDict(
+        {"trunk": nn.Linear(5, 8), "left": nn.Linear(8, 3), "right": nn.Linear(8, 4), "value": nn.Linear(8, 1)}
+    )
+
+
+def backward(net: nn.ModuleDict, skip: tuple[str, ...] = ()) -> None:
+    net.zero_grad()
+    features = net["trunk"](torch.randn(16, 5)).tanh()
+    sum(net[name](features).square().mean() for name in ("left", "right", "value") if name not in skip).backward()
+
+
+def meter_of(net: nn.ModuleDict) -> HeadGradientMeter:
+    return HeadGradientMeter({name: net[name] for name in ("left", "right")}, net.parameters())
+
+
+def reference_norm(parameters) -> float:
+    return math.sqrt(sum(p.grad.double().square().sum().item() for p in parameters if p.grad is not None))
+
+
+def test_norms_cover_all_parameters_of_a_head_and_the_global_norm_is_that_of_clipping():
+    net = network()
+    meter = meter_of(net)
+    for _ in range(3):
+        backward(net)
+        global_norm = meter.measure()
+        expected = {name: reference_norm(net[name].parameters()) for name in ("left", "right")}
+        assert global_norm.item() == pytest.approx(nn.utils.clip_grad_norm_(net.parameters(), 1e9).item(), rel=1e-6)
+        step = meter.collect()[-1]
+        assert step.head_norms == pytest.approx(expected, rel=1e-6)
+        assert step.global_norm == pytest.approx(reference_norm(net.parameters()), rel=1e-6)
+
+
+def test_many_steps_are_kept_in_order_until_they_are_collected():
+    net = network()
+    meter = HeadGradientMeter({"left": net["left"], "right": net["right"]}, net.parameters(), expected_steps=2)
+    expected = []
+    for _ in range(9):
+        backward(net)
+        meter.measure()
+        expected.append(reference_norm(net["left"].parameters()))
+    assert [step.head_norms["left"] for step in meter.collect()] == pytest.approx(expected, rel=1e-6)
+    assert meter.collect() == []
+
+
+def test_rows_of_a_fused_layer_agree_with_separate_layers():
+    net = network()
+    backward(net)
+    fused = nn.Linear(8, 7)
+    fused.weight.grad = torch.cat([net["left"].weight.grad, net["right"].weight.grad])
+    fused.bias.grad = torch.cat([net["left"].bias.grad, net["right"].bias.grad])
+    separate, rows = (
+        meter_of(net),
+        HeadGradientMeter(
+            {
+                "left": [Rows(fused.weight, 0, 3), Rows(fused.bias, 0, 3)],
+                "right": [Rows(fused.weight, 3, 7), Rows(fused.bias, 3, 7)],
+            },
+            fused.parameters(),
+        ),
+    )
+    separate.measure()
+    rows.measure()
+    assert rows.collect()[0].head_norms == pytest.approx(separate.collect()[0].head_norms, rel=1e-6)
+
+
+def test_a_head_without_a_gradient_is_left_out_and_a_zero_gradient_counts():
+    net = network()
+    meter = meter_of(net)
+    backward(net, skip=("left",))
+    assert net["left"].weight.grad is None
+    meter.measure()
+    backward(net)
+    for parameter in net["left"].parameters():
+        parameter.grad.zero_()
+    meter.measure()
+    without, zero = meter.collect()
+    assert set(without.head_norms) == {"right"} and without.cv == 0.0
+    assert zero.head_norms["left"] == 0.0 and zero.cv == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("shared_layer", [False, True])
+def test_a_nonfinite_gradient_is_pinned_on_its_own_head(bad, shared_layer):
+    net = network()
+    backward(net)
+    if shared_layer:
+        layer = nn.Linear(8, 7)
+        layer.weight.grad, layer.bias.grad = torch.ones(7, 8), torch.ones(7)
+        meter = HeadGradientMeter({"left": [Rows(layer.weight, 0, 3)], "right": [Rows(layer.weight, 3, 7)]})
+        layer.weight.grad[5, 2] = bad
+    else:
+        meter = meter_of(net)
+        net["right"].weight.grad[0, 0] = bad
+    assert not math.isfinite(meter.measure().item())
+    step = meter.collect()[0]
+    assert math.isfinite(step.head_norms["left"]) and not math.isfinite(step.head_norms["right"])
+    assert step.cv == math.inf
+
+
+def test_a_nan_outside_the_heads_makes_the_step_critical_without_blaming_a_head():
+    net = network()
+    backward(net)
+    net["value"].bias.grad.fill_(math.nan)
+    meter = meter_of(net)
+    meter.measure()
+    step = meter.collect()[0]
+    assert all(map(math.isfinite, step.head_norms.values()))
+    assert step.cv == math.inf
+
+
+def test_heads_that_cannot_be_measured_are_refused():
+    net = network()
+    layer = nn.Linear(8, 7)
+    for heads, message in [
+        ({"left": []}, "'left' has no parameters"),
+        ({"left": nn.Tanh()}, "'left' has no parameters"),
+        ({"left": net["left"], "right": net["left"]}, "'left' and 'right' share"),
+        ({"left": [Rows(layer.weight, 0, 4)], "right": [Rows(layer.weight, 3, 7)]}, "share row 3"),
+        ({"left": [Rows(layer.weight, 0, 8)]}, "rows 0:8 of a layer that has 7"),
+        ({"left": layer, "right": [Rows(layer.weight, 0, 3)]}, "takes all of a layer"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            HeadGradientMeter(heads)
+    with pytest.raises(TypeError, match="'left' must be"):
+        HeadGradientMeter({"left": ["weight"]})

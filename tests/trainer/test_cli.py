@@ -1,0 +1,187 @@
+"""`python -m trainer` as a person or a process runner meets it."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from trainer.environments.host_growth import ACTION_HEADS
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def start(tmp_path: Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer", "--metrics-port", "0", "--targets-dir", str(tmp_path / "targets"), *flags],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(tmp_path: Path, *flags: str, code: int = 0) -> tuple[str, str]:
+    process = start(tmp_path, *flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, (out, err)
+    return out, err
+
+
+def endpoint(process: subprocess.Popen) -> str:
+    return re.search(r"metrics at (\S+)", process.stdout.readline()).group(1)
+
+
+def scrape(url: str) -> str:
+    return urllib.request.urlopen(url, timeout=10).read().decode()
+
+
+def wait_for_update(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while not re.search(r'^ppo_updates_total{.*} [1-9]', scrape(url), re.M):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+SMALL = ("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64")
+
+
+def test_the_default_environment_trains_with_seven_heads_on_metrics(tmp_path):
+    process = start(tmp_path, *SMALL, "--seed", "7")
+    try:
+        url = endpoint(process)
+        wait_for_update(url)
+        text = scrape(url)
+        assert set(re.findall(r'ppo_head_gradient_norm{head="(\w+)"', text)) == set(ACTION_HEADS)
+        assert list(ACTION_HEADS) == ["slot", "blueprint", "alpha", "target", "speed", "curve", "op"]
+        assert len(re.findall(r"^ppo_gradient_cv{", text, re.M)) == 1
+        assert 'environment="host-growth"' in text and 'seed="7"' in text
+        (target,) = (tmp_path / "targets").glob("*.json")
+        assert json.loads(target.read_text())[0]["targets"][0] in url
+    finally:
+        process.kill()
+        process.communicate()
+    # A crash leaves the target, so that Prometheus sees it down.
+    assert list((tmp_path / "targets").glob("*.json"))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_cleanly_and_says_where_it_is(tmp_path, signum, code):
+    process = start(tmp_path, *SMALL, "--total-timesteps", "100000000")
+    url = endpoint(process)
+    wait_for_update(url)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code and err == ""
+    last = out.splitlines()[-1]
+    assert re.fullmatch(
+        rf"host-growth-seed1: stopped by {signum.name} after update \d+ of \d+, \d+ environment steps, \d+ episodes.*", last
+    )
+    assert not list((tmp_path / "targets").iterdir())
+
+
+def test_plain_lines_come_every_n_updates_and_the_run_finishes(tmp_path):
+    out, err = run(tmp_path, *SMALL, "--total-timesteps", str(256 * 5), "--log-interval", "2")
+    assert re.findall(r"^update (\d)/5 .* CV:\d\.\d{3} (?:stable|warn|BAD)$", out, re.M) == ["2", "4", "5"]
+    assert "finished after update 5 of 5, 1280 environment steps" in out.splitlines()[-1]
+    assert err == ""
+
+
+def test_a_taken_port_is_an_error_before_training_starts(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        out, err = run(tmp_path, "--metrics-port", str(port), code=1)
+    assert f"cannot serve /metrics on 127.0.0.1:{port}: Address already in use; --metrics-port" in err
+    assert "update" not in out and not list(tmp_path.iterdir())
+
+
+def test_a_nan_is_skipped_and_shown_or_stops_the_run_with_the_head_named(tmp_path):
+    flags = (*SMALL, "--total-timesteps", str(256 * 3), "--log-interval", "1", "--drill", "nan:curve:2-2")
+    out, _ = run(tmp_path, *flags)
+    assert re.search(r"^update 2/3 .* CV:inf BAD$", out, re.M)
+    assert re.search(r"^update 3/3 .* CV:0\.\d{3} stable$", out, re.M)
+    assert "16 gradient steps skipped" in out
+    _, err = run(tmp_path, *flags, "--on-nonfinite", "raise", code=1)
+    assert "non-finite gradient in head curve at gradient step 1 of the update" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env", "CartPole-v11"], "CartPole-v11"),
+        (["--env", "Pendulum-v1"], "action space Box(-2.0, 2.0, (1,), float32) is not supported; supported are Discrete"),
+        (["--env", "Taxi-v4"], "observation space Discrete(500) is not supported; supported is a Box"),
+        (["--device", "cudda"], "device 'cudda'"),
+        (["--drill", "dominate:opp:1-2"], "host-growth has no head 'opp'; its heads are slot, blueprint, alpha"),
+        (["--metrics-address", "203.0.113.7"], "cannot serve /metrics on 203.0.113.7:0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_line(tmp_path, flags, message):
+    process = start(tmp_path, *flags)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (1, 2)
+    assert message in err and "Traceback" not in err
+
+
+def test_cartpole_learns_and_its_single_head_is_pointed_out(tmp_path):
+    out, err = run(tmp_path, "--config", "examples/cartpole.yml", "--total-timesteps", "40960", "--log-interval", "1")
+    assert err == "warning: 1 head: CV needs two heads and stays 0.000; critical at 2.0 can never be reached\n"
+    returns = [float(value) for value in re.findall(r" return (\d+\.\d+)", out)]
+    assert returns[0] < 60 and returns[-1] > 195
+    assert set(re.findall(r"CV:(\S+)", out)) == {"0.000"}
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    flags = (*SMALL, "--total-timesteps", str(256 * 4), "--log-interval", "1")
+    first, second = (
+        [re.sub(r"steps/s \d+", "", line) for line in run(tmp_path, *flags)[0].splitlines() if line.startswith("update")]
+        for _ in range(2)
+    )
+    assert first == second and len(first) == 4
+    other = run(tmp_path, *flags, "--seed", "2")[0]
+    assert first[-1].split("return")[1] not in other
+
+
+def test_the_live_display_shows_a_bar_per_head_and_the_flow(tmp_path):
+    """In a real pseudo-terminal."""
+    pid, terminal = os.forkpty()
+    if pid == 0:
+        os.chdir(REPOSITORY)
+        os.environ.update(TERM="xterm-256color", COLUMNS="100", LINES="40")
+        (tmp_path / "notifications.log").touch()
+        os.execv(
+            sys.executable,
+            [sys.executable, "-m", "trainer", "--metrics-port", "0", "--targets-dir", str(tmp_path / "targets"), *SMALL]
+            + ["--drill", "dominate:op:1-1000", "--follow", str(tmp_path / "notifications.log")],
+        )
+    shown = b""
+    deadline = time.monotonic() + 60
+    appended = False
+    while not (b"BAD" in shown and b"a notification" in shown):
+        assert time.monotonic() < deadline, shown[-3000:]
+        shown += os.read(terminal, 65536)
+        if b"update" in shown and not appended:
+            time.sleep(0.5)
+            (tmp_path / "notifications.log").write_text("a notification\n")
+            appended = True
+    os.kill(pid, signal.SIGINT)
+    try:
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    except OSError:
+        pass  # Linux's way of saying that the other end has closed
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "Flow: CV:2.646 BAD" in text and "ETA" in text
+    assert b"\x1b[1;31mCV:2.646 BAD" in shown
+    for head in ACTION_HEADS:
+        assert re.search(rf"{head} +━", text), head
+    assert "stopped by SIGINT" in text.splitlines()[-1] or "stopped by SIGINT" in text

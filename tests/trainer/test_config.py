@@ -1,0 +1,82 @@
+"""Settings: what wins, and what an error says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from trainer.config import ConfigError, TrainerConfig, parse_config
+
+
+def from_file(tmp_path, text: str, *flags: str) -> TrainerConfig:
+    path = tmp_path / "run.yml"
+    path.write_text(text)
+    return parse_config(["--config", str(path), *flags])
+
+
+def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
+    config = from_file(
+        tmp_path, "learning-rate: 1e-4\nnum_envs: 8\nanneal_learning_rate: false\ntarget_kl: null\n", "--num-envs", "16"
+    )
+    assert (config.learning_rate, config.num_envs, config.anneal_learning_rate) == (1e-4, 16, False)
+    assert config.epochs == TrainerConfig().epochs and config.target_kl is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nnum_env: 3\n", r"run.yml:2: unknown key 'num_env'; did you mean num_envs\?"),
+        ("seed: 1\nepochs: 2\nseed: 2\n", r"run.yml:3: key 'seed' is there twice, before at .*run.yml:1: seed"),
+        ("num-envs: 8\nnum_envs: 8\n", r"run.yml:2: key 'num_envs' is there twice"),
+        ("epochs: four\n", r"run.yml:1: epochs must be a whole number, got 'four'"),
+        ("epochs: 4.0\n", r"epochs must be a whole number, got 4.0"),
+        ("epochs: true\n", r"epochs must be a whole number, got True"),
+        ("gamma: [0.9]\n", r"gamma must be a number"),
+        ("anneal_learning_rate: 1\n", r"anneal_learning_rate must be true or false"),
+        ("seed: null\n", r"seed must be a whole number, got None"),
+        ("gamma: 1.5\n", r"run.yml:1: gamma: must be at most 1.0, got 1.5"),
+        ("learning_rate: .nan\n", r"learning_rate: must be finite"),
+        ("on_nonfinite: rise\n", r"must be one of skip, raise, got 'rise'; did you mean raise\?"),
+        ("drill: dominate:op\n", r"run.yml:1: drill: expected KIND:HEAD:FIRST-LAST"),
+        ("run: ''\n", r"run: must not be empty"),
+        ("- seed\n", r"run.yml:1: expected `key: value` lines"),
+        ("seed: 1\nenv: [\n", r"run.yml:3: "),
+        ("env: !!python/object/apply:os.system ['true']\n", r"run.yml:1: could not determine a constructor"),
+        ("num_envs: 2\nrollout_steps: 4\n", r"run.yml:1: num_envs and .*run.yml:2: rollout_steps: a minibatch of 512"),
+    ],
+)
+def test_an_error_names_key_and_line_and_the_nearest_valid_one(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        from_file(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-env", "8"], r"did you mean --num-envs\?"),
+        (["--epochs", "x"], r"--epochs: invalid int value: 'x'"),
+        (["--epochs", "0"], r"--epochs: must be at least 1, got 0"),
+        (["--config", "missing.yml"], r"cannot read missing.yml: No such file"),
+        (["--total-timesteps", "10"], r"less than one rollout of 64 x 64 = 4096"),
+        (["--drill", "explode:op:1-2"], r"unknown kind 'explode'; there are dominate, starve, nan"),
+        (["--follow", "missing.log"], r"there is no file 'missing.log'"),
+    ],
+)
+def test_flags_are_checked_the_same_way(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(flags)
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert from_file(tmp_path, "# nothing\n") == TrainerConfig()
+
+
+def test_help_shows_every_option_with_its_default():
+    text = subprocess.run([sys.executable, "-m", "trainer", "--help"], capture_output=True, text=True, check=True).stdout
+    text = " ".join(text.split())
+    options = text.split(" --config FILE YAML")[1].split(" --")
+    assert len(options) > len(TrainerConfig.__dataclass_fields__)
+    for name in TrainerConfig.__dataclass_fields__:
+        flag = name.replace("_", "-")
+        (described,) = [part for part in options if part.split(" ")[0] == flag and "(default: " in part] or [None]
+        assert described or f"--no-{flag}" in text, flag
