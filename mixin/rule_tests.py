@@ -20,6 +20,7 @@ from exporter.metrics import (
     MetricFamily,
 )
 from mixin.config import MixinConfig
+from mixin.promql import quoted
 
 RUN = {"instance": "127.0.0.1:9842", "run": "demo"}
 LEVELS = ("healthy", "warning", "critical")
@@ -52,8 +53,7 @@ class _Tests:
 
     def _series(self, family: MetricFamily | str, values: str, **labels: str) -> dict:
         name = family if isinstance(family, str) else family.name
-        pairs = ", ".join(f'{key}="{value}"' for key, value in {**self._run, **labels}.items())
-        return {"series": f"{name}{{{pairs}}}", "values": values}
+        return {"series": _label_text({"__name__": name, **self._run, **labels}), "values": values}
 
     def _cv(self, *spans: tuple[float, int]) -> list[dict]:
         """The gauge over spans of (CV, samples): each level is a series, which goes stale when the level changes."""
@@ -135,6 +135,7 @@ class _Tests:
         pending_warning, pending_critical = (
             {**severity, "alertstate": "pending"} for severity in (warning, critical)
         )
+        awkward = 'it\'s "a {{ run }}" \\ä'
         steep = [*self._cv((2.5, 40)), *self._shares(slot=0.05, blueprint=0.9, op=0.05)]
         return [
             self._test(
@@ -190,6 +191,23 @@ class _Tests:
                             {},
                         ),
                     ],
+                ),
+            ),
+            self._test(
+                "a run may have any name",
+                [
+                    self._series(GRADIENT_CV, "2.5x40", health="critical", run=awkward),
+                    self._series(HEAD_GRADIENT_SHARE, "0.9x40", head="op", run=awkward),
+                    *self._shares(slot=1.0),
+                ],
+                self._text(
+                    "2m",
+                    alert,
+                    "critical",
+                    f"Gradient CV 2.500 is BAD in run {awkward}",
+                    f"The gradient CV of run {awkward} is 2.500 and has been at least 2.0 (critical) for 1m."
+                    " Head op dominates with a share of 0.900 of the gradient norms.",
+                    run=awkward,
                 ),
             ),
             self._test(
@@ -303,8 +321,8 @@ class _Tests:
                         (
                             "warning",
                             "Non-finite gradients of head op in run demo",
-                            "In about 100.000 gradient steps of the last 10 minutes a gradient of head op of run demo was NaN"
-                            " or infinite.",
+                            "In about 100.000 gradient steps of the last 10 minutes a gradient of head op of run demo"
+                            " was NaN or infinite.",
                             {"head": "op"},
                         ),
                         (
@@ -451,5 +469,5 @@ class _Tests:
 
 
 def _label_text(labels: dict[str, str]) -> str:
-    pairs = ", ".join(f'{key}="{value}"' for key, value in labels.items() if key != "__name__")
+    pairs = ", ".join(f"{key}={quoted(value)}" for key, value in labels.items() if key != "__name__")
     return f"{labels['__name__']}{{{pairs}}}"

@@ -52,9 +52,8 @@ def grafana_rule_expressions() -> list[str]:
 
 
 def panel_expressions() -> list[str]:
-    return [
-        target["expr"] for board in dashboard_files() for panel in board["panels"] for target in panel.get("targets", [])
-    ]
+    panels = [panel for board in dashboard_files() for panel in board["panels"]]
+    return [target["expr"] for panel in panels for target in panel.get("targets", [])]
 
 
 def variable_selectors() -> list[str]:
