@@ -119,3 +119,8 @@ def test_grafana_managed_alerts_begin_after_and_end_before_those_of_prometheus()
         assert seconds(rule["for"]) >= seconds(twin["for"]) + interval
         assert seconds(twin["keep_firing_for"]) > interval + seconds(policy["group_interval"])
         assert not re.search("keep", " ".join(rule)), "it would outlast Prometheus' alert"
+
+
+def test_grafana_knows_the_scrape_interval_from_which_it_derives_the_rate_interval():
+    prometheus = yaml.safe_load((REPOSITORY / "prometheus.yml").read_text())
+    assert UIDS["prometheus"]["jsonData"]["timeInterval"] == prometheus["global"]["scrape_interval"]
