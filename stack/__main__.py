@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from stack import configuration, servers
 from stack.configuration import Ports
@@ -25,6 +26,7 @@ START_TIMEOUT = 120.0  # seconds; a cold import of torch from a slow disk takes 
 TRAINER_STOP_TIMEOUT = 60.0  # seconds; it ends after the running gradient step
 POLL_INTERVAL = 0.2  # seconds
 RETENTION = "15d"
+GRAFANA_INSTALLATION = "https://grafana.com/docs/grafana/latest/setup-grafana/installation/"
 
 
 class StartError(Exception):
@@ -117,7 +119,7 @@ class Stack:
         if self.stop_signal is not None:
             raise StopRequested
 
-    def _lock(self):
+    def _lock(self) -> IO[str]:
         self.logs.mkdir(parents=True, exist_ok=True)
         lock = (self.state / "lock").open("w")
         try:
@@ -150,7 +152,7 @@ class Stack:
         if grafana:
             print(f"Grafana        {self.ports.url('grafana')}")
         else:
-            print("Grafana        not on PATH; to have it started too: https://grafana.com/docs/grafana/latest/setup-grafana/")
+            print(f"Grafana        not on PATH; to have it started too, install it: {GRAFANA_INSTALLATION}")
         print(f"Metrics        {self.ports.url('metrics')}/metrics")
         print(f"Notifications  {_shown(self.state / 'notifications.jsonl')}")
         print(f"Server logs    {_shown(self.logs)}", flush=True)
@@ -224,6 +226,7 @@ class Stack:
             provisioning = configuration.copy_provisioning(self.ports, self.state.resolve() / "grafana-provisioning")
         environment = {
             "GF_PATHS_PROVISIONING": str(provisioning),
+            "PPO_DASHBOARDS_PATH": str(ROOT / "grafana/dashboards"),
             "GF_PATHS_DATA": str(data),
             "GF_PATHS_LOGS": str(data / "log"),
             "GF_PATHS_PLUGINS": str(data / "plugins"),
@@ -281,6 +284,8 @@ class Stack:
     def _stop(self) -> None:
         trainer = self.trainer
         if trainer and trainer.exit_code is None:
+            if sys.stdout.isatty():
+                self.messages.skip()  # the trainer prints to its end what was there before
             number = signal.SIGINT if self.stop_signal == signal.SIGINT else signal.SIGTERM
             trainer.stop(number, TRAINER_STOP_TIMEOUT)
         elif trainer:
@@ -364,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("metrics", "the trainer's /metrics"),
     ):
         parser.add_argument(f"--{name}-port", type=_port, default=getattr(Ports, name), help=f"TCP port of {what}")
-    parser.add_argument("--state-dir", type=Path, default=Path(".stack"), help="logs, storage and adapted configuration")
+    parser.add_argument("--state-dir", type=Path, default=Path(".stack"), help="logs, storage, adapted configuration")
     options = parser.parse_args(arguments[:split])
     ports = Ports(
         options.prometheus_port,

@@ -192,7 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
         server = _Server((options.address, options.port), handler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        print(f"error: cannot listen on {options.address}:{options.port} (--address, --port): {reason}", file=sys.stderr)
+        address = f"{options.address}:{options.port}"
+        print(f"error: cannot listen on {address} (--address, --port): {reason}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with server:

@@ -58,7 +58,8 @@ def test_several_notifications_arrive_over_one_connection(receiver):
 
 
 @pytest.mark.parametrize(
-    "body", [b"{", b"\xff\xfe", b"[]", b'{"alerts": 1}', b'{"alerts": [1]}', b'{"alerts": [{"labels": []}]}', b"[" * 99999]
+    "body",
+    [b"{", b"\xff\xfe", b"[]", b'{"alerts": 1}', b'{"alerts": [1]}', b'{"alerts": [{"labels": []}]}', b"[" * 99999],
 )
 def test_what_is_no_notification_is_refused_and_not_kept(receiver, body):
     _, jsonl, url = receiver

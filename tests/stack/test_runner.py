@@ -45,7 +45,8 @@ class Runner:
         return self.output.read_text(errors="replace")
 
     def children(self) -> set[int]:
-        return {int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()}
+        pid = self.process.pid
+        return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
     def is_training(self) -> bool:
         assert self.process.poll() is None, self.text
@@ -114,15 +115,16 @@ def test_all_processes_end_with_the_runner(run, number, code):
         socket.create_server(("127.0.0.1", getattr(runner.ports, name))).close()
 
 
-def test_the_run_is_scraped_and_the_servers_outlive_training(run):
+def test_the_servers_outlive_training(run):
     runner = run(SHORT_RUN)
     wait_until(lambda: runner.says("The servers stay up"), "the end of training is said")
     api = runner.ports.url("prometheus") + "/api/v1"
-    jobs = {
-        target["labels"]["job"]: target["health"]
-        for target in json.loads(fetch(f"{api}/targets")[1])["data"]["activeTargets"]
-    }
-    assert {"prometheus", "alertmanager"} <= jobs.keys()
+
+    def jobs() -> set[str]:
+        targets = json.loads(fetch(f"{api}/targets")[1])["data"]["activeTargets"]
+        return {target["labels"]["job"] for target in targets if target["health"] == "up"}
+
+    wait_until(lambda: jobs() == {"prometheus", "alertmanager"}, "the servers are scraped")
     rules = json.loads(fetch(f"{api}/rules")[1])["data"]["groups"]
     assert rules, "the alert rules are not loaded"
     assert fetch(runner.ports.url("alertmanager") + "/-/ready")[0] == 200
@@ -147,6 +149,8 @@ def test_a_server_that_dies_is_named_with_the_end_of_its_log(run):
     wait_until(lambda: runner.says("alertmanager has ended with exit code 137"), "the death is told")
     assert "alertmanager.log" in runner.text and "Listening on" in runner.text
     assert runner.is_training(), "training must go on"
+    query = runner.ports.url("prometheus") + "/api/v1/query?query=ppo_gradient_cv{job=%22ppo%22,run=~%22.%2B%22}"
+    wait_until(lambda: json.loads(fetch(query)[1])["data"]["result"], "the run is scraped and known by its name")
 
 
 def test_in_a_terminal_notifications_appear_beside_the_display(run):
@@ -202,5 +206,6 @@ def test_default_ports_are_those_of_the_files_in_the_repository():
 
 
 def test_prometheus_accepts_the_configuration(servers):
-    done = subprocess.run([servers.promtool, "check", "config", ROOT / "prometheus.yml"], capture_output=True, text=True)
+    command = [servers.promtool, "check", "config", ROOT / "prometheus.yml"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
