@@ -1,0 +1,114 @@
+"""The whole chain, real: a run goes critical for a cause, people are told, and told when it is over."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+from conftest import wait_until
+
+from exporter import CRITICAL_THRESHOLD
+from stack.servers import ROOT
+from trainer.environments.host_growth import ACTION_HEADS
+
+RUN = "drill-17"
+
+
+@pytest.fixture
+def observability(start_observability):
+    return start_observability(for_="2s")
+
+
+@pytest.fixture
+def train(observability):
+    """Starts a trainer whose target file the running Prometheus finds."""
+    processes = []
+
+    def start(*flags: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "trainer", "--run", RUN, "--targets-dir", str(observability.targets)),
+                *("--metrics-port", str(observability.ports.metrics), "--total-timesteps", "100000000", *flags),
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def active(observability, **labels: str) -> list[dict]:
+    return [
+        alert
+        for alert in observability.alerts()
+        if labels.items() <= alert["labels"].items() and alert["labels"].get("run") == RUN
+    ]
+
+
+def test_a_drill_is_notified_as_critical_with_its_head_and_then_resolved(observability, train):
+    # Long enough to outlast scrape, evaluation, `for` and grouping, even where 100 updates take only seconds.
+    train("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64", "--drill", "dominate:op:20-160")
+    assert all(rule["health"] in ("ok", "unknown") for rule in observability.rules())
+
+    (healthy,) = wait_until(lambda: observability.query(f'ppo_gradient_cv{{run="{RUN}"}} < {CRITICAL_THRESHOLD}'), "scrape")
+    assert healthy["metric"]["job"] == "ppo"
+    heads = {sample["metric"]["head"] for sample in wait_until(lambda: observability.query("ppo_head_gradient_norm"), "heads")}
+    assert heads == set(ACTION_HEADS)
+
+    (critical,) = wait_until(
+        lambda: observability.notified("firing", alertname="PPOGradientCVHigh", severity="critical", run=RUN),
+        "critical notification",
+    )
+    cv = f"{math.sqrt(len(ACTION_HEADS)):.3f}"
+    assert cv in critical["annotations"]["summary"] and RUN in critical["annotations"]["summary"]
+    assert cv in critical["annotations"]["description"] and RUN in critical["annotations"]["description"]
+    assert "Head op dominates" in critical["annotations"]["description"]
+    assert critical["annotations"]["runbook_url"]
+
+    (warning,) = wait_until(
+        lambda: active(observability, alertname="PPOGradientCVHigh", severity="warning"), "warning in Alertmanager"
+    )
+    assert warning["status"]["state"] == "suppressed" and warning["status"]["inhibitedBy"]
+
+    (resolved,) = wait_until(
+        lambda: observability.notified("resolved", alertname="PPOGradientCVHigh", severity="critical", run=RUN),
+        "resolved notification",
+        seconds=120,
+    )
+    assert resolved["fingerprint"] == critical["fingerprint"]
+    assert not observability.notified("firing", alertname="PPOGradientCVHigh", severity="warning", run=RUN)
+    assert all(rule["health"] == "ok" for rule in observability.rules())
+    assert observability.query(f'ppo_gradient_steps_total{{run="{RUN}", health="critical"}} >= {141 * 16}')
+
+
+def test_a_killed_trainer_is_notified_as_down_and_a_finished_one_is_not(observability, train):
+    trainer = train("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64")
+    wait_until(lambda: observability.query(f'up{{job="ppo", run="{RUN}"}} == 1'), "trainer is up")
+    trainer.kill()
+    wait_until(
+        lambda: observability.notified("firing", alertname="PPOTrainerDown", severity="critical", run=RUN), "down"
+    )
+
+    trainer = train("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64")
+    wait_until(lambda: observability.notified("resolved", alertname="PPOTrainerDown", run=RUN), "up again")
+    trainer.terminate()
+    assert trainer.wait(30) == 143
+    wait_until(lambda: not observability.query(f'up{{run="{RUN}"}}'), "target is gone")
+    assert len(observability.notified("firing", alertname="PPOTrainerDown")) == 1
+
+
+def test_a_nan_is_notified_with_the_head_that_had_it(observability, train):
+    train("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64", "--drill", "nan:curve:30-60")
+    (alert, *_) = wait_until(
+        lambda: observability.notified("firing", alertname="PPONonFiniteGradients", run=RUN, head="curve"), "non-finite"
+    )
+    assert "curve" in alert["annotations"]["summary"]
+    # A NaN that was skipped shows as +Inf, never as an old good value.
+    assert observability.query(f'max_over_time(ppo_gradient_cv{{run="{RUN}", health="critical"}}[5m]) == +Inf')
