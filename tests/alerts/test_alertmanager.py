@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from conftest import free_ports, wait_until
 
 from stack import configuration
-from tests.conftest import free_ports, wait_until
 
 # In seconds; the real ones are longer, and keep the same order.
 GROUP_WAIT, GRAFANA_GROUP_WAIT, GROUP_INTERVAL = 1, 3, 1

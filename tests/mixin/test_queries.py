@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable
 
-from tests.conftest import wait_until
-from tests.mixin.test_promql import PANELS, VARIABLES
+from conftest import wait_until
+from test_promql import PANELS, VARIABLES
 
 # Empty in health.
 MAY_BE_EMPTY = [expression for expression in PANELS if "ALERTS" in expression]
