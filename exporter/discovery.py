@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 from pathlib import Path
 
 
@@ -29,6 +30,11 @@ class TargetFile:
         unfinished = self.path.with_suffix(f".{os.getpid()}.tmp")
         unfinished.write_text(json.dumps([{"targets": [target], "labels": {"run": run}}], indent=2) + "\n")
         unfinished.replace(self.path)
+
+    @staticmethod
+    def reachable(address: str) -> str:
+        """What others call a server bound to `address`: this machine's name where that is a wildcard."""
+        return socket.gethostname() if address in ("0.0.0.0", "::", "") else address
 
     def remove(self) -> None:
         """Take the trainer out of service discovery; harmless when the file is gone already."""

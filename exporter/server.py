@@ -31,13 +31,8 @@ class MetricsServer:
         self.port: int = self._server.server_port
 
     @property
-    def target(self) -> str:
-        """`host:port` as a scrape target."""
-        return host_and_port(self.address, self.port)
-
-    @property
     def url(self) -> str:
-        return f"http://{self.target}/metrics"
+        return f"http://{host_and_port(self.address, self.port)}/metrics"
 
     def close(self) -> None:
         """Stop serving and free the port."""

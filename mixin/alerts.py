@@ -95,7 +95,9 @@ def alerts(config: MixinConfig) -> list[Alert]:
     where = f"{{{{ if {head} }}}}of head {{{{ {head} }}}}{{{{ else }}}}of the trunk or the value head{{{{ end }}}}"
 
     return [
-        _cv_high(cv, HealthLevel.WARNING, WARNING, WARNING_THRESHOLD, hold=300, keep=300),
+        # Both keep firing equally long: a warning that outlived its critical alert would be let go by the
+        # inhibition and notify, after everything is well again.
+        _cv_high(cv, HealthLevel.WARNING, WARNING, WARNING_THRESHOLD, hold=300, keep=120),
         _cv_high(cv, HealthLevel.CRITICAL, CRITICAL, CRITICAL_THRESHOLD, hold=60, keep=120),
         Alert(
             "PPOCriticalGradientSteps",

@@ -166,8 +166,9 @@ class _Tests:
                     self._states(f"{30 * step}s", alert, *([pending_warning] if step < 10 else [warning]), critical)
                     for step in range(2, 19)
                 ),
-                self._states("11m", alert, warning),
-                self._states("14m", alert),
+                # Both end in one evaluation: a warning left alone would no longer be inhibited, and notify.
+                self._states("9m30s", alert, warning, critical),
+                self._states("10m", alert),
             ),
             self._test(
                 "CV alerts name value, run and the head that dominates",

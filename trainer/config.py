@@ -76,6 +76,12 @@ class TrainerConfig:
     metrics_port: int = _option(
         DEFAULT_PORT, "port that serves /metrics; 0 takes any free one", group=_TELEMETRY, minimum=0, maximum=65535
     )
+    metrics_target: str | None = _option(
+        None,
+        "HOST:PORT that the target file names (default: address and port of /metrics; this machine's name in place of "
+        "0.0.0.0)",
+        group=_TELEMETRY,
+    )
     targets_dir: str = _option(
         "targets", "folder for the run's target file (Prometheus file service discovery)", group=_TELEMETRY
     )

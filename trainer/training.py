@@ -16,7 +16,7 @@ import torch
 from exporter.aggregator import RunAggregator
 from exporter.discovery import TargetFile
 from exporter.gradient_cv import unreachable_critical_warning
-from exporter.server import MetricsServer
+from exporter.server import MetricsServer, host_and_port
 from exporter.telemetry import PPOUpdateMetrics, emit_ppo_update
 from trainer.agent import NonFiniteGradientError, PPOAgent, PPOHyperparameters
 from trainer.config import ConfigError, TrainerConfig
@@ -168,7 +168,8 @@ def train(config: TrainerConfig) -> int:
             )
         except OSError as error:
             raise OSError(f"{error}; --metrics-port chooses another one") from error
-        stack.enter_context(TargetFile(Path(config.targets_dir), config.run_name, server.target))
+        target = config.metrics_target or host_and_port(TargetFile.reachable(server.address), server.port)
+        stack.enter_context(TargetFile(Path(config.targets_dir), config.run_name, target))
         print(f"{config.run_name}: {config.updates} updates on {config.env}, metrics at {server.url}", flush=True)
         warning = unreachable_critical_warning(len(training.environment.heads))
         if warning is not None:

@@ -50,6 +50,18 @@ def wait_for_update(url: str) -> None:
         time.sleep(0.1)
 
 
+def test_the_target_file_names_what_others_can_reach(tmp_path):
+    for flags, host in [((), socket.gethostname()), (("--metrics-target", "trainer.example:80"), "trainer.example:80")]:
+        process = start(tmp_path, *SMALL, "--metrics-address", "0.0.0.0", *flags)
+        endpoint(process)
+        deadline = time.monotonic() + 10
+        while not (files := list((tmp_path / "targets").glob("*.json"))):
+            assert time.monotonic() < deadline
+        assert json.loads(files[0].read_text())[0]["targets"][0].startswith(host)
+        process.terminate()
+        process.communicate(timeout=30)
+
+
 SMALL = ("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64")
 
 
