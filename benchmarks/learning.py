@@ -69,7 +69,7 @@ def main() -> None:
         description="Train over several seeds; print steps to the goal, returns, CV range and share of steps by level.",
         epilog="Everything after -- goes to the trainer.",
     )
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 1 to N (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 1000, 2000, ... up to N of them (default: 5)")
     parser.add_argument("--goal", type=float, help="mean return of 100 episodes to be reached (default: none)")
     own = sys.argv[1:]
     split = own.index("--") if "--" in own else len(own)
@@ -81,7 +81,8 @@ def main() -> None:
     for column in (*(f"{level} steps" for level in HealthLevel), "steps/s"):
         table.add_column(column, justify="right")
     returns: dict[str, list[float]] = {"trained": [], "random": [], "do nothing": []}
-    for seed in range(1, options.seeds + 1):
+    # Environment i of a vector is seeded with seed + i: seeds far apart share no episodes.
+    for seed in range(1000, 1000 * (options.seeds + 1), 1000):
         config = parse_config([*trainer_arguments, "--seed", str(seed)])
         result = train(config, options.goal)
         returns["trained"].append(result["return"])

@@ -18,6 +18,7 @@ from exporter.metrics import (
 from mixin.config import MixinConfig
 from mixin.promql import IDENTITY, gradient_cv, per_run, quoted, select
 
+CV_ALERT = "PPOGradientCVHigh"
 WARNING, CRITICAL, INFO = "warning", "critical", "info"
 
 CRITICAL_STEP_SHARE = 0.1  # of the gradient steps in the window
@@ -102,10 +103,12 @@ def alerts(config: MixinConfig) -> list[Alert]:
         Alert(
             "PPOCriticalGradientSteps",
             WARNING,
-            f"{per_run('sum', critical_steps)} / {all_steps}",
+            # What the sustained alert has told already is not told again when it resolves.
+            f"({per_run('sum', critical_steps)} / {all_steps} unless on ({IDENTITY}) "
+            f'max_over_time(ALERTS{{alertname="{CV_ALERT}", severity="{CRITICAL}", alertstate="firing", {job}}}[10m]))',
             f">= {CRITICAL_STEP_SHARE}",
             hold=120,
-            keep=300,
+            keep=120,
             summary=f"Share {_VALUE} of the gradient steps of {_RUN} is critical",
             description=f"In the last 10 minutes a share of {_VALUE} of the gradient steps of {_RUN} had a gradient "
             f"CV of at least {CRITICAL_THRESHOLD}; the mean of an update may hide such spikes.{_DOMINATING_HEAD}",
@@ -140,7 +143,7 @@ def alerts(config: MixinConfig) -> list[Alert]:
             f"{share} * on ({IDENTITY}) group_left () {per_run('count', share)}",
             f"< {STARVED_PART}",
             hold=900,
-            keep=300,
+            keep=120,
             summary=f"Head {{{{ {head} }}}} of {_RUN} is starved of gradient",
             description=f"For {duration(900)} head {{{{ {head} }}}} of {_RUN} has received {_VALUE} of an equal part "
             f"of the gradient norms (alert below {STARVED_PART}).{_DOMINATING_HEAD}",
@@ -188,7 +191,7 @@ def alerts(config: MixinConfig) -> list[Alert]:
 def _cv_high(cv: str, level: HealthLevel, severity: str, threshold: float, *, hold: int, keep: int) -> Alert:
     """No upper bound on the warning: rising to critical must not resolve it."""
     return Alert(
-        "PPOGradientCVHigh",
+        CV_ALERT,
         severity,
         cv,
         f">= {threshold}",

@@ -255,6 +255,12 @@ class _Tests:
                 ),
             ),
             self._test(
+                "what the sustained alert has told is not told again when it has resolved",
+                [*self._cv((2.5, 10), (0.3, 50)), *self._steps(healthy="0x10 100+100x50", critical="0+100x10 1000x50")],
+                self._states("4m", "PPOGradientCVHigh", {"severity": "critical"}, {"severity": "warning", "alertstate": "pending"}),
+                *(self._states(at, alert) for at in ("4m", "8m", "10m", "13m", "17m", "20m")),
+            ),
+            self._test(
                 "fewer critical steps, or no steps at all, are silent",
                 self._steps(healthy="0+91x30 2730x30", critical="0+9x30 270x30"),
                 self._states("14m", alert),
