@@ -24,25 +24,31 @@ _NO_HEAD = -1
 
 
 class HeadGradientMeter:
-    """L2 gradient norms of action heads, and the global norm that clipping needs, from one pass.
+    """L2 gradient norms of action heads, from one pass over the gradients.
 
-    `measure()` runs after every backward pass and before clipping; it only
-    queues work on the device. `collect()` transfers what was measured, once per
-    update. The norms that are stored are those of whole parameters and of single
-    rows of shared layers; they are put together per head when they are collected.
+    `record()` runs between backward and optimizer step and only queues work on
+    the device; `measure()` does the same and returns the global norm that
+    clipping needs. `collect()` transfers what was recorded, all steps at once.
+    What is stored are norms of whole parameters and of single rows of shared
+    layers; they are put together per head when they are collected.
 
     Args:
         heads: name -> module, parameters, or `Rows` of layers that heads share.
         other_parameters: what else the optimizer steps; counts in the global norm only.
 
+    Attributes:
+        head_names: in the order of `heads`.
+        parameters: every parameter that is measured.
+
     Raises:
-        ValueError: a head has no parameters, two heads share one, or rows are out of range.
+        ValueError: a head has no parameters, two heads share one, rows are out of
+            range, or the parameters cannot be measured (sharded, or on several devices).
         TypeError: a head is made of something else.
     """
 
-    def __init__(
-        self, heads: Mapping[str, Head], other_parameters: Iterable[Tensor] = (), expected_steps: int = 64
-    ) -> None:
+    def __init__(self, heads: Mapping[str, Head], other_parameters: Iterable[Tensor] = ()) -> None:
+        if not heads:
+            raise ValueError("there are no heads to measure")
         self.head_names = tuple(heads)
         whole: dict[Tensor, int] = {}
         rows: dict[Tensor, list[int]] = {}
@@ -65,14 +71,19 @@ class HeadGradientMeter:
 
         self._whole = list(whole)
         self._shared = list(rows)
-        self._owners = [*whole.values(), *(owner for owners in rows.values() for owner in owners)]
-        self._parts_of_head = [
-            [p for p, owner in whole.items() if owner == index] + [p for p, owners in rows.items() if index in owners]
-            for index in range(len(self.head_names))
-        ]
-        device = next(iter([*self._whole, *self._shared])).device
-        self._norms = torch.zeros(expected_steps, len(self._owners), device=device)
-        self._present: list[tuple[bool, ...]] = []
+        self.parameters = (*self._whole, *self._shared)
+        self._owners = [[owner] for owner in whole.values()] + list(rows.values())
+        # Half-precision norms lose digits, and those of float16 overflow at 65504.
+        half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters)
+        self._dtype = torch.float32 if half else None
+        _require_measurable(self.parameters)
+        # One entry per step: norms, one tensor per parameter that has a gradient, and which those are.
+        self._steps: list[tuple[list[Tensor], tuple[bool, ...] | None]] = []
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """Take the norms of the gradients as they are now."""
+        self._steps.append(self._norms())
 
     @torch.no_grad()
     def measure(self) -> Tensor:
@@ -81,51 +92,111 @@ class HeadGradientMeter:
         Returns:
             Global L2 norm over all parameters, a 0-dimensional tensor on their device.
         """
-        step = len(self._present)
-        if step == len(self._norms):
-            self._norms = torch.cat([self._norms, torch.zeros_like(self._norms)])
-        norms = self._norms[step]
-        gradients = [parameter.grad for parameter in self._whole]
-        position = len(gradients)
-        if None in gradients:
-            norms.zero_()
-            have = [index for index, gradient in enumerate(gradients) if gradient is not None]
-            if have:
-                found = torch._foreach_norm([gradients[index] for index in have])
-                norms[torch.tensor(have, device=norms.device)] = torch.stack(found)
-        elif gradients:
-            norms[:position] = torch.stack(torch._foreach_norm(gradients))
-        for parameter in self._shared:
-            gradient = parameter.grad
-            stop = position + len(parameter)
-            if gradient is None:
-                norms[position:stop] = 0.0
-            elif gradient.dim() == 1:
-                torch.abs(gradient, out=norms[position:stop])
-            else:
-                torch.linalg.vector_norm(gradient.flatten(1), dim=1, out=norms[position:stop])
-            position = stop
-        self._present.append(
-            tuple(any(part.grad is not None for part in parts) for parts in self._parts_of_head)
-        )
-        return torch.linalg.vector_norm(norms)
+        norms, present = self._norms()
+        joined = _joined(norms, self.parameters[0].device)
+        self._steps.append(([joined], present))
+        return torch.linalg.vector_norm(joined)
 
     def collect(self) -> list[GradientStep]:
-        """One record per `measure()` since the last call, in order; one transfer for all of them."""
-        squares = self._norms[: len(self._present)].to("cpu", torch.float64).square()
-        columns = torch.tensor([len(self.head_names) if owner == _NO_HEAD else owner for owner in self._owners])
-        # index_add_ keeps a NaN in the column of its own head; a matrix product would spread it.
-        per_head = squares.new_zeros(len(squares), len(self.head_names) + 1).index_add_(1, columns, squares)
-        steps = [
-            GradientStep(
-                {name: norm for name, norm, has in zip(self.head_names, norms, present, strict=False) if has}, total
+        """One record per step since the last call, in order; one transfer for all of them."""
+        return self.start_collecting().result()
+
+    def start_collecting(self) -> "PendingGradientSteps":
+        """Like `collect()`, without waiting for the device."""
+        steps, self._steps = self._steps, []
+        device = self.parameters[0].device
+        rows = [_joined(norms, device) for norms, _ in steps]
+        presences = [present for _, present in steps]
+        on_device = torch.cat(rows) if rows else torch.zeros(0)
+        return PendingGradientSteps(self.head_names, self._owners, presences, on_device)
+
+    def _norms(self) -> tuple[list[Tensor], tuple[bool, ...] | None]:
+        """Norms of what has a gradient; for every parameter whether it has one, None if all have."""
+        gradients = [parameter.grad for parameter in self._whole]
+        shared = [parameter.grad for parameter in self._shared]
+        present = None
+        if None in gradients or None in shared:
+            present = tuple(gradient is not None for gradient in (*gradients, *shared))
+            gradients = [gradient for gradient in gradients if gradient is not None]
+            shared = [gradient for gradient in shared if gradient is not None]
+        norms = list(torch._foreach_norm(gradients, dtype=self._dtype)) if gradients else []
+        for gradient in shared:
+            flat = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
+            norms.append(torch.linalg.vector_norm(flat, dim=1, dtype=self._dtype))
+        return norms, present
+
+
+class PendingGradientSteps:
+    """Recorded steps on their way from the device to the host.
+
+    On CUDA the copy goes to pinned memory in the stream of the training step, and
+    `is_ready` asks an event; nothing waits before `result()`.
+    """
+
+    def __init__(
+        self,
+        head_names: tuple[str, ...],
+        owners: list[list[int]],
+        presences: list[tuple[bool, ...] | None],
+        norms: Tensor,
+    ) -> None:
+        self._head_names = head_names
+        self._owners = owners
+        self._presences = presences
+        self._event = None
+        if norms.is_cuda:
+            self._norms = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True)
+            self._norms.copy_(norms, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._norms = norms.to("cpu")
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `result()` would return at once."""
+        return self._event is None or self._event.query()
+
+    def result(self) -> list[GradientStep]:
+        """The steps, in order; waits for the device if they are not ready."""
+        if self._event is not None:
+            self._event.synchronize()
+        heads = len(self._head_names)
+        steps: list[GradientStep] = []
+        squares = self._norms.double().square()
+        start = 0
+        # Steps with the same parameters present stand next to each other: usually that is all of them.
+        for present, count in _grouped(self._presences):
+            owners = self._owners if present is None else [o for o, has in zip(self._owners, present) if has]
+            columns = [owner if owner != _NO_HEAD else heads for part in owners for owner in part]
+            block = squares[start : start + count * len(columns)].view(count, len(columns))
+            start += block.numel()
+            # index_add_ keeps a NaN in the column of its own head; a matrix product would spread it.
+            per_head = block.new_zeros(count, heads + 1).index_add_(1, torch.tensor(columns, dtype=torch.long), block)
+            contributing = sorted(set(columns) - {heads})
+            names = [self._head_names[index] for index in contributing]
+            norms_of_heads = per_head[:, contributing].sqrt().tolist()
+            steps.extend(
+                GradientStep(dict(zip(names, norms)), global_norm)
+                for norms, global_norm in zip(norms_of_heads, block.sum(1).sqrt().tolist())
             )
-            for norms, total, present in zip(
-                per_head.sqrt().tolist(), squares.sum(1).sqrt().tolist(), self._present, strict=True
-            )
-        ]
-        self._present = []
         return steps
+
+
+def _joined(norms: list[Tensor], device: torch.device) -> Tensor:
+    if len(norms) == 1:
+        return norms[0].reshape(-1)
+    return torch.cat([norm.reshape(1) if norm.dim() == 0 else norm for norm in norms]) if norms else torch.zeros(0, device=device)
+
+
+def _grouped(presences: list[tuple[bool, ...] | None]) -> list[tuple[tuple[bool, ...] | None, int]]:
+    groups: list[tuple[tuple[bool, ...] | None, int]] = []
+    for present in presences:
+        if groups and groups[-1][0] == present:
+            groups[-1] = (present, groups[-1][1] + 1)
+        else:
+            groups.append((present, 1))
+    return groups
 
 
 def _parts(name: str, head: Head) -> list[Tensor | Rows]:
@@ -150,3 +221,16 @@ def _claim_rows(rows: dict[Tensor, list[int]], part: Rows, head: int, names: tup
         if owners[row] != _NO_HEAD:
             raise ValueError(f"heads {names[owners[row]]!r} and {names[head]!r} share row {row} of a layer")
         owners[row] = head
+
+
+def _require_measurable(parameters: tuple[Tensor, ...]) -> None:
+    devices = sorted({str(parameter.device) for parameter in parameters})
+    if len(devices) > 1:
+        raise ValueError(f"parameters lie on several devices ({', '.join(devices)}); a monitor measures one")
+    for parameter in parameters:
+        # A shard knows only its own part of the norm.
+        if hasattr(parameter, "_local_tensor") or getattr(parameter, "_fsdp_flattened", False):
+            raise ValueError(
+                f"a parameter is a {type(parameter).__name__} that is sharded over processes (DTensor, FSDP); "
+                "its gradient norm cannot be measured here"
+            )

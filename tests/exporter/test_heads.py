@@ -45,7 +45,7 @@ def test_norms_cover_all_parameters_of_a_head_and_the_global_norm_is_that_of_cli
 
 def test_many_steps_are_kept_in_order_until_they_are_collected():
     net = network()
-    meter = HeadGradientMeter({"left": net["left"], "right": net["right"]}, net.parameters(), expected_steps=2)
+    meter = HeadGradientMeter({"left": net["left"], "right": net["right"]}, net.parameters())
     expected = []
     for _ in range(9):
         backward(net)
