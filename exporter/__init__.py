@@ -10,6 +10,7 @@ from exporter.gradient_cv import gradient_cv, gradient_cv_ceiling, unreachable_c
 from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel, cv_text
 
 _IMPORTED_ON_FIRST_USE = {
+    "GradientMonitor": "exporter.monitor",
     "HeadGradientMeter": "exporter.heads",
     "MetricsServer": "exporter.server",
     "PPOUpdatePayload": "exporter.telemetry",
@@ -17,6 +18,8 @@ _IMPORTED_ON_FIRST_USE = {
     "RunAggregator": "exporter.aggregator",
     "TargetFile": "exporter.discovery",
     "emit_ppo_update": "exporter.telemetry",
+    "heads_from": "exporter.heads",
+    "row_heads": "exporter.heads",
 }
 
 __all__ = [

@@ -50,6 +50,17 @@ class RunAggregator:
             before = self.snapshot.runs.get(payload.run) or RunSnapshot(payload.run)
             self.snapshot = self.snapshot.with_run(_after_update(before, payload))
 
+    def remove_run(self, run: str) -> None:
+        """Take a run's series off the endpoint, and free its name; harmless if there is none."""
+        with self._writers:
+            self.snapshot = self.snapshot.without_run(run)
+
+    def count_error(self, run: str) -> None:
+        """Count an error inside the measurement of `run`."""
+        with self._writers:
+            before = self.snapshot.runs.get(run) or RunSnapshot(run)
+            self.snapshot = self.snapshot.with_run(replace(before, exporter_errors=before.exporter_errors + 1))
+
 
 def _after_update(before: RunSnapshot, payload: PPOUpdatePayload) -> RunSnapshot:
     quality = before.gradient_quality

@@ -24,16 +24,14 @@ def gradient_cv(norms: Iterable[float]) -> float:
     values = [float(norm) for norm in norms]
     if not all(map(math.isfinite, values)):
         return math.inf
-    if len(values) < 2:
+    count = len(values)
+    scale = max(map(abs, values), default=0.0)
+    if count < 2 or scale == 0.0:
         return 0.0
     # Dividing by the largest norm keeps the squares from over- or underflowing.
-    scale = max(map(abs, values))
-    if scale == 0.0:
-        return 0.0
-    scaled = [value / scale for value in values]
-    mean = math.fsum(scaled) / len(scaled)
-    variance = math.fsum([(value - mean) ** 2 for value in scaled]) / (len(scaled) - 1)
-    return math.sqrt(variance) / max(abs(mean), MEAN_FLOOR / scale)
+    mean = math.fsum(values) / count if scale < 1e300 else math.fsum([value / count for value in values])
+    variance = math.fsum([((value - mean) / scale) ** 2 for value in values]) / (count - 1)
+    return math.sqrt(variance) * (scale / max(abs(mean), MEAN_FLOOR))
 
 
 def gradient_cv_ceiling(heads: int) -> float:

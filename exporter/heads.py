@@ -1,10 +1,13 @@
 """What an action head is to the measurement, and its gradient norms on the device."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from exporter.telemetry import GradientStep
 
@@ -21,6 +24,50 @@ class Rows:
 Head = nn.Module | Iterable[Tensor | Rows]
 
 _NO_HEAD = -1
+
+
+def row_heads(layer: nn.Module, sizes: Mapping[str, int]) -> dict[str, list[Rows]]:
+    """Heads that are rows of one fused layer, in order.
+
+    Args:
+        layer: its parameters (weight, bias) have the heads' rows along their first axis.
+        sizes: head name -> number of rows.
+
+    Raises:
+        ValueError: the sizes do not add up to the layer's rows.
+    """
+    for name, parameter in layer.named_parameters():
+        if len(parameter) != sum(sizes.values()):
+            raise ValueError(f"{name} has {len(parameter)} rows, but the heads add up to {sum(sizes.values())}")
+    bounds = zip(sizes, pairwise(accumulate(sizes.values(), initial=0)))
+    return {name: [Rows(part, start, stop) for part in layer.parameters()] for name, (start, stop) in bounds}
+
+
+def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
+    r"""Heads by the names of their modules, such as `heads_from(model, r"heads\.(\w+)")`.
+
+    Args:
+        model: whose `named_modules()` are searched.
+        pattern: regular expression that a module's whole name must match. Its first
+            group, if there is one, is the head's name; modules with the same name
+            make one head.
+
+    Raises:
+        ValueError: no module matches; the message lists module names.
+    """
+    expression = re.compile(pattern)
+    heads: dict[str, dict[Tensor, None]] = {}
+    for name, module in model.named_modules():
+        if match := expression.fullmatch(name):
+            head = match.group(1) if expression.groups else name
+            heads.setdefault(head, {}).update(dict.fromkeys(module.parameters()))
+    if not heads:
+        names = [name for name, _ in model.named_modules() if name]
+        raise ValueError(
+            f"no module of {type(model).__name__} matches {pattern!r}; there are {', '.join(names[:20])}"
+            + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        )
+    return {name: list(parameters) for name, parameters in heads.items()}
 
 
 class HeadGradientMeter:
@@ -71,21 +118,55 @@ class HeadGradientMeter:
 
         self._whole = list(whole)
         self._shared = list(rows)
+        self._is_shared = set(rows)
         self.parameters = (*self._whole, *self._shared)
         self._owners = [[owner] for owner in whole.values()] + list(rows.values())
         # Half-precision norms lose digits, and those of float16 overflow at 65504.
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters)
         self._dtype = torch.float32 if half else None
         _require_measurable(self.parameters)
-        # One entry per step: norms, one tensor per parameter that has a gradient, and which those are.
-        self._steps: list[tuple[list[Tensor], tuple[bool, ...] | None]] = []
+        self._steps: list[_Step] = []
+        self._early: dict[Tensor, Tensor] = {}
 
-    @torch.no_grad()
-    def record(self) -> None:
-        """Take the norms of the gradients as they are now."""
-        self._steps.append(self._norms())
+    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> None:
+        """Take the norms of the gradients as they are now, or as `record_after_backward()` saw them.
 
-    @torch.no_grad()
+        Args:
+            scale: what the loss was multiplied with, a 0-dimensional tensor; norms are divided by it.
+            discard: a 0-dimensional tensor; where it turns out not to be zero the step is left out.
+        """
+        norms, present = self._norms()
+        if scale is not None:
+            norms = list(torch._foreach_div(norms, scale))
+        if discard is not None:
+            # A copy: its owner may change it before it is read.
+            norms.append(discard.detach().clone())
+        self._steps.append(_Step(norms, present, discard is not None))
+
+    def require_owned(self, owned: Iterable[Tensor]) -> None:
+        """Check that an optimizer's parameters include every head's.
+
+        Raises:
+            ValueError: they do not; the message names a head.
+        """
+        known = set(owned)
+        for parameter, owners in zip(self.parameters, self._owners):
+            if parameter not in known:
+                name = next((self.head_names[owner] for owner in owners if owner != _NO_HEAD), None)
+                raise ValueError(f"the optimizer does not own a parameter of head {name!r}")
+
+    def record_after_backward(self) -> list[RemovableHandle]:
+        """Take each parameter's norm as soon as its gradient is accumulated, before anything clips it.
+
+        Returns:
+            Handles that end it.
+        """
+
+        def take(parameter: Tensor) -> None:
+            self._early[parameter] = self._norm(parameter).detach()
+
+        return [parameter.register_post_accumulate_grad_hook(take) for parameter in self.parameters]
+
     def measure(self) -> Tensor:
         """Take the norms of the gradients as they are now.
 
@@ -94,7 +175,7 @@ class HeadGradientMeter:
         """
         norms, present = self._norms()
         joined = _joined(norms, self.parameters[0].device)
-        self._steps.append(([joined], present))
+        self._steps.append(_Step([joined], present))
         return torch.linalg.vector_norm(joined)
 
     def collect(self) -> list[GradientStep]:
@@ -105,25 +186,49 @@ class HeadGradientMeter:
         """Like `collect()`, without waiting for the device."""
         steps, self._steps = self._steps, []
         device = self.parameters[0].device
-        rows = [_joined(norms, device) for norms, _ in steps]
-        presences = [present for _, present in steps]
-        on_device = torch.cat(rows) if rows else torch.zeros(0)
-        return PendingGradientSteps(self.head_names, self._owners, presences, on_device)
+        on_device = _joined([norm for step in steps for norm in step.norms], device)
+        return PendingGradientSteps(self.head_names, self._owners, [(s.present, s.may_be_discarded) for s in steps], on_device)
 
     def _norms(self) -> tuple[list[Tensor], tuple[bool, ...] | None]:
         """Norms of what has a gradient; for every parameter whether it has one, None if all have."""
+        if self._early:
+            early, self._early = self._early, {}
+            present = tuple(parameter in early for parameter in self.parameters)
+            return [early[p] for p in self.parameters if p in early], None if all(present) else present
         gradients = [parameter.grad for parameter in self._whole]
-        shared = [parameter.grad for parameter in self._shared]
+        shared = self._shared
         present = None
-        if None in gradients or None in shared:
-            present = tuple(gradient is not None for gradient in (*gradients, *shared))
+        # Not `None in gradients`, which would compare tensors.
+        if any(gradient is None for gradient in gradients) or any(parameter.grad is None for parameter in shared):
+            present = tuple(parameter.grad is not None for parameter in self.parameters)
             gradients = [gradient for gradient in gradients if gradient is not None]
-            shared = [gradient for gradient in shared if gradient is not None]
+            shared = [parameter for parameter in shared if parameter.grad is not None]
         norms = list(torch._foreach_norm(gradients, dtype=self._dtype)) if gradients else []
-        for gradient in shared:
-            flat = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
-            norms.append(torch.linalg.vector_norm(flat, dim=1, dtype=self._dtype))
+        norms.extend(map(self._norm, shared))
+        if norms and norms[0].requires_grad:  # gradients of a double backward
+            norms = [norm.detach() for norm in norms]
         return norms, present
+
+    def _norm(self, parameter: Tensor) -> Tensor:
+        """Norm of the gradient of a parameter, or of each row of a layer that heads share."""
+        gradient = parameter.grad
+        if parameter not in self._is_shared:
+            return torch.linalg.vector_norm(gradient, dtype=self._dtype)
+        rows = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
+        return torch.linalg.vector_norm(rows, dim=1, dtype=self._dtype)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Norms of one step on the device: one tensor per parameter that has a gradient, or all in one.
+
+    `present`: for every parameter whether it has a gradient, None if all have. The
+    last norm is no norm but the discard flag if the step `may_be_discarded`.
+    """
+
+    norms: list[Tensor]
+    present: tuple[bool, ...] | None
+    may_be_discarded: bool = False
 
 
 class PendingGradientSteps:
@@ -137,12 +242,12 @@ class PendingGradientSteps:
         self,
         head_names: tuple[str, ...],
         owners: list[list[int]],
-        presences: list[tuple[bool, ...] | None],
+        layouts: list[tuple[tuple[bool, ...] | None, bool]],
         norms: Tensor,
     ) -> None:
         self._head_names = head_names
         self._owners = owners
-        self._presences = presences
+        self._layouts = layouts
         self._event = None
         if norms.is_cuda:
             self._norms = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True)
@@ -165,38 +270,37 @@ class PendingGradientSteps:
         steps: list[GradientStep] = []
         squares = self._norms.double().square()
         start = 0
-        # Steps with the same parameters present stand next to each other: usually that is all of them.
-        for present, count in _grouped(self._presences):
+        # Neighbours with the same parameters present are put together at once: usually that is all of them.
+        for (present, may_be_discarded), group in groupby(self._layouts):
+            count = len(list(group))
             owners = self._owners if present is None else [o for o, has in zip(self._owners, present) if has]
             columns = [owner if owner != _NO_HEAD else heads for part in owners for owner in part]
-            block = squares[start : start + count * len(columns)].view(count, len(columns))
+            width = len(columns) + may_be_discarded
+            block = squares[start : start + count * width].view(count, width)
             start += block.numel()
+            if may_be_discarded:
+                block = block[block[:, -1] == 0.0, :-1]
             # index_add_ keeps a NaN in the column of its own head; a matrix product would spread it.
-            per_head = block.new_zeros(count, heads + 1).index_add_(1, torch.tensor(columns, dtype=torch.long), block)
+            per_head = block.new_zeros(len(block), heads + 1)
+            per_head.index_add_(1, torch.tensor(columns, dtype=torch.long), block)
             contributing = sorted(set(columns) - {heads})
             names = [self._head_names[index] for index in contributing]
-            norms_of_heads = per_head[:, contributing].sqrt().tolist()
             steps.extend(
                 GradientStep(dict(zip(names, norms)), global_norm)
-                for norms, global_norm in zip(norms_of_heads, block.sum(1).sqrt().tolist())
+                for norms, global_norm in zip(
+                    per_head[:, contributing].sqrt().tolist(), block.sum(1).sqrt().tolist()
+                )
             )
         return steps
 
 
 def _joined(norms: list[Tensor], device: torch.device) -> Tensor:
-    if len(norms) == 1:
-        return norms[0].reshape(-1)
-    return torch.cat([norm.reshape(1) if norm.dim() == 0 else norm for norm in norms]) if norms else torch.zeros(0, device=device)
-
-
-def _grouped(presences: list[tuple[bool, ...] | None]) -> list[tuple[tuple[bool, ...] | None, int]]:
-    groups: list[tuple[tuple[bool, ...] | None, int]] = []
-    for present in presences:
-        if groups and groups[-1][0] == present:
-            groups[-1] = (present, groups[-1][1] + 1)
-        else:
-            groups.append((present, 1))
-    return groups
+    """All norms in one vector; those of whole parameters are 0-dimensional, those of rows are not."""
+    if not norms:
+        return torch.zeros(0, device=device)
+    if all(norm.dim() == 0 for norm in norms):
+        return torch.stack(norms)
+    return torch.cat([norm if norm.dim() else norm.unsqueeze(0) for norm in norms])
 
 
 def _parts(name: str, head: Head) -> list[Tensor | Rows]:

@@ -1,7 +1,8 @@
 """Every metric family, declared once, and the collector that fills them from one snapshot."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
@@ -44,9 +45,9 @@ class MetricFamily:
     labels: tuple[str, ...]
     samples: Callable[[RunSnapshot], Iterable[Sample]]
 
-    def collect(self, runs: Iterable[RunSnapshot]) -> Metric:
-        """The family with the samples of all `runs`."""
-        labels = (RUN_LABEL, *self.labels)
+    def collect(self, runs: Iterable[RunSnapshot], process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
+        """The family with the samples of all `runs`, each with the labels of this process."""
+        labels = (*process_labels, RUN_LABEL, *self.labels)
         match self.kind:
             case "counter":
                 family = CounterMetricFamily(self.name, self.documentation, labels=labels)
@@ -60,11 +61,12 @@ class MetricFamily:
                 raise ValueError(f"{self.name}: unknown metric type {other!r}")
         for run in runs:
             for label_values, value in self.samples(run):
+                label_values = (*process_labels.values(), run.run, *label_values)
                 if isinstance(value, Histogram):
                     buckets = [(floatToGoString(bound), count) for bound, count in value.cumulative()]
-                    family.add_metric((run.run, *label_values), buckets=buckets, sum_value=value.total)
+                    family.add_metric(label_values, buckets=buckets, sum_value=value.total)
                 else:
-                    family.add_metric((run.run, *label_values), value)
+                    family.add_metric(label_values, value)
         return family
 
 
@@ -194,6 +196,13 @@ LAST_UPDATE_TIMESTAMP = MetricFamily(
     (),
     _one(lambda run: run.last_update_timestamp_seconds),
 )
+EXPORTER_ERRORS = MetricFamily(
+    "ppo_exporter_errors_total",
+    "counter",
+    "Errors inside the measurement itself; training goes on without the sample.",
+    (),
+    _one(lambda run: run.exporter_errors),
+)
 RUN_INFO = MetricFamily(
     "ppo_run_info",
     "info",
@@ -211,13 +220,14 @@ METRIC_FAMILIES: tuple[MetricFamily, ...] = tuple(
 class RunCollector(Collector):
     """All families of all runs, from the one snapshot that was current when the scrape began."""
 
-    def __init__(self, aggregator: RunAggregator) -> None:
+    def __init__(self, aggregator: RunAggregator, process_labels: Mapping[str, str]) -> None:
         self._aggregator = aggregator
+        self._process_labels = process_labels
 
     def collect(self) -> Iterator[Metric]:
         runs = tuple(self._aggregator.snapshot.runs.values())
         for family in METRIC_FAMILIES:
-            yield family.collect(runs)
+            yield family.collect(runs, self._process_labels)
 
     def describe(self) -> Iterator[Metric]:
         """The families without samples, with which a registry checks that names are free."""
@@ -225,10 +235,15 @@ class RunCollector(Collector):
             yield family.collect(())
 
 
-def build_registry(aggregator: RunAggregator) -> CollectorRegistry:
-    """A registry of its own: the runs of `aggregator` and this process, its platform and its GC."""
+def build_registry(
+    aggregator: RunAggregator, process_labels: Mapping[str, str] = MappingProxyType({})
+) -> CollectorRegistry:
+    """A registry of its own: the runs of `aggregator` and this process, its platform and its GC.
+
+    `process_labels`, such as a rank, are added to every sample of a run.
+    """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(RunCollector(aggregator))
+    registry.register(RunCollector(aggregator, process_labels))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)

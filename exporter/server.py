@@ -1,5 +1,8 @@
 """`/metrics` over HTTP, in a thread of the training process."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from prometheus_client import start_http_server
 
 from exporter.aggregator import RunAggregator
@@ -16,15 +19,22 @@ class MetricsServer:
         aggregator: whose snapshot every scrape reads.
         address: IP address or host name to bind; the default is reachable from this machine only.
         port: TCP port; 0 takes any free one, which `port` then names.
+        process_labels: added to every sample of a run, such as a rank.
 
     Raises:
         OSError: the address cannot be bound; the message names it and the reason.
     """
 
-    def __init__(self, aggregator: RunAggregator, address: str = DEFAULT_ADDRESS, port: int = DEFAULT_PORT) -> None:
+    def __init__(
+        self,
+        aggregator: RunAggregator,
+        address: str = DEFAULT_ADDRESS,
+        port: int = DEFAULT_PORT,
+        process_labels: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.address = address
         try:
-            self._server, self._thread = start_http_server(port, address, registry=build_registry(aggregator))
+            self._server, self._thread = start_http_server(port, address, registry=build_registry(aggregator, process_labels))
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OSError(f"cannot serve /metrics on {host_and_port(address, port)}: {reason}") from error

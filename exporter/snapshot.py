@@ -104,6 +104,7 @@ class RunSnapshot:
     update_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
     rollout_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
     last_update_timestamp_seconds: float | None = None
+    exporter_errors: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,3 +116,7 @@ class Snapshot:
     def with_run(self, run: RunSnapshot) -> "Snapshot":
         """A snapshot in which `run` replaces the one of the same name or joins the others."""
         return replace(self, runs=MappingProxyType({**self.runs, run.run: run}))
+
+    def without_run(self, run: str) -> "Snapshot":
+        """A snapshot in which there is no run of that name."""
+        return replace(self, runs=MappingProxyType({name: r for name, r in self.runs.items() if name != run}))

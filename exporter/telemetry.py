@@ -17,16 +17,12 @@ class GradientStep:
     Attributes:
         head_norms: L2 norm of every head that has a gradient; heads whose
             gradient is None are absent, a zero gradient is 0.0.
-        global_norm: L2 norm over all parameters of the optimizer, heads included.
+        global_norm: L2 norm over everything that was measured, heads included, so
+            that it is finite only if theirs are.
     """
 
     head_norms: Mapping[str, float]
     global_norm: float
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every norm, that of the parameters outside the heads included, is finite."""
-        return math.isfinite(self.global_norm) and all(map(math.isfinite, self.head_norms.values()))
 
     @property
     def cv(self) -> float:
@@ -35,7 +31,7 @@ class GradientStep:
         A NaN in the trunk or the value head leaves the heads' own norms finite,
         but the step is lost all the same and must not count as healthy.
         """
-        return gradient_cv(self.head_norms.values()) if self.is_finite else math.inf
+        return gradient_cv(self.head_norms.values()) if math.isfinite(self.global_norm) else math.inf
 
 
 class GradientMetrics(TypedDict):

@@ -1,13 +1,13 @@
 """The network: a shared trunk, one fused layer for all action heads, and a value head."""
 
 from collections.abc import Mapping
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.heads import Rows
+from exporter.heads import row_heads
 
 
 class FactoredCategorical:
@@ -119,14 +119,11 @@ class ActorCritic(nn.Module):
         )
         self.policy_layer = nn.Linear(hidden_size, sum(sizes))
         nn.init.zeros_(self.policy_layer.bias)
-        bounds = dict(zip(heads, pairwise(accumulate(sizes, initial=0))))
-        for start, stop in bounds.values():
-            nn.init.orthogonal_(self.policy_layer.weight.data[start:stop], 0.01)
+        self.head_rows = row_heads(self.policy_layer, heads)
+        for name in heads:
+            weight = self.head_rows[name][0]
+            nn.init.orthogonal_(weight.parameter.data[weight.start : weight.stop], 0.01)
         self.value_layer = _orthogonal(nn.Linear(hidden_size, 1), 1.0)
-        self.head_rows: dict[str, list[Rows]] = {
-            name: [Rows(parameter, start, stop) for parameter in self.policy_layer.parameters()]
-            for name, (start, stop) in bounds.items()
-        }
         self.register_buffer("_columns", padded_columns(sizes), persistent=False)
         self.return_moments = RunningMoments()
 

@@ -1,0 +1,306 @@
+"""`GradientMonitor`: the metric for a trainer that somebody has already, by an optimizer hook."""
+
+import difflib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from exporter.aggregator import RunAggregator
+from exporter.discovery import TargetFile
+from exporter.gradient_cv import unreachable_critical_warning
+from exporter.heads import Head, HeadGradientMeter, PendingGradientSteps
+from exporter.server import DEFAULT_ADDRESS, DEFAULT_PORT, MetricsServer, host_and_port
+from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update, summarize_gradient_steps
+
+DEFAULT_WINDOW_STEPS = 64
+
+_log = logging.getLogger(__name__)
+_MEASURED = set(GradientMetrics.__annotations__) | {"run", "skipped_gradient_steps", "timestamp_seconds"}
+_RECORDABLE = [f.name for f in fields(PPOUpdatePayload) if f.name not in _MEASURED]
+_INCREMENTS = {"environment_steps", "episodes"}
+_ONCE = {"update_duration_seconds", "rollout_duration_seconds"}
+
+# Monitors of one process share it unless they are given another: one endpoint for all of them.
+_process_aggregator = RunAggregator()
+
+
+class GradientMonitor:
+    """Observes the gradients of action heads at every `optimizer.step()` and exports their CV.
+
+    It changes neither gradients nor random state, and an error inside it is logged
+    once, counted in `ppo_exporter_errors_total`, and never reaches the training
+    loop. On CUDA it adds no synchronization: norms travel to pinned memory and are
+    published at the first step after they have arrived.
+
+    What it sees at a step is clipped where the trainer clips. The CV and the shares
+    do not change under clipping by the global norm; norms do. After clipping a NaN
+    in one head is in all of them: `before_clipping` tells which head it was.
+
+    Args:
+        heads: head name -> module, parameters, or `Rows` of a layer that heads share;
+            see also `heads_from` and `row_heads`.
+        run: name of the run, its label on `/metrics`.
+        window_steps: gradient steps that make a window, until `update_completed()` is
+            called for the first time; from then on a window is an update. None waits for it.
+        before_clipping: measure in hooks on the heads' parameters, right after
+            backward. Exact norms and the right head for a NaN, for one hook call per
+            parameter and backward pass; in a DistributedDataParallel model the norms are
+            those of this process, before the gradients are averaged.
+        global_norm: export `ppo_gradient_norm` too, over all parameters of the
+            optimizer; reads every gradient once more.
+        grad_scaler: the `torch.amp.GradScaler` in use; `before_clipping` needs it to unscale.
+        info: labels of `ppo_run_info`, such as environment and seed.
+        aggregator: where updates go; by default one that all monitors of the process share.
+
+    Raises:
+        ValueError: there are no heads, the run has a name that is taken, or `window_steps` is below 1.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[str, Head],
+        run: str,
+        *,
+        window_steps: int | None = DEFAULT_WINDOW_STEPS,
+        before_clipping: bool = False,
+        global_norm: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        info: Mapping[str, str] | None = None,
+        aggregator: RunAggregator | None = None,
+    ) -> None:
+        if window_steps is not None and window_steps < 1:
+            raise ValueError(f"window_steps must be at least 1 or None, got {window_steps}")
+        if not heads:
+            raise ValueError("there are no heads to measure")
+        self.run = run
+        self.heads = dict(heads)
+        self._aggregator = aggregator or _process_aggregator
+        self._window_steps = window_steps
+        self._before_clipping = before_clipping
+        self._global_norm = global_norm
+        self._grad_scaler = grad_scaler
+        self._meter: HeadGradientMeter | None = None
+        self._hooks: list = []
+        self._steps_in_window = 0
+        self._signals: dict[str, float] = {}
+        self._increments: dict[str, int] = {}
+        self._pending: deque[tuple[PendingGradientSteps, dict[str, object]]] = deque()
+        self._served: list[_SharedServer] = []
+        self._target_files: list[TargetFile] = []
+        self._has_logged_error = False
+        self._aggregator.register_run(run, heads, info)
+        warning = unreachable_critical_warning(len(self.heads))
+        if warning is not None:
+            _log.warning("run %s: %s", run, warning)
+
+    def attach(self, optimizer: Optimizer) -> "GradientMonitor":
+        """Observe every step of `optimizer`; wrappers such as Accelerate's are looked through.
+
+        Raises:
+            RuntimeError: the monitor is attached already.
+            TypeError: not an optimizer, or a head that is made of something else than parameters.
+            ValueError: the heads cannot be measured (see `HeadGradientMeter`), or the
+                optimizer does not own one of their parameters; the message names the head.
+        """
+        if self._hooks:
+            raise RuntimeError(f"monitor of run {self.run!r} is attached already; detach() it first")
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # An iterator of parameters can be walked once only; a detached monitor may be attached again.
+        self.heads = {
+            name: list(head) if not isinstance(head, (torch.nn.Module, Tensor)) and hasattr(head, "__iter__") else head
+            for name, head in self.heads.items()
+        }
+        meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
+        meter.require_owned(owned)
+        self._meter = meter
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
+        if self._before_clipping:
+            self._hooks += meter.record_after_backward()
+        return self
+
+    def detach(self) -> None:
+        """Stop observing; what was measured is published, and the run's series stay. May be attached again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        try:
+            if self._steps_in_window:
+                self._close_window()
+            self._publish(wait=True)
+        except Exception as error:
+            self._failed(error)
+
+    def close(self) -> None:
+        """Detach, leave the endpoint (which closes with its last monitor), and take the run's series off it."""
+        self.detach()
+        for target_file in self._target_files:
+            target_file.remove()
+        for served in self._served:
+            served.leave()
+        self._target_files, self._served = [], []
+        self._aggregator.remove_run(self.run)
+
+    def __enter__(self) -> "GradientMonitor":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def serve(
+        self,
+        port: int = DEFAULT_PORT,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        targets_dir: str | Path | None = None,
+        every_rank: bool = False,
+    ) -> str | None:
+        """Serve `/metrics` in a thread of this process; monitors that name the same port share it.
+
+        In a torch.distributed group only rank 0 serves; with `every_rank` each one
+        does, at `port` + its local rank and with a label `rank`.
+
+        Args:
+            targets_dir: write a target file for Prometheus' file service discovery there.
+
+        Returns:
+            The URL, or None on a rank that does not serve.
+
+        Raises:
+            OSError: the address cannot be bound, or the target file not written.
+        """
+        labels: dict[str, str] = {}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank = torch.distributed.get_rank()
+            if every_rank:
+                port += int(os.environ.get("LOCAL_RANK", rank)) if port else 0
+                labels = {"rank": str(rank)}
+            elif rank != 0:
+                return None
+        served = _SharedServer.join(self._aggregator, address, port, labels)
+        self._served.append(served)
+        if targets_dir is not None:
+            target = host_and_port(TargetFile.reachable(address), served.server.port)
+            self._target_files.append(TargetFile(Path(targets_dir), self.run, target))
+        return served.server.url
+
+    def record(self, **values: float | None) -> None:
+        """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
+
+        Counts (`environment_steps`, `episodes`) are increments and add up; durations
+        belong to one window; everything else stays until it is recorded anew.
+
+        Raises:
+            TypeError: there is no signal of that name, or the value is no number.
+        """
+        for name, value in values.items():
+            if name not in _RECORDABLE:
+                nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(_RECORDABLE)}"
+                raise TypeError(f"no signal {name!r}{hint}")
+            if name in _INCREMENTS:
+                self._increments[name] = self._increments.get(name, 0) + int(value)
+            elif value is None:
+                self._signals.pop(name, None)
+            else:
+                self._signals[name] = float(value)
+
+    def update_completed(self, **values: float | None) -> None:
+        """A PPO update has ended: publish its window, with `values` as for `record()`.
+
+        Raises:
+            TypeError: as `record()`.
+        """
+        self.record(**values)
+        self._window_steps = None
+        try:
+            self._close_window()
+            self._publish()
+        except Exception as error:
+            self._failed(error)
+
+    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        try:
+            scale = getattr(optimizer, "grad_scale", None)
+            if self._before_clipping and self._grad_scaler is not None:
+                scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
+            # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
+            # step, and so this hook, is not called. Either way such a step is none.
+            self._meter.record(scale, getattr(optimizer, "found_inf", None))
+            self._steps_in_window += 1
+            if self._steps_in_window == self._window_steps:
+                self._close_window()
+            if self._pending:
+                self._publish()
+        except Exception as error:
+            self._failed(error)
+
+    def _close_window(self) -> None:
+        self._steps_in_window = 0
+        if self._meter is None:
+            return
+        progress = {**self._signals, **self._increments, "timestamp_seconds": time.time()}
+        self._increments = {}
+        for name in _ONCE:
+            self._signals.pop(name, None)
+        self._pending.append((self._meter.start_collecting(), progress))
+
+    def _publish(self, wait: bool = False) -> None:
+        while self._pending and (wait or self._pending[0][0].is_ready):
+            pending, progress = self._pending.popleft()
+            metrics = summarize_gradient_steps(pending.result())
+            if not self._global_norm:
+                metrics["gradient_norm"] = None
+            emit_ppo_update(metrics, run=self.run, handler=self._aggregator, **progress)
+
+    def _failed(self, error: Exception) -> None:
+        self._aggregator.count_error(self.run)
+        if not self._has_logged_error:
+            self._has_logged_error = True
+            _log.error(
+                "run %s: gradients could not be measured; training goes on, further errors are only counted",
+                self.run,
+                exc_info=error,
+            )
+
+
+class _SharedServer:
+    """An endpoint and the number of monitors on it."""
+
+    _open: dict[tuple[RunAggregator, str, int], "_SharedServer"] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, server: MetricsServer, key: tuple[RunAggregator, str, int]) -> None:
+        self.server = server
+        self._key = key
+        self._monitors = 0
+
+    @classmethod
+    def join(cls, aggregator: RunAggregator, address: str, port: int, labels: Mapping[str, str]) -> "_SharedServer":
+        with cls._lock:
+            served = cls._open.get((aggregator, address, port))
+            if served is None:
+                server = MetricsServer(aggregator, address, port, labels)
+                served = cls(server, (aggregator, address, server.port))
+                cls._open[served._key] = served
+            served._monitors += 1
+            return served
+
+    def leave(self) -> None:
+        with self._lock:
+            self._monitors -= 1
+            if self._monitors == 0:
+                del self._open[self._key]
+                self.server.close()
