@@ -1,7 +1,7 @@
 """What an action head is to the measurement, and its gradient norms on the device."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 
@@ -64,7 +64,7 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
     if not heads:
         names = [name for name, _ in model.named_modules() if name]
         raise ValueError(
-            f"no module of {type(model).__name__} matches {pattern!r}; there are {', '.join(names[:20])}"
+            f"no module of {type(model).__name__} matches {pattern}; there are {', '.join(names[:20])}"
             + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         )
     return {name: list(parameters) for name, parameters in heads.items()}
@@ -155,15 +155,21 @@ class HeadGradientMeter:
                 name = next((self.head_names[owner] for owner in owners if owner != _NO_HEAD), None)
                 raise ValueError(f"the optimizer does not own a parameter of head {name!r}")
 
-    def record_after_backward(self) -> list[RemovableHandle]:
+    def record_after_backward(self, on_error: Callable[[Exception], None]) -> list[RemovableHandle]:
         """Take each parameter's norm as soon as its gradient is accumulated, before anything clips it.
+
+        Args:
+            on_error: told of what goes wrong in a hook, which must not end the backward pass.
 
         Returns:
             Handles that end it.
         """
 
         def take(parameter: Tensor) -> None:
-            self._early[parameter] = self._norm(parameter).detach()
+            try:
+                self._early[parameter] = self._norm(parameter).detach()
+            except Exception as error:
+                on_error(error)
 
         return [parameter.register_post_accumulate_grad_hook(take) for parameter in self.parameters]
 

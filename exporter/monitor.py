@@ -62,7 +62,7 @@ class GradientMonitor:
         aggregator: where updates go; by default one that all monitors of the process share.
 
     Raises:
-        ValueError: there are no heads, the run has a name that is taken, or `window_steps` is below 1.
+        ValueError: `window_steps` is below 1.
     """
 
     def __init__(
@@ -79,8 +79,6 @@ class GradientMonitor:
     ) -> None:
         if window_steps is not None and window_steps < 1:
             raise ValueError(f"window_steps must be at least 1 or None, got {window_steps}")
-        if not heads:
-            raise ValueError("there are no heads to measure")
         self.run = run
         self.heads = dict(heads)
         self._aggregator = aggregator or _process_aggregator
@@ -97,10 +95,8 @@ class GradientMonitor:
         self._served: list[_SharedServer] = []
         self._target_files: list[TargetFile] = []
         self._has_logged_error = False
-        self._aggregator.register_run(run, heads, info)
-        warning = unreachable_critical_warning(len(self.heads))
-        if warning is not None:
-            _log.warning("run %s: %s", run, warning)
+        self._info = info
+        self._is_registered = False
 
     def attach(self, optimizer: Optimizer) -> "GradientMonitor":
         """Observe every step of `optimizer`; wrappers such as Accelerate's are looked through.
@@ -108,8 +104,9 @@ class GradientMonitor:
         Raises:
             RuntimeError: the monitor is attached already.
             TypeError: not an optimizer, or a head that is made of something else than parameters.
-            ValueError: the heads cannot be measured (see `HeadGradientMeter`), or the
-                optimizer does not own one of their parameters; the message names the head.
+            ValueError: the heads cannot be measured (see `HeadGradientMeter`), the
+                optimizer does not own one of their parameters (the message names the
+                head), or another run has the same name.
         """
         if self._hooks:
             raise RuntimeError(f"monitor of run {self.run!r} is attached already; detach() it first")
@@ -125,10 +122,16 @@ class GradientMonitor:
         }
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
+        if not self._is_registered:
+            self._aggregator.register_run(self.run, meter.head_names, self._info)
+            self._is_registered = True
+            warning = unreachable_critical_warning(len(meter.head_names))
+            if warning is not None:
+                _log.warning("run %s: %s", self.run, warning)
         self._meter = meter
         self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
         if self._before_clipping:
-            self._hooks += meter.record_after_backward()
+            self._hooks += meter.record_after_backward(self._failed)
         return self
 
     def detach(self) -> None:
@@ -151,7 +154,9 @@ class GradientMonitor:
         for served in self._served:
             served.leave()
         self._target_files, self._served = [], []
-        self._aggregator.remove_run(self.run)
+        if self._is_registered:
+            self._aggregator.remove_run(self.run)
+            self._is_registered = False
 
     def __enter__(self) -> "GradientMonitor":
         return self

@@ -1,0 +1,352 @@
+"""`GradientMonitor` on optimizers that know nothing of it."""
+
+import copy
+import logging
+import math
+import tracemalloc
+import urllib.request
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from torch import nn
+
+from exporter import GradientMonitor, RunAggregator, gradient_cv, heads_from, row_heads
+
+HEADS = ("left", "middle", "right", "up", "down")
+
+
+class Policy(nn.Module):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.trunk = nn.Linear(6, 16)
+        self.heads = nn.ModuleDict({name: nn.Linear(16, 2 + index) for index, name in enumerate(HEADS)})
+        self.value = nn.Linear(16, 1)
+
+    def loss(self, inputs: torch.Tensor) -> torch.Tensor:
+        features = self.trunk(inputs).tanh()
+        outputs = [*(head(features) for head in self.heads.values()), self.value(features)]
+        return sum(((index + 1) * output - 1).square().mean() for index, output in enumerate(outputs))
+
+
+def train(policy: Policy, optimizer: torch.optim.Optimizer, steps: int, clip: float | None = None, spoil=None) -> list[float]:
+    """A plain loop; the CV of every step, taken from the gradients before they are clipped."""
+    generator, cvs = torch.Generator().manual_seed(1), []
+    for step in range(steps):
+        optimizer.zero_grad()
+        policy.loss(torch.randn(8, 6, generator=generator)).backward()
+        if spoil is not None:
+            spoil(step)
+        cvs.append(
+            gradient_cv(
+                torch.cat([p.grad.flatten() for p in head.parameters()]).norm().item() for head in policy.heads.values()
+            )
+        )
+        if clip is not None:
+            nn.utils.clip_grad_norm_(policy.parameters(), clip)
+        optimizer.step()
+    return cvs
+
+
+@pytest.fixture
+def aggregator() -> RunAggregator:
+    return RunAggregator()
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return Policy()
+
+
+def monitor_of(policy: Policy, aggregator: RunAggregator, run: str = "walker-17", **options) -> GradientMonitor:
+    return GradientMonitor(heads_from(policy, r"heads\.(\w+)"), run, aggregator=aggregator, **options)
+
+
+def adam(policy: nn.Module, **options) -> torch.optim.Optimizer:
+    return torch.optim.Adam(policy.parameters(), lr=1e-3, **options)
+
+
+def quality(aggregator: RunAggregator, run: str = "walker-17"):
+    return aggregator.snapshot.runs[run].gradient_quality
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_a_window_of_steps_is_exported_whether_clipped_or_not(policy, aggregator, clip):
+    optimizer = adam(policy)
+    monitor_of(policy, aggregator, window_steps=4).attach(optimizer)
+    cvs = train(policy, optimizer, 10, clip)
+    run = aggregator.snapshot.runs["walker-17"]
+    assert run.updates == 2 and sum(run.gradient_quality.steps_by_level.values()) == 8
+    assert run.gradient_quality.gradient_cv == pytest.approx(sum(cvs[4:8]) / 4, rel=1e-5)
+    assert set(run.gradient_quality.head_norms) == set(HEADS)
+    assert run.gradient_quality.ceiling == pytest.approx(math.sqrt(5))
+    assert run.gradient_quality.gradient_norm is None
+
+
+def test_a_window_is_an_update_once_the_trainer_says_so(policy, aggregator):
+    optimizer = adam(policy)
+    monitor = monitor_of(policy, aggregator, window_steps=100, global_norm=True).attach(optimizer)
+    for update in range(3):
+        train(policy, optimizer, 150 if update else 7)
+        monitor.record(environment_steps=100, episodes=2, policy_loss=update)
+        monitor.record(environment_steps=28)
+        monitor.update_completed(approx_kl=torch.tensor(0.25), update_duration_seconds=0.5)
+    run = aggregator.snapshot.runs["walker-17"]
+    assert (run.updates, run.environment_steps, run.episodes) == (3, 384, 6)
+    assert run.signals == {"policy_loss": 2.0, "approx_kl": 0.25}
+    assert run.update_duration_seconds.total == pytest.approx(1.5)
+    assert sum(run.gradient_quality.steps_by_level.values()) == 307
+    expected = math.sqrt(sum(p.grad.square().sum().item() for p in policy.parameters()))
+    assert run.gradient_quality.gradient_norm == pytest.approx(expected, rel=1)
+
+
+def test_rows_of_a_fused_layer_are_heads(aggregator):
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 9)
+    optimizer = adam(layer)
+    GradientMonitor(row_heads(layer, {"a": 2, "b": 4, "c": 3}), "fused", window_steps=1, aggregator=aggregator).attach(
+        optimizer
+    )
+    layer(torch.randn(8, 6)).square().mean().backward()
+    expected = {
+        name: torch.cat([layer.weight.grad[rows].flatten(), layer.bias.grad[rows]]).norm().item()
+        for name, rows in (("a", slice(0, 2)), ("b", slice(2, 6)), ("c", slice(6, 9)))
+    }
+    optimizer.step()
+    assert quality(aggregator, "fused").head_norms == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="weight has 9 rows, but the heads add up to 8"):
+        row_heads(layer, {"a": 8})
+
+
+class Blowup(torch.autograd.Function):
+    """A gradient that becomes NaN in one head's own loss, as it happens in practice."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+@pytest.mark.parametrize("before_clipping", [False, True])
+def test_a_nan_is_in_every_head_after_clipping_and_attributed_before(policy, aggregator, before_clipping):
+    optimizer = adam(policy)
+    monitor_of(policy, aggregator, window_steps=1, before_clipping=before_clipping).attach(optimizer)
+    features = policy.trunk(torch.randn(8, 6)).tanh().detach()
+    outputs = {name: head(features) for name, head in policy.heads.items()}
+    outputs["middle"] = Blowup.apply(outputs["middle"])
+    sum(output.square().mean() for output in outputs.values()).backward()
+    nn.utils.clip_grad_norm_(policy.heads.parameters(), 0.5)
+    optimizer.step()
+    blamed = {"middle"} if before_clipping else set(HEADS)
+    assert quality(aggregator).nonfinite_steps == {head: int(head in blamed) for head in HEADS}
+    assert quality(aggregator).gradient_cv == math.inf
+
+
+def test_before_clipping_sees_the_norms_that_clipping_hides(policy, aggregator):
+    optimizer = adam(policy)
+    monitor_of(policy, aggregator, window_steps=1, before_clipping=True).attach(optimizer)
+    norms = {}
+    train(
+        policy,
+        optimizer,
+        3,
+        clip=1e-3,
+        spoil=lambda step: norms.update(
+            {n: torch.cat([p.grad.flatten() for p in h.parameters()]).norm().item() for n, h in policy.heads.items()}
+        ),
+    )
+    assert quality(aggregator).head_norms == pytest.approx(norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("before_clipping", [False, True])
+def test_loss_scaling_is_undone_and_overflowed_steps_are_none(policy, aggregator, fused, before_clipping):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    optimizer = adam(policy, fused=fused)
+    monitor = monitor_of(
+        policy, aggregator, window_steps=None, before_clipping=before_clipping, grad_scaler=scaler
+    ).attach(optimizer)
+    generator = torch.Generator().manual_seed(1)
+    norms = []
+    for step in range(4):
+        inputs = torch.randn(8, 6, generator=generator)
+        reference = copy.deepcopy(policy)
+        reference.zero_grad()
+        reference.loss(inputs).backward()
+        optimizer.zero_grad()
+        scaler.scale(policy.loss(inputs)).backward()
+        if step == 1:
+            policy.trunk.weight.grad.fill_(math.inf)
+        else:
+            norms.append(torch.cat([p.grad.flatten() for p in reference.heads["up"].parameters()]).norm().item())
+        scaler.step(optimizer)
+        scaler.update()
+    monitor.update_completed()
+    run = aggregator.snapshot.runs["walker-17"]
+    assert sum(run.gradient_quality.steps_by_level.values()) == 3
+    assert run.gradient_quality.head_norms["up"] == pytest.approx(sum(norms) / 3, rel=1e-5)
+    assert math.isfinite(run.gradient_quality.gradient_cv) and run.exporter_errors == 0
+
+
+def test_training_is_bit_identical_with_and_without(policy, aggregator):
+    observed, plain = policy, copy.deepcopy(policy)
+    optimizer = adam(observed)
+    monitor_of(observed, aggregator, before_clipping=True, global_norm=True).attach(optimizer)
+    torch.manual_seed(5)
+    train(observed, optimizer, 200, clip=0.5)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    train(plain, adam(plain), 200, clip=0.5)
+    assert torch.equal(after, torch.rand(1))
+    for a, b in zip(observed.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_cannot_be_attached_is_an_error_that_names_the_head(policy, aggregator):
+    def attach(heads, optimizer=None):
+        # The same name every time: what could not be attached leaves nothing behind.
+        return GradientMonitor(heads, "r", aggregator=aggregator).attach(optimizer or adam(policy))
+
+    with pytest.raises(ValueError, match="the optimizer does not own a parameter of head 'right'"):
+        without_right = [p for n, p in policy.named_parameters() if "right" not in n]
+        attach(heads_from(policy, r"heads\.(\w+)"), torch.optim.SGD(without_right, lr=0.1))
+    with pytest.raises(ValueError, match="'a' and 'b' share a parameter"):
+        attach({"a": policy.trunk, "b": policy.trunk})
+    with pytest.raises(ValueError, match="head 'a' has no parameters"):
+        attach({"a": [], "b": policy.trunk})
+    with pytest.raises(ValueError, match="there are no heads"):
+        attach({})
+    with pytest.raises(TypeError, match="expected a torch.optim.Optimizer, got Policy"):
+        attach({"a": policy.trunk, "b": policy.value}, policy)
+    with pytest.raises(ValueError, match=r"no module of Policy matches head\\.\(\\w\+\); there are trunk, heads, heads.left"):
+        heads_from(policy, r"head\.(\w+)")
+    monitor = attach({"a": policy.trunk, "b": policy.value})
+    with pytest.raises(RuntimeError, match="attached already"):
+        monitor.attach(adam(policy))
+
+
+def test_detaching_publishes_what_was_measured_and_closing_frees_the_name(policy, aggregator):
+    optimizer = adam(policy)
+    monitor = monitor_of(policy, aggregator).attach(optimizer)
+    train(policy, optimizer, 3)
+    monitor.detach()
+    train(policy, optimizer, 3)
+    assert sum(quality(aggregator).steps_by_level.values()) == 3
+    monitor.attach(optimizer)
+    train(policy, optimizer, 2)
+    monitor.close()
+    assert not aggregator.snapshot.runs and not optimizer._optimizer_step_pre_hooks
+    monitor_of(policy, aggregator).close()
+
+
+def samples(url: str, name: str) -> dict[str, float]:
+    text = urllib.request.urlopen(url, timeout=10).read().decode()
+    return {s.labels["run"]: s.value for f in text_string_to_metric_families(text) for s in f.samples if s.name == name}
+
+
+def test_monitors_share_one_endpoint_which_closes_with_the_last_one(policy, aggregator, tmp_path):
+    other = Policy(1)
+    with monitor_of(policy, aggregator, "a", window_steps=1) as first:
+        with monitor_of(other, aggregator, "b", window_steps=1) as second:
+            url = first.serve(port=0, targets_dir=tmp_path)
+            port = int(url.split(":")[2].split("/")[0])
+            assert second.serve(port=port, targets_dir=tmp_path) == url
+            for monitor, model in ((first, policy), (second, other)):
+                optimizer = adam(model)
+                monitor.attach(optimizer)
+                train(model, optimizer, 2 if model is policy else 3)
+            assert samples(url, "ppo_updates_total") == {"a": 2.0, "b": 3.0}
+            assert len(list(tmp_path.iterdir())) == 2
+            with pytest.raises(ValueError, match="run 'a' is registered already"):
+                monitor_of(policy, aggregator, "a").attach(adam(policy))
+        assert samples(url, "ppo_updates_total") == {"a": 2.0}
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError):
+        samples(url, "ppo_updates_total")
+
+
+def test_an_unknown_signal_is_refused_with_the_nearest_one(policy, aggregator):
+    monitor = monitor_of(policy, aggregator)
+    with pytest.raises(TypeError, match="no signal 'aprox_kl'; did you mean approx_kl"):
+        monitor.record(aprox_kl=0.1)
+    with pytest.raises(TypeError, match="no signal 'gradient_cv'"):
+        monitor.record(gradient_cv=0.1)
+
+
+@pytest.mark.parametrize("before_clipping", [False, True])
+def test_an_error_inside_never_stops_training(aggregator, caplog, before_clipping):
+    """Sparse gradients are a kind that cannot be measured."""
+    embedding, layer = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2)
+    optimizer = torch.optim.SGD([*embedding.parameters(), *layer.parameters()], lr=0.1)
+    heads = {"sparse": embedding, "dense": layer}
+    monitor = GradientMonitor(heads, "r", window_steps=2, before_clipping=before_clipping, aggregator=aggregator)
+    monitor.attach(optimizer)
+    before = embedding.weight.detach().clone()
+    with caplog.at_level(logging.ERROR):
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer(embedding(torch.arange(4))).square().mean().backward()
+            optimizer.step()
+    assert not torch.equal(before, embedding.weight)
+    assert aggregator.snapshot.runs["r"].exporter_errors == 5
+    assert caplog.text.count("training goes on") == 1
+
+
+def test_too_few_heads_are_pointed_out(policy, aggregator, caplog):
+    with caplog.at_level(logging.WARNING):
+        heads = {name: policy.heads[name] for name in HEADS[:3]}
+        GradientMonitor(heads, "three", aggregator=aggregator).attach(adam(policy))
+    assert "3 heads: CV cannot exceed 1.732; critical at 2.0 can never be reached" in caplog.text
+
+
+def test_half_precision_gradients_are_measured_in_single_precision(aggregator):
+    torch.manual_seed(0)
+    heads = {name: nn.Linear(64, 64).to(torch.bfloat16) for name in ("a", "b")}
+    optimizer = torch.optim.SGD([p for head in heads.values() for p in head.parameters()], lr=0.1)
+    GradientMonitor(heads, "half", window_steps=1, aggregator=aggregator).attach(optimizer)
+    for head in heads.values():
+        for parameter in head.parameters():
+            parameter.grad = torch.randn_like(parameter)
+    expected = {n: math.sqrt(sum(p.grad.double().square().sum() for p in h.parameters())) for n, h in heads.items()}
+    optimizer.step()
+    assert quality(aggregator, "half").head_norms == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_stays_flat(policy, aggregator):
+    optimizer = adam(policy)
+    monitor_of(policy, aggregator, window_steps=16, before_clipping=True).attach(optimizer)
+    train(policy, optimizer, 64)
+    tracemalloc.start()
+    train(policy, optimizer, 64)
+    base, _ = tracemalloc.get_traced_memory()
+    train(policy, optimizer, 640)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Ten norms of 640 steps, if they were kept, would be some 500 kB of tensors.
+    assert grown - base < 100_000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_attached_step_does_not_synchronize_on_cuda(policy, aggregator):
+    policy = policy.cuda()
+    optimizer = adam(policy, fused=True)
+    monitor = monitor_of(policy, aggregator, window_steps=4, global_norm=True).attach(optimizer)
+    inputs = torch.randn(8, 6, device="cuda")
+    policy.loss(inputs).backward()
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(40):
+            optimizer.zero_grad()
+            policy.loss(inputs).backward()
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    monitor.detach()
+    run = aggregator.snapshot.runs["walker-17"]
+    assert run.exporter_errors == 0 and sum(run.gradient_quality.steps_by_level.values()) == 41
