@@ -1,0 +1,255 @@
+"""Stable-Baselines3: a callback that measures an on-policy algorithm and serves it with SB3's own logger values."""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+
+from exporter.aggregator import RunAggregator
+from exporter.heads import Rows, row_heads
+from exporter.monitor import GradientMonitor
+from exporter.server import DEFAULT_ADDRESS, DEFAULT_PORT
+
+# Keys of SB3's logger (PPO, and A2C where it has another) -> our signals. The entropy has the other sign there.
+_SIGNALS = {
+    "train/policy_gradient_loss": "policy_loss",
+    "train/policy_loss": "policy_loss",
+    "train/value_loss": "value_loss",
+    "train/approx_kl": "approx_kl",
+    "train/clip_fraction": "clip_fraction",
+    "train/explained_variance": "explained_variance",
+    "train/learning_rate": "learning_rate",
+}
+_ENTROPY_LOSS = "train/entropy_loss"
+
+
+def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict[str, list[Rows]]:
+    """Action heads of an actor-critic policy: rows of its one `action_net`, in the action space's order.
+
+    Args:
+        policy: `model.policy`. `Discrete` is one head, `MultiDiscrete` one per
+            entry of `nvec`, `MultiBinary` one per bit.
+        names: the heads' names; by default `action_0`, `action_1`, ..., or `action` for `Discrete`.
+
+    Raises:
+        TypeError: the policy has no `action_net`, or its action space has no discrete heads.
+        ValueError: `names` has the wrong length or a name twice, or the rows of
+            `action_net` are not those of the action space.
+    """
+    space = policy.action_space
+    match space:
+        case spaces.Discrete():
+            sizes = [int(space.n)]
+        case spaces.MultiDiscrete():
+            sizes = [int(size) for size in space.nvec.flat]
+        case spaces.MultiBinary():
+            sizes = [1] * int(np.prod(space.shape))
+        case _:
+            raise TypeError(
+                f"no action heads in a {type(space).__name__} action space; "
+                "supported are Discrete, MultiDiscrete and MultiBinary"
+            )
+    layer = getattr(policy, "action_net", None)
+    if not isinstance(layer, torch.nn.Module):
+        raise TypeError(f"{type(policy).__name__} has no action_net; an actor-critic policy is needed")
+    if names is None:
+        names = ["action"] if isinstance(space, spaces.Discrete) else [f"action_{i}" for i in range(len(sizes))]
+    elif isinstance(names, str) or len(names) != len(sizes):
+        raise ValueError(f"the {type(space).__name__} action space has {len(sizes)} heads, but the names are {names!r}")
+    elif len(set(names)) < len(names):
+        raise ValueError(f"heads need distinct names, got {list(names)!r}")
+    return row_heads(layer, dict(zip(names, sizes)))
+
+
+class PrometheusCallback(BaseCallback):
+    """Serves `/metrics` while `model.learn(..., callback=PrometheusCallback(run=...))` trains.
+
+    For PPO, A2C and what derives from them. A window is one update. It exports
+    the heads' gradients, what SB3 logs of the update (losses, entropy, KL, clip
+    fraction, explained variance, learning rate), mean return and length of the
+    episodes in `ep_info_buffer`, counts of environment steps and episodes, and the
+    durations of rollout and update. Signals appear as SB3 computes them: the value
+    loss, for one, is the mean squared error without its coefficient.
+
+    The endpoint is there for one `learn()`: at its end the run, its target file and
+    the endpoint go, and a later `learn()` starts from zero. With `keep_serving` they
+    stay, and `learn()` of the same model with the same callback goes on counting,
+    until `close()`. After an exception or Ctrl-C in `learn()` they stay as well,
+    because SB3 does not tell callbacks: what was measured can still be read, and
+    the alert on a stalled run fires unless the next `learn()` of this run in this thread
+    takes them over, or `close()` ends them.
+
+    Args:
+        run: name of the run; by default the environment's id and the model's seed, or the time without one.
+        port, address, targets_dir: as for `GradientMonitor.serve`.
+        head_names: as `names` of `policy_heads`.
+        info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
+        before_clipping, global_norm: as for `GradientMonitor`. SB3 always clips, so norms are taken before by default.
+        keep_serving: leave the endpoint open when `learn()` is over.
+        aggregator: as for `GradientMonitor`.
+        verbose: 1 prints the URL.
+
+    Attributes:
+        monitor: the `GradientMonitor` in use, None while there is none.
+        url: where `/metrics` is served, None while it is not.
+
+    Raises:
+        TypeError: from `learn()`: the algorithm is not on-policy, or as `policy_heads`.
+        ValueError: from `learn()`: as `policy_heads`, or another training has the same `run`.
+        OSError: from `learn()`: as `GradientMonitor.serve`.
+    """
+
+    _open_by_run: dict[tuple[RunAggregator | None, str], "PrometheusCallback"] = {}
+
+    def __init__(
+        self,
+        run: str | None = None,
+        port: int = DEFAULT_PORT,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        targets_dir: str | Path | None = None,
+        head_names: Sequence[str] | None = None,
+        info: Mapping[str, str] | None = None,
+        before_clipping: bool = True,
+        global_norm: bool = False,
+        keep_serving: bool = False,
+        aggregator: RunAggregator | None = None,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        self.monitor: GradientMonitor | None = None
+        self.url: str | None = None
+        self._run = run
+        self._port = port
+        self._address = address
+        self._targets_dir = targets_dir
+        self._head_names = head_names
+        self._info = dict(info or {})
+        self._before_clipping = before_clipping
+        self._global_norm = global_norm
+        self._keep_serving = keep_serving
+        self._aggregator = aggregator
+        self._thread: int | None = None
+        self._measured_policy: BasePolicy | None = None
+        self._counted_timesteps = 0
+        self._rollout_started = 0.0
+        # When the rollout ended, from then until its update has been exported.
+        self._update_started: float | None = None
+
+    def close(self) -> None:
+        """Stop measuring and serving, and take the run off the endpoint; harmless when that has been done."""
+        if self.monitor is None:
+            return
+        del self._open_by_run[self._aggregator, self.monitor.run]
+        self.monitor.close()
+        self.monitor = self.url = self._measured_policy = None
+
+    def _init_callback(self) -> None:
+        if not isinstance(self.model, OnPolicyAlgorithm):
+            raise TypeError(
+                f"{type(self.model).__name__} is not an on-policy algorithm; "
+                "PrometheusCallback measures PPO, A2C and what derives from them"
+            )
+
+    def _on_training_start(self) -> None:
+        if self.monitor is not None and self._measured_policy is self.model.policy:
+            self.monitor.detach()
+            self.monitor.attach(self.model.policy.optimizer)
+        else:
+            self.close()
+            self._open()
+        self._thread = threading.get_ident()
+        self._counted_timesteps = self.model.num_timesteps
+        self._update_started = None
+
+    def _open(self) -> None:
+        environment = _environment_name(self.training_env) or type(self.model).__name__
+        seed = self.model.seed
+        run = self._run or f"{environment}-{time.strftime('%Y%m%d-%H%M%S') if seed is None else f'seed{seed}'}"
+        # learn() blocks, so what this thread opened before belongs to a training that is over.
+        before = self._open_by_run.get((self._aggregator, run))
+        if before is not None and before._thread == threading.get_ident():
+            before.close()
+        monitor = GradientMonitor(
+            policy_heads(self.model.policy, self._head_names),
+            run,
+            window_steps=None,
+            before_clipping=self._before_clipping,
+            global_norm=self._global_norm,
+            info={
+                "environment": environment,
+                "algorithm": type(self.model).__name__,
+                "seed": str(seed),
+                "device": str(self.model.device),
+                "torch_version": torch.__version__,
+                "exporter_version": version("ppo-gradient-exporter"),
+                **self._info,
+            },
+            aggregator=self._aggregator,
+        )
+        try:
+            monitor.attach(self.model.policy.optimizer)
+            self.url = monitor.serve(self._port, self._address, targets_dir=self._targets_dir)
+        except BaseException:
+            monitor.close()
+            raise
+        self.monitor = monitor
+        self._measured_policy = self.model.policy
+        self._open_by_run[self._aggregator, run] = self
+        if self.verbose and self.url is not None:
+            print(f"{run}: metrics at {self.url}", flush=True)
+
+    def _on_rollout_start(self) -> None:
+        self._export_update()
+        self._rollout_started = time.perf_counter()
+
+    def _on_step(self) -> bool:
+        self.monitor.record(episodes=np.count_nonzero(self.locals["dones"]))
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._update_started = time.perf_counter()
+
+    def _on_training_end(self) -> None:
+        self._export_update()
+        self.monitor.detach()
+        if not self._keep_serving:
+            self.close()
+
+    def _export_update(self) -> None:
+        """Export the update that has just ended, if one has; its values are in the logger until SB3 dumps them."""
+        if self._update_started is None:
+            return
+        logged = self.logger.name_to_value
+        values = {signal: logged[key] for key, signal in _SIGNALS.items() if key in logged}
+        if _ENTROPY_LOSS in logged:
+            values["entropy"] = -logged[_ENTROPY_LOSS]
+        if episodes := self.model.ep_info_buffer:
+            values["episode_return_mean"] = np.mean([episode["r"] for episode in episodes])
+            values["episode_length_mean"] = np.mean([episode["l"] for episode in episodes])
+        self.monitor.update_completed(
+            **values,
+            environment_steps=self.model.num_timesteps - self._counted_timesteps,
+            rollout_duration_seconds=self._update_started - self._rollout_started,
+            update_duration_seconds=time.perf_counter() - self._update_started,
+        )
+        self._counted_timesteps = self.model.num_timesteps
+        self._update_started = None
+
+
+def _environment_name(env: VecEnv) -> str | None:
+    """Id of the environment, its class where it has none; None where it runs in other processes."""
+    environments = getattr(env.unwrapped, "envs", None)
+    if not environments:
+        return None
+    environment = environments[0].unwrapped
+    return environment.spec.id if environment.spec is not None else type(environment).__name__
