@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -204,11 +205,12 @@ class HeadGradientMeter:
         gradients = [parameter.grad for parameter in self._whole]
         shared = self._shared
         present = None
-        # Not `None in gradients`, which would compare tensors.
-        if any(gradient is None for gradient in gradients) or any(parameter.grad is None for parameter in shared):
-            present = tuple(parameter.grad is not None for parameter in self.parameters)
-            gradients = [gradient for gradient in gradients if gradient is not None]
-            shared = [parameter for parameter in shared if parameter.grad is not None]
+        for gradient in (*gradients, *[parameter.grad for parameter in shared]) if shared else gradients:
+            if gradient is None:
+                present = tuple(parameter.grad is not None for parameter in self.parameters)
+                gradients = [gradient for gradient in gradients if gradient is not None]
+                shared = [parameter for parameter in shared if parameter.grad is not None]
+                break
         norms = list(torch._foreach_norm(gradients, dtype=self._dtype)) if gradients else []
         norms.extend(map(self._norm, shared))
         if norms and norms[0].requires_grad:  # gradients of a double backward
@@ -224,8 +226,7 @@ class HeadGradientMeter:
         return torch.linalg.vector_norm(rows, dim=1, dtype=self._dtype)
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """Norms of one step on the device: one tensor per parameter that has a gradient, or all in one.
 
     `present`: for every parameter whether it has a gradient, None if all have. The
