@@ -11,5 +11,4 @@ RUN pip install --no-cache-dir -c constraints.txt '.[trainer]'
 COPY stack stack
 
 USER ppo
-ENV PYTHONUNBUFFERED=1
 CMD ["python", "-m", "trainer"]

@@ -22,7 +22,8 @@ from exporter import HealthLevel
 from trainer.config import TrainerConfig, parse_config
 from trainer.environments import DEFAULT_ENVIRONMENT, make_environment
 from trainer.environments.host_growth import ACTION_HEADS, Op
-from trainer.training import StopRequest, Training
+from trainer.stop import StopRequest
+from trainer.training import Training
 
 
 def train(config: TrainerConfig, goal: float | None) -> dict[str, object]:

@@ -8,40 +8,50 @@ from pathlib import Path
 
 
 class TargetFile:
-    """Target file of one trainer: written atomically at start, removed at a clean end.
+    """Target file of one endpoint: written atomically, and removed at a clean end.
 
-    After a crash the file stays on purpose: Prometheus goes on scraping, `up` is
-    0, and the alert on it fires.
+    After a crash the file stays on purpose: Prometheus goes on scraping, `up` is 0,
+    and the alert on it fires. The next endpoint at the same address replaces it.
 
     Args:
         directory: folder that Prometheus' `file_sd_configs` watches; created if missing.
-        run: name of the run; it becomes the `run` label of `up` and of the process metrics.
-        target: `host:port` of the endpoint.
+        target: `host:port` of the endpoint, which also names the file.
+        runs: the runs behind it; their names, joined by a comma, become the `run`
+            label of `up` and of the process metrics.
 
     Raises:
         OSError: the folder or the file cannot be written.
     """
 
-    def __init__(self, directory: Path, run: str, target: str) -> None:
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{run}-{target}")
-        self.path = directory / f"{name}.json"
+    def __init__(self, directory: Path, target: str, *runs: str) -> None:
+        self.path = directory / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', target)}.json"
+        self._target = target
+        self._runs: list[str] = []
         directory.mkdir(parents=True, exist_ok=True)
+        self.add(*runs)
+
+    def add(self, *runs: str) -> None:
+        """Name further runs behind the endpoint."""
+        self._runs.extend(runs)
+        self._write()
+
+    def discard(self, run: str) -> None:
+        """A run has ended cleanly; with the last one the target goes out of service discovery."""
+        if run in self._runs:
+            self._runs.remove(run)
+        if self._runs:
+            self._write()
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        content = [{"targets": [self._target], "labels": {"run": ",".join(self._runs)}}]
         # Prometheus reads *.json only, so it never sees the file half-written.
         unfinished = self.path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps([{"targets": [target], "labels": {"run": run}}], indent=2) + "\n")
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
         unfinished.replace(self.path)
 
     @staticmethod
     def reachable(address: str) -> str:
         """What others call a server bound to `address`: this machine's name where that is a wildcard."""
         return socket.gethostname() if address in ("0.0.0.0", "::", "") else address
-
-    def remove(self) -> None:
-        """Take the trainer out of service discovery; harmless when the file is gone already."""
-        self.path.unlink(missing_ok=True)
-
-    def __enter__(self) -> "TargetFile":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.remove()

@@ -117,7 +117,8 @@ GRADIENT_CV_PER_STEP = MetricFamily(
 HEAD_GRADIENT_NORM = MetricFamily(
     "ppo_head_gradient_norm",
     "gauge",
-    "Mean L2 norm of the head's gradient in the last update, before clipping; heads without a gradient are absent.",
+    "Mean L2 norm of the head's gradient in the last update, before clipping, over the steps in which it was "
+    "finite; heads without a gradient are absent.",
     (HEAD_LABEL,),
     lambda run: [((head,), norm) for head, norm in run.gradient_quality.head_norms.items()],
 )

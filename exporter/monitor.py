@@ -93,7 +93,6 @@ class GradientMonitor:
         self._increments: dict[str, int] = {}
         self._pending: deque[tuple[PendingGradientSteps, dict[str, object]]] = deque()
         self._served: list[_SharedServer] = []
-        self._target_files: list[TargetFile] = []
         self._has_logged_error = False
         self._info = info
         self._is_registered = False
@@ -148,12 +147,13 @@ class GradientMonitor:
 
     def close(self) -> None:
         """Detach, leave the endpoint (which closes with its last monitor), and take the run's series off it."""
+        self._leave(crashed=False)
+
+    def _leave(self, crashed: bool) -> None:
         self.detach()
-        for target_file in self._target_files:
-            target_file.remove()
         for served in self._served:
-            served.leave()
-        self._target_files, self._served = [], []
+            served.leave(self.run, crashed)
+        self._served = []
         if self._is_registered:
             self._aggregator.remove_run(self.run)
             self._is_registered = False
@@ -161,8 +161,8 @@ class GradientMonitor:
     def __enter__(self) -> "GradientMonitor":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        self._leave(crashed=kind is not None and kind is not KeyboardInterrupt)
 
     def serve(
         self,
@@ -178,7 +178,8 @@ class GradientMonitor:
         does, at `port` + its local rank and with a label `rank`.
 
         Args:
-            targets_dir: write a target file for Prometheus' file service discovery there.
+            targets_dir: write a target file for Prometheus' file service discovery there. It is removed by
+                `close()`, but stays when the monitor is left by an exception: somebody should be told.
 
         Returns:
             The URL, or None on a rank that does not serve.
@@ -197,8 +198,7 @@ class GradientMonitor:
         served = _SharedServer.join(self._aggregator, address, port, labels)
         self._served.append(served)
         if targets_dir is not None:
-            target = host_and_port(TargetFile.reachable(address), served.server.port)
-            self._target_files.append(TargetFile(Path(targets_dir), self.run, target))
+            served.announce(Path(targets_dir), self.run)
         return served.server.url
 
     def record(self, **values: float | None) -> None:
@@ -282,7 +282,7 @@ class GradientMonitor:
 
 
 class _SharedServer:
-    """An endpoint and the number of monitors on it."""
+    """An endpoint, the number of monitors on it, and the target files that announce it."""
 
     _open: dict[tuple[RunAggregator, str, int], "_SharedServer"] = {}
     _lock = threading.Lock()
@@ -291,6 +291,7 @@ class _SharedServer:
         self.server = server
         self._key = key
         self._monitors = 0
+        self._target_files: dict[Path, TargetFile] = {}
 
     @classmethod
     def join(cls, aggregator: RunAggregator, address: str, port: int, labels: Mapping[str, str]) -> "_SharedServer":
@@ -303,8 +304,19 @@ class _SharedServer:
             served._monitors += 1
             return served
 
-    def leave(self) -> None:
+    def announce(self, directory: Path, run: str) -> None:
         with self._lock:
+            if directory in self._target_files:
+                self._target_files[directory].add(run)
+            else:
+                target = host_and_port(TargetFile.reachable(self.server.address), self.server.port)
+                self._target_files[directory] = TargetFile(directory, target, run)
+
+    def leave(self, run: str, crashed: bool) -> None:
+        with self._lock:
+            if not crashed:
+                for target_file in self._target_files.values():
+                    target_file.discard(run)
             self._monitors -= 1
             if self._monitors == 0:
                 del self._open[self._key]

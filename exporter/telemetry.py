@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from types import MappingProxyType
 from typing import Protocol, TypedDict
 
@@ -60,7 +61,11 @@ class PPOUpdateMetrics(GradientMetrics):
 
 
 def summarize_gradient_steps(steps: Sequence[GradientStep]) -> GradientMetrics:
-    """Means over the gradient steps of one update; a head's mean runs over the steps it took part in."""
+    """Means over the gradient steps of one update.
+
+    A head's mean runs over the steps in which it took part with a finite norm; it is
+    NaN or infinite only if none of them was finite.
+    """
     cvs = tuple(step.cv for step in steps)
     norms_of: dict[str, list[float]] = {}
     for step in steps:
@@ -70,7 +75,11 @@ def summarize_gradient_steps(steps: Sequence[GradientStep]) -> GradientMetrics:
         gradient_cv=_mean(cvs) if cvs else 0.0,
         gradient_cv_per_step=cvs,
         contributing_heads=max((len(step.head_norms) for step in steps), default=0),
-        head_gradient_norms={head: _mean(norms) for head, norms in norms_of.items()},
+        head_gradient_norms={
+            # One NaN would hide the norms of all other steps; the CV and the counter tell of it.
+            head: _mean([norm for norm in norms if math.isfinite(norm)] or norms)
+            for head, norms in norms_of.items()
+        },
         nonfinite_gradient_steps={
             head: sum(not math.isfinite(norm) for norm in norms) for head, norms in norms_of.items()
         },
@@ -92,7 +101,7 @@ class PPOUpdatePayload:
             of them had a non-finite gradient; 0.0 without gradient steps.
         gradient_cv_per_step: CV of each gradient step, in order.
         contributing_heads: heads that had a gradient (most of any step).
-        head_gradient_norms: mean L2 norm per head that had a gradient; may be NaN or +Inf.
+        head_gradient_norms: mean L2 norm per head that had a gradient; NaN or +Inf if it never was finite.
         nonfinite_gradient_steps: per head, steps in which its norm was NaN or infinite.
         gradient_norm: mean global L2 norm before clipping; None without gradient steps.
         skipped_gradient_steps: steps that did not touch the weights because a gradient was not finite.
@@ -178,7 +187,7 @@ TRAINING_SIGNALS = _signal_names()
 
 
 def _require_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's scalars are real numbers too
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 

@@ -65,7 +65,12 @@ def duration(seconds: int) -> str:
 
 _VALUE = '{{ printf "%.3f" $value }}'
 _RUN = f"run {{{{ $labels.{RUN_LABEL} }}}}"
-_NONFINITE = '{{ if eq (printf "%.3f" $value) "+Inf" }} A gradient was NaN or infinite.{{ end }}'
+_NONFINITE = (
+    '{{ if eq (printf "%.3f" $value) "+Inf" }} A gradient was NaN or infinite'
+    f"{{{{ range printf `topk(1, increase({NONFINITE_GRADIENTS.name}{{job=%q, instance=%q, {RUN_LABEL}=%q}}[10m]) > 0)` "
+    f"$labels.job $labels.instance $labels.{RUN_LABEL} | query }}}}, in head {{{{ .Labels.{HEAD_LABEL} }}}}{{{{ end }}}}"
+    ".{{ end }}"
+)
 # Looked up when the alert is evaluated. Without a result, or when every share is zero, it says nothing.
 _DOMINATING_HEAD = (
     f"{{{{ range printf `topk(1, {HEAD_GRADIENT_SHARE.name}{{job=%q, instance=%q, {RUN_LABEL}=%q}})` "
@@ -84,9 +89,12 @@ def alerts(config: MixinConfig) -> list[Alert]:
         return f"increase({select(family, matchers)}[{minutes}m])"
 
     def new_steps(family) -> str:
-        """Increase in ten minutes; a counter that is above zero when it is first seen counts whole."""
+        """Increase in ten minutes; a young process' counter that is above zero when it is first seen counts whole."""
         counter = select(family, job)
-        return f"({increase(family, 10)} > 0 or ({counter} unless {counter} offset 10m))"
+        young = f"time() - process_start_time_seconds{{{job}}} < 600"
+        return (
+            f"({increase(family, 10)} > 0 or ({counter} unless {counter} offset 10m) and on (job, instance) ({young}))"
+        )
 
     critical_steps = increase(GRADIENT_STEPS, 10, f"{job}, {HEALTH_LABEL}={quoted(HealthLevel.CRITICAL)}")
     all_steps = per_run("sum", increase(GRADIENT_STEPS, 10))

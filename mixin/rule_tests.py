@@ -212,6 +212,23 @@ class _Tests:
                 ),
             ),
             self._test(
+                "a CV of +Inf names the head that was not finite",
+                [*self._cv((math.inf, 40)), self._series(NONFINITE_GRADIENTS, "0+5x40", head="op")],
+                self._texts(
+                    "2m",
+                    alert,
+                    [
+                        (
+                            "critical",
+                            "Gradient CV +Inf is BAD in run demo",
+                            "The gradient CV of run demo is +Inf and has been at least 2.0 (critical) for 1m."
+                            " A gradient was NaN or infinite, in head op.",
+                            {},
+                        )
+                    ],
+                ),
+            ),
+            self._test(
                 "a CV of +Inf without any share is still described",
                 self._cv((math.inf, 40)),
                 self._texts(
@@ -301,7 +318,7 @@ class _Tests:
             ),
             self._test(
                 "a counter that is above zero at the first scrape counts, for ten minutes",
-                [self._series(NONFINITE_GRADIENTS, "4x60", head="op")],
+                [self._series(NONFINITE_GRADIENTS, "4x60", head="op"), self._series("process_start_time_seconds", "0x60")],
                 self._text(
                     "2m",
                     alert,
@@ -312,6 +329,15 @@ class _Tests:
                     head="op",
                 ),
                 self._states("20m", alert),
+            ),
+            self._test(
+                "an old count that comes back after a gap is not news",
+                [
+                    self._series(NONFINITE_GRADIENTS, "4x40 _x40 4x60", head="op"),
+                    self._series("process_start_time_seconds", "0x40 _x40 0x60"),
+                ],
+                self._states("42m", alert),
+                self._states("60m", alert),
             ),
             self._test(
                 "half of the steps skipped is critical",

@@ -105,9 +105,10 @@ class ChildProcess:
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 10.0) -> None:
         """Ask with a signal, and kill what still runs after `seconds`."""
-        if self.exit_code is None:
-            self.send(number)
-            self.wait(seconds)
+        if self.exit_code is not None:
+            return  # its number may belong to somebody else by now
+        self.send(number)
+        self.wait(seconds)
         # Also what the process may have left behind in its group.
         self.send(signal.SIGKILL)
         self._process.wait()

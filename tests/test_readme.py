@@ -4,7 +4,7 @@ import re
 
 from exporter import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
 from exporter.metrics import METRIC_FAMILIES
-from mixin.alerts import alerts
+from mixin.alerts import CRITICAL_STEP_SHARE, SKIPPED_STEP_SHARE, STALLED_SECONDS, STARVED_PART, alerts
 from mixin.config import MixinConfig
 from stack.configuration import Ports
 from stack.servers import ROOT
@@ -33,6 +33,26 @@ def test_the_alert_table_lists_every_alert_with_its_severities_and_runbook():
         assert (ROOT / path).read_text().startswith(f"# {name}\n")
         listed[name] = severity.split(", ")
     assert listed == severities
+
+
+def test_the_alert_table_names_the_numbers_that_the_rules_use():
+    declared = {(alert.name, alert.severity): alert for alert in alerts(MixinConfig())}
+    said = {re.match(r"\[(\w+)\]", link).group(1): text for link, _, text in rows("alerts")}
+    for severity, threshold in (("warning", WARNING_THRESHOLD), ("critical", CRITICAL_THRESHOLD)):
+        minutes = declared["PPOGradientCVHigh", severity].hold // 60
+        assert re.search(rf"at least {threshold} for {minutes} minute", said["PPOGradientCVHigh"])
+    assert f"{CRITICAL_STEP_SHARE} of the gradient steps of 10 minutes" in said["PPOCriticalGradientSteps"]
+    assert "[10m]" in declared["PPOCriticalGradientSteps", "warning"].value
+    assert f"{SKIPPED_STEP_SHARE} of the gradient steps" in said["PPONonFiniteGradients"]
+    starved = declared["PPOHeadStarved", "warning"].hold // 60
+    assert f"less than {STARVED_PART} of an equal part for {starved} minutes" in said["PPOHeadStarved"]
+    assert f"{STALLED_SECONDS} seconds" in said["PPOTrainingStalled"]
+    assert f"above {CRITICAL_THRESHOLD}" in said["PPOCriticalThresholdUnreachable"]
+
+
+def test_the_generated_files_name_the_ports_of_the_stack():
+    for name in ("prometheus", "alertmanager"):
+        assert getattr(MixinConfig(), f"{name}_url") == Ports().url(name)
 
 
 def test_levels_and_ports_are_those_of_the_code():

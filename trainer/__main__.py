@@ -2,26 +2,32 @@
 
 import sys
 
-from trainer.config import ConfigError, parse_config
+from trainer.stop import StopRequest
 
 
 def main() -> int:
-    try:
-        config = parse_config()
-    except ConfigError as error:
-        return _failed(error, 2)
-    # After the settings are known to be good: torch takes seconds to import.
-    from trainer.agent import NonFiniteGradientError
-    from trainer.training import train
+    with StopRequest().listening() as stop:
+        # After the handlers, for these imports take seconds; torch comes when the settings are known to be good.
+        from trainer.config import ConfigError, parse_config
 
-    try:
-        return train(config)
-    except ConfigError as error:
-        return _failed(error, 2)
-    except (OSError, NonFiniteGradientError) as error:
-        return _failed(error, 1)
-    except KeyboardInterrupt:
-        return 130
+        try:
+            config = parse_config()
+        except ConfigError as error:
+            return _failed(error, 2)
+        if stop():
+            return stop.exit_code
+
+        from trainer.agent import NonFiniteGradientError
+        from trainer.training import StartError, train
+
+        try:
+            return train(config, stop)
+        except ConfigError as error:
+            return _failed(error, 2)
+        except (StartError, NonFiniteGradientError) as error:
+            return _failed(error, 1)
+        except KeyboardInterrupt:
+            return stop.exit_code
 
 
 def _failed(error: Exception, code: int) -> int:
@@ -29,4 +35,5 @@ def _failed(error: Exception, code: int) -> int:
     return code
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

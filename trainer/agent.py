@@ -99,9 +99,13 @@ class PPOAgent:
         )
         self.updates += 1
         self._optimizer.param_groups[0]["lr"] = learning_rate
-        self.policy.return_moments.include(rollout.returns)
-        # Value errors count in standard deviations of the returns, whatever the environment pays.
-        scale = self.policy.return_moments.deviation
+        # Value errors count in standard deviations of the returns, whatever the environment pays. New moments
+        # move what the value head's output stands for; the old values move along, so that only learning is clipped.
+        moments = self.policy.return_moments
+        old_outputs = (old_values - moments.mean) / moments.deviation
+        moments.include(rollout.returns)
+        scale = moments.deviation
+        old_values = moments.mean + scale * old_outputs
         minibatches = max(1, len(observations) // hp.minibatch_size)
         statistics: list[Tensor] = []
         stopped = raised = False

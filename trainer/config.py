@@ -37,7 +37,14 @@ class TrainerConfig:
         DEFAULT_ENVIRONMENT, "environment: host-growth, or the id of a registered Gymnasium environment", group=_RUN
     )
     run: str | None = _option(None, "name of the run, its label on /metrics (default: ENV-seedSEED)", group=_RUN)
-    seed: int = _option(1, "seed of environment, initialization and sampling", group=_RUN, minimum=0)
+    seed: int = _option(
+        1,
+        "seed of environment, initialization and sampling; environment i gets seed + i, so runs to compare want seeds "
+        "at least num-envs apart",
+        group=_RUN,
+        minimum=0,
+        maximum=2**32 - 1,
+    )
     device: str = _option("cpu", "torch device", group=_RUN)
     threads: int = _option(
         1, "torch's CPU threads; a second one pays where a core is idle, and costs much where none is", group=_RUN, minimum=1
@@ -62,7 +69,7 @@ class TrainerConfig:
     value_coef: float = _option(0.5, "weight of the value loss", group=_PPO, minimum=0.0)
     max_grad_norm: float = _option(0.5, "global norm to which gradients are clipped", group=_PPO, above=0.0)
     target_kl: float | None = _option(
-        None, "end an update after the epoch in which approx_kl exceeds this", group=_PPO, above=0.0
+        None, "end an update after an epoch whose last minibatch had an approx_kl above this", group=_PPO, above=0.0
     )
     hidden_size: int = _option(128, "width of the two layers of the shared trunk", group=_PPO, minimum=1)
     on_nonfinite: str = _option(

@@ -27,7 +27,6 @@ class Display(Protocol):
     def __enter__(self) -> "Display": ...
     def __exit__(self, *exc_info: object) -> None: ...
     def updated(self) -> None: ...
-    def announce(self, line: str) -> None: ...
 
 
 def open_display(read_run: ReadRun, updates: int, log_interval: int, follow: Path | None) -> Display:
@@ -67,13 +66,11 @@ class PlainDisplay:
         run = self._read_run()
         if run.updates % self._log_interval == 0 or run.updates == self._updates:
             signals = " ".join(f"{name} {value}" for name, value in _signals(run))
-            self.announce(
+            print(
                 f"update {run.updates}/{self._updates} steps {run.environment_steps} "
-                f"steps/s {self._speed.of(run):.0f} {signals} {cv_text(run.gradient_quality.gradient_cv)}"
+                f"steps/s {self._speed.of(run):.0f} {signals} {cv_text(run.gradient_quality.gradient_cv)}",
+                flush=True,
             )
-
-    def announce(self, line: str) -> None:
-        print(line, flush=True)
 
 
 class LiveDisplay:
@@ -120,9 +117,6 @@ class LiveDisplay:
     def updated(self) -> None:
         self._progress.update(self._task, completed=self._read_run().updates)
         self._print_followed()
-
-    def announce(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False)
 
     def _print_followed(self) -> None:
         if self._followed:

@@ -1,15 +1,12 @@
 """The run: rollout, update, emit, until the end or a signal."""
 
-import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from types import FrameType
 
 import torch
 
@@ -17,6 +14,7 @@ from exporter.aggregator import RunAggregator
 from exporter.discovery import TargetFile
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.server import MetricsServer, host_and_port
+from exporter.snapshot import RunSnapshot
 from exporter.telemetry import PPOUpdateMetrics, emit_ppo_update
 from trainer.agent import NonFiniteGradientError, PPOAgent, PPOHyperparameters
 from trainer.config import ConfigError, TrainerConfig
@@ -25,32 +23,11 @@ from trainer.drill import Drill
 from trainer.environments import TrainingEnvironment, UnsupportedEnvironment, make_environment
 from trainer.policy import ActorCritic
 from trainer.rollout import Rollout, RolloutCollector
+from trainer.stop import StopRequest
 
 
-@dataclass
-class StopRequest:
-    """Set by SIGINT or SIGTERM; training looks at it after every environment and gradient step."""
-
-    signum: int | None = None
-
-    def __call__(self) -> bool:
-        return self.signum is not None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        """Take SIGINT and SIGTERM; a second one interrupts at once, through the usual clean-up."""
-
-        def request(signum: int, frame: FrameType | None) -> None:
-            if self.signum is not None:
-                raise KeyboardInterrupt
-            self.signum = signum
-
-        before = {signum: signal.signal(signum, request) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+class StartError(Exception):
+    """The run cannot start here and now: an address or a folder is not to be had."""
 
 
 @dataclass
@@ -144,49 +121,62 @@ class Training:
         )
 
 
-def train(config: TrainerConfig) -> int:
+def train(config: TrainerConfig, stop: StopRequest) -> int:
     """Train as `config` says, with /metrics, target file and display.
+
+    The target file is removed at the end and after a signal. It stays when an
+    error ends the run, as after a crash: somebody should be told.
 
     Returns:
         Exit code: 0 at the end, 128 + signal number after SIGINT or SIGTERM.
 
     Raises:
         ConfigError: the run cannot start as configured.
-        OSError: the port is taken, or the target file cannot be written.
+        StartError: the port is taken, or the target file cannot be written.
         NonFiniteGradientError: a gradient was not finite and `on_nonfinite` is `raise`.
+        KeyboardInterrupt: a second signal came.
     """
     training = Training(config)
 
-    def read_run():
+    def read_run() -> RunSnapshot:
         return training.aggregator.snapshot.runs[config.run_name]
 
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest().listening())
-        try:
-            server = stack.enter_context(
-                MetricsServer(training.aggregator, config.metrics_address, config.metrics_port)
-            )
-        except OSError as error:
-            raise OSError(f"{error}; --metrics-port chooses another one") from error
+    try:
+        server = MetricsServer(training.aggregator, config.metrics_address, config.metrics_port)
+    except OSError as error:
+        raise StartError(f"{error}; --metrics-port chooses another one") from error
+    with server:
         target = config.metrics_target or host_and_port(TargetFile.reachable(server.address), server.port)
-        stack.enter_context(TargetFile(Path(config.targets_dir), config.run_name, target))
+        try:
+            target_file = TargetFile(Path(config.targets_dir), target, config.run_name)
+        except OSError as error:
+            raise StartError(f"cannot write a target file to {config.targets_dir}: {error.strerror}") from error
         print(f"{config.run_name}: {config.updates} updates on {config.env}, metrics at {server.url}", flush=True)
         warning = unreachable_critical_warning(len(training.environment.heads))
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         follow = Path(config.follow) if config.follow else None
-        with open_display(read_run, config.updates, config.log_interval, follow) as display:
-            while training.agent.updates < config.updates and not stop():
-                if training.update(stop):
-                    display.updated()
-    run = read_run()
-    how = f"stopped by {signal.Signals(stop.signum).name}" if stop() else "finished"
+        how = "failed"
+        try:
+            with open_display(read_run, config.updates, config.log_interval, follow) as display:
+                while training.agent.updates < config.updates and not stop():
+                    if training.update(stop):
+                        display.updated()
+            how = "finished"
+        finally:
+            if stop():
+                how = f"stopped by {signal.Signals(stop.signum).name}"
+            if how != "failed":
+                target_file.discard(config.run_name)
+            print(_closing_line(config, how, read_run()), flush=True)
+    return stop.exit_code
+
+
+def _closing_line(config: TrainerConfig, how: str, run: RunSnapshot) -> str:
     episode_return = run.signals.get("episode_return_mean")
-    print(
+    return (
         f"{config.run_name}: {how} after update {run.updates} of {config.updates}, "
         f"{run.environment_steps} environment steps, {run.episodes} episodes"
         + (f", return {episode_return:.3f}" if episode_return is not None else "")
-        + f", {run.gradient_quality.skipped_steps} gradient steps skipped",
-        flush=True,
+        + f", {run.gradient_quality.skipped_steps} gradient steps skipped"
     )
-    return 128 + stop.signum if stop() else 0

@@ -260,7 +260,8 @@ def test_monitors_share_one_endpoint_which_closes_with_the_last_one(policy, aggr
                 monitor.attach(optimizer)
                 train(model, optimizer, 2 if model is policy else 3)
             assert samples(url, "ppo_updates_total") == {"a": 2.0, "b": 3.0}
-            assert len(list(tmp_path.iterdir())) == 2
+            (target_file,) = tmp_path.iterdir()
+            assert '"run": "a,b"' in target_file.read_text()
             with pytest.raises(ValueError, match="run 'a' is registered already"):
                 monitor_of(policy, aggregator, "a").attach(adam(policy))
         assert samples(url, "ppo_updates_total") == {"a": 2.0}

@@ -25,7 +25,8 @@ def test_a_summary_takes_each_head_over_the_steps_it_took_part_in():
     assert summary["gradient_cv"] == math.inf
     assert summary["nonfinite_gradient_steps"] == {"op": 1, "slot": 0}
     assert summary["contributing_heads"] == 2
-    assert summary["head_gradient_norms"]["slot"] == 2.0
+    assert summary["head_gradient_norms"] == {"op": 1.0, "slot": 2.0}
+    assert math.isnan(summarize_gradient_steps(STEPS[2:])["head_gradient_norms"]["op"])
 
 
 def test_a_run_is_healthy_at_zero_before_its_first_update():

@@ -26,10 +26,11 @@ def make_policy() -> ActorCritic:
 
 
 def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
+    """Returns far from zero, as environments pay them."""
     rng = np.random.default_rng(seed)
     observations = rng.normal(size=(SAMPLES, 6)).astype(np.float32)
     actions, log_probs, values = policy.act(observations, torch.Generator().manual_seed(seed))
-    advantages = rng.normal(size=SAMPLES).astype(np.float32)
+    advantages = rng.normal(50.0, 3.0, size=SAMPLES).astype(np.float32)
     noise = rng.normal(scale=0.2, size=SAMPLES).astype(np.float32)
     return Rollout(observations, actions, log_probs + noise, values, advantages, advantages + values, SAMPLES, 0)
 
@@ -58,14 +59,17 @@ def make_agent(policy: ActorCritic, drill: str | None = None, **changes) -> PPOA
 
 def reference_update(policy: ActorCritic, rollout: Rollout, learning_rate: float) -> dict[str, list]:
     """The same update, written with torch.distributions, clip_grad_norm_ and plain Adam."""
+    outputs = policy.value_layer(policy.trunk(torch.from_numpy(rollout.observations)))[:, 0].detach()
     policy.return_moments.include(rollout.returns)
     scale = float(policy.return_moments.deviation)
     optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, eps=1e-5)
     generator = torch.Generator().manual_seed(3)
-    observations, actions, old_log_probs, old_values, advantages, returns = (
+    observations, actions, old_log_probs, advantages, returns = (
         torch.from_numpy(getattr(rollout, name))
-        for name in ("observations", "actions", "log_probs", "values", "advantages", "returns")
+        for name in ("observations", "actions", "log_probs", "advantages", "returns")
     )
+    # What the value head said before the update, in the moments with which the update reads it.
+    old_values = policy.return_moments.mean + scale * outputs
     seen: dict[str, list] = {"policy_loss": [], "value_loss": [], "entropy": [], "clip_fraction": [], "cv": []}
     for _ in range(2):
         for batch in torch.randperm(SAMPLES, generator=generator).split(32):

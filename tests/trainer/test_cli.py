@@ -114,6 +114,23 @@ def test_a_taken_port_is_an_error_before_training_starts(tmp_path):
     assert "update" not in out and not list(tmp_path.iterdir())
 
 
+def test_a_targets_folder_that_cannot_be_written_is_an_error_before_training_starts(tmp_path):
+    (tmp_path / "file").touch()
+    _, err = run(tmp_path, "--targets-dir", str(tmp_path / "file"), code=1)
+    assert f"cannot write a target file to {tmp_path / 'file'}" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("delay", [0.3, 0.8, 1.5])
+def test_a_signal_while_starting_is_taken_too(tmp_path, delay):
+    process = start(tmp_path, *SMALL)
+    time.sleep(delay)
+    process.terminate()
+    time.sleep(0.05)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Traceback" not in err
+    assert not list(tmp_path.glob("targets/*.json"))
+
+
 def test_a_nan_is_skipped_and_shown_or_stops_the_run_with_the_head_named(tmp_path):
     flags = (*SMALL, "--total-timesteps", str(256 * 3), "--log-interval", "1", "--drill", "nan:curve:2-2")
     out, _ = run(tmp_path, *flags)
@@ -123,6 +140,8 @@ def test_a_nan_is_skipped_and_shown_or_stops_the_run_with_the_head_named(tmp_pat
     _, err = run(tmp_path, *flags, "--on-nonfinite", "raise", code=1)
     assert "non-finite gradient in head curve at gradient step 1 of the update" in err
     assert "Traceback" not in err
+    # As after a crash, somebody is to be told.
+    assert list((tmp_path / "targets").glob("*.json"))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +186,7 @@ def test_the_live_display_shows_a_bar_per_head_and_the_flow(tmp_path):
     pid, terminal = os.forkpty()
     if pid == 0:
         os.chdir(REPOSITORY)
+        os.environ.pop("PYTHONUNBUFFERED", None)  # without a buffer a signal may cut a frame short
         os.environ.update(TERM="xterm-256color", COLUMNS="100", LINES="40")
         (tmp_path / "notifications.log").touch()
         os.execv(
@@ -196,4 +216,4 @@ def test_the_live_display_shows_a_bar_per_head_and_the_flow(tmp_path):
     assert b"\x1b[1;31mCV:2.646 BAD" in shown
     for head in ACTION_HEADS:
         assert re.search(rf"{head} +━", text), head
-    assert "stopped by SIGINT" in text.splitlines()[-1] or "stopped by SIGINT" in text
+    assert "stopped by SIGINT" in text.split("╰")[-1]
