@@ -1,0 +1,322 @@
+"""Stable-Baselines3's own PPO, A2C and DQN with the callback on them, read over TCP."""
+
+import csv
+import json
+import socket
+import threading
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from conftest import fetch
+from gymnasium import spaces
+from prometheus_client.parser import text_string_to_metric_families
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from torch.distributions import Categorical
+
+from exporter import HeadGradientMeter, RunAggregator
+from exporter.integrations.stable_baselines3 import PrometheusCallback, policy_heads
+
+NVEC = (3, 4, 2)
+
+
+class Levers(gymnasium.Env):
+    """Each part of the action pays when it names the largest observation, the first ten times as much; 10 steps."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
+
+    def __init__(self, action_space: spaces.Space) -> None:
+        self.action_space = action_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        hits = np.atleast_1d(action) == self._observation.argmax()
+        self._steps += 1
+        return self._observe(), float(10 * hits[0] + hits[1:].sum()), self._steps == 10, False, {}
+
+    def _observe(self) -> np.ndarray:
+        self._observation = self.np_random.uniform(-1, 1, 4).astype(np.float32)
+        return self._observation
+
+
+class AfterEachUpdate(BaseCallback):
+    """Calls back when the next rollout begins; stands behind the callback under test."""
+
+    def __init__(self, action) -> None:
+        super().__init__()
+        self.action = action
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.num_timesteps:
+            self.action()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def callback():
+    """Makes callbacks on a free port that are closed after the test."""
+    made = []
+
+    def make(run: str | None = "levers", **options) -> PrometheusCallback:
+        made.append(PrometheusCallback(run, port=options.pop("port", 0), **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def ppo(action_space: spaces.Space | None = None, **options) -> PPO:
+    env = Levers(spaces.MultiDiscrete(NVEC) if action_space is None else action_space)
+    return PPO("MlpPolicy", env, **{"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 1, "device": "cpu", **options})
+
+
+def scrape(url: str) -> dict[str, float]:
+    """Values by name, and by name and head or health where there is one; the last run's where there are several."""
+    values = {}
+    for family in text_string_to_metric_families(fetch(url)[1]):
+        for sample in family.samples:
+            label = sample.labels.get("head") or sample.labels.get("health")
+            values[f"{sample.name}/{label}" if label and sample.name != "ppo_gradient_cv" else sample.name] = sample.value
+    return values
+
+
+def test_rows_of_the_action_net_have_the_norms_of_separate_layers():
+    policy = ppo().policy
+    torch.nn.init.normal_(policy.action_net.weight)
+    names = ["a", "b", "c"]
+    separate = {name: torch.nn.Linear(64, size) for name, size in zip(names, NVEC)}
+    weights, biases = policy.action_net.weight.split(NVEC), policy.action_net.bias.split(NVEC)
+    for layer, weight, bias in zip(separate.values(), weights, biases):
+        layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+    generator = torch.Generator().manual_seed(0)
+    observations, advantages = torch.randn(64, 4, generator=generator), torch.randn(64, generator=generator)
+    actions = torch.stack([torch.randint(size, (64,), generator=generator) for size in NVEC], dim=-1)
+
+    fused_meter = HeadGradientMeter(policy_heads(policy, names))
+    _, log_prob, _ = policy.evaluate_actions(observations, actions)
+    (advantages * log_prob).mean().backward()
+    fused_meter.record()
+
+    separate_meter = HeadGradientMeter(separate)
+    features = policy.mlp_extractor.forward_actor(observations)
+    choices = [Categorical(logits=layer(features)) for layer in separate.values()]
+    log_prob = sum(choice.log_prob(action) for choice, action in zip(choices, actions.unbind(-1)))
+    (advantages * log_prob).mean().backward()
+    separate_meter.record()
+
+    (fused,), (expected,) = fused_meter.collect(), separate_meter.collect()
+    assert list(fused.head_norms) == names
+    assert fused.head_norms == pytest.approx(expected.head_norms, rel=1e-6)
+    assert fused.cv == pytest.approx(expected.cv, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "action_space, names, rows",
+    [
+        (spaces.Discrete(4), ["action"], [4]),
+        (spaces.MultiDiscrete(NVEC), ["action_0", "action_1", "action_2"], [3, 4, 2]),
+        (spaces.MultiBinary(3), ["action_0", "action_1", "action_2"], [1, 1, 1]),
+    ],
+)
+def test_unnamed_heads_are_numbered_in_the_order_of_the_action_space(action_space, names, rows, callback):
+    model = ppo(action_space)
+    heads = policy_heads(model.policy)
+    assert list(heads) == names
+    assert [head[0].stop - head[0].start for head in heads.values()] == rows
+    served = callback(keep_serving=True)
+    model.learn(64, callback=served)
+    values = scrape(served.url)
+    assert all(values[f"ppo_head_gradient_norm/{name}"] > 0 for name in names)
+    assert values["ppo_gradient_cv_ceiling"] == pytest.approx(len(names) ** 0.5)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "a"], "abc"])
+def test_wrong_head_names_are_refused_before_training(names, callback):
+    model = ppo()
+    with pytest.raises(ValueError, match="names"):
+        model.learn(64, callback=callback(head_names=names))
+    assert model.num_timesteps == 0
+
+
+def test_a_continuous_action_space_is_refused_with_the_supported_ones(callback):
+    model = PPO("MlpPolicy", gymnasium.make("Pendulum-v1"), device="cpu")
+    with pytest.raises(TypeError, match="Box.*Discrete, MultiDiscrete and MultiBinary"):
+        model.learn(64, callback=callback())
+
+
+def test_off_policy_algorithms_are_refused(callback):
+    model = DQN("MlpPolicy", Levers(spaces.Discrete(4)), buffer_size=100, device="cpu")
+    with pytest.raises(TypeError, match="DQN is not an on-policy algorithm"):
+        model.learn(64, callback=callback())
+
+
+@pytest.mark.parametrize("target_kl", [None, 1e-9])
+def test_metrics_agree_with_what_sb3_logs(target_kl, callback, tmp_path: Path):
+    model = ppo(learning_rate=lambda remaining: 3e-3 * remaining, target_kl=target_kl)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    served, scraped = callback(), []
+    model.learn(6 * 32, callback=[served, AfterEachUpdate(lambda: scraped.append(scrape(served.url)))])
+    rows = [
+        {key: float(value) for key, value in row.items() if value}
+        for row in csv.DictReader((tmp_path / "progress.csv").open())
+    ]
+    assert len(scraped) == 5 and len(rows) == 6
+    # A row has the episodes of its rollout, and the update before.
+    for number, (values, collected, trained) in enumerate(zip(scraped, rows, rows[1:]), start=1):
+        expected = {
+            "ppo_policy_loss": trained["train/policy_gradient_loss"],
+            "ppo_value_loss": trained["train/value_loss"],
+            "ppo_entropy": -trained["train/entropy_loss"],
+            "ppo_approx_kl": trained["train/approx_kl"],
+            "ppo_clip_fraction": trained["train/clip_fraction"],
+            "ppo_explained_variance": trained["train/explained_variance"],
+            "ppo_learning_rate": trained["train/learning_rate"],
+            "ppo_episode_return_mean": collected["rollout/ep_rew_mean"],
+            "ppo_episode_length_mean": collected["rollout/ep_len_mean"],
+            "ppo_environment_steps_total": collected["time/total_timesteps"],
+            "ppo_episodes_total": number * 32 // 10,
+            "ppo_updates_total": number,
+            "ppo_update_duration_seconds_count": number,
+            "ppo_rollout_duration_seconds_count": number,
+            "ppo_exporter_errors_total": 0,
+        }
+        assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-6, abs=1e-12)
+        if target_kl is None:
+            assert values["ppo_gradient_cv_per_step_count"] == number * 2 * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"before_clipping": False}, {"global_norm": True}])
+def test_fifty_updates_are_bit_identical_with_and_without_the_callback(options, callback):
+    def trained(observed_by) -> PPO:
+        model = ppo(n_steps=16, max_grad_norm=0.05)
+        return model.learn(50 * 16, callback=observed_by)
+
+    served = callback(keep_serving=True, **options)
+    plain, observed = trained(None), trained(served)
+    assert scrape(served.url)["ppo_updates_total"] == 50
+    expected = plain.policy.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in observed.policy.state_dict().items())
+    states = (model.policy.optimizer.state_dict()["state"] for model in (plain, observed))
+    for before, after in zip(*(state.values() for state in states), strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_norms_are_those_before_clipping_unless_asked_otherwise(callback):
+    def norms(**options) -> dict[str, float]:
+        served = callback(f"{options}", keep_serving=True, **options)
+        # A single step per update, so that both see the same gradient.
+        ppo(n_epochs=1, batch_size=32, max_grad_norm=1e-3).learn(32, callback=served)
+        values = scrape(served.url)
+        return {name: values[f"ppo_head_gradient_norm/{name}"] for name in ("action_0", "action_1", "action_2")} | {
+            "cv": values["ppo_gradient_cv"]
+        }
+
+    before, after = norms(aggregator=RunAggregator()), norms(aggregator=RunAggregator(), before_clipping=False)
+    assert before["cv"] == pytest.approx(after["cv"], rel=1e-5)
+    assert after["action_0"] < 1e-3 < before["action_0"]
+
+
+def test_the_endpoint_lives_as_long_as_learn_and_a_second_one_starts_anew(callback, tmp_path: Path):
+    served, during = callback(targets_dir=tmp_path), []
+
+    def look() -> None:
+        (target_file,) = tmp_path.glob("*.json")
+        (target,) = json.loads(target_file.read_text())
+        assert target["labels"]["run"] == "levers" and target["targets"][0] in served.url
+        during.append(scrape(served.url)["ppo_updates_total"])
+
+    model = ppo()
+    for _ in range(2):
+        model.learn(64, callback=[served, AfterEachUpdate(look)])
+        assert served.url is None and served.monitor is None
+        assert not list(tmp_path.glob("*.json"))
+    assert during == [1, 1]
+
+
+def test_kept_open_it_goes_on_counting_in_a_loop_of_learn(callback):
+    served, model = callback(keep_serving=True), ppo()
+    for number in (1, 2, 3):
+        model.learn(64, callback=served, reset_num_timesteps=False)
+        values = scrape(served.url)
+        assert values["ppo_updates_total"] == 2 * number
+        assert values["ppo_environment_steps_total"] == model.num_timesteps == 64 * number
+    url = served.url
+    served.close()
+    with pytest.raises(OSError):
+        fetch(url)
+
+
+def test_after_ctrl_c_the_values_stay_and_the_next_learn_takes_over(callback):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    first = callback()
+    with pytest.raises(KeyboardInterrupt):
+        ppo().learn(96, callback=[first, AfterEachUpdate(interrupt)])
+    url = first.url
+    assert scrape(url)["ppo_updates_total"] == 1
+
+    second, during = callback(keep_serving=True), []
+    ppo().learn(96, callback=[second, AfterEachUpdate(lambda: during.append(scrape(second.url)["ppo_updates_total"]))])
+    assert during == [1, 2] and scrape(second.url)["ppo_updates_total"] == 3
+    assert first.url is None
+    with pytest.raises(OSError):
+        fetch(url)
+
+
+def test_a_run_that_another_thread_trains_is_not_taken_over(callback):
+    first = callback(keep_serving=True)
+    thread = threading.Thread(target=ppo().learn, args=(32, first))
+    thread.start()
+    thread.join()
+    with pytest.raises(ValueError, match="registered already"):
+        ppo().learn(32, callback=callback())
+    assert scrape(first.url)["ppo_updates_total"] == 1
+
+
+def test_a_taken_port_is_said_before_training_and_leaves_nothing_behind(callback):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        model = ppo()
+        with pytest.raises(OSError, match="cannot serve"):
+            model.learn(64, callback=callback(port=taken.getsockname()[1]))
+    model.learn(64, callback=callback())
+
+
+def test_two_trainings_share_an_endpoint(callback):
+    first = callback("first", keep_serving=True)
+    ppo().learn(32, callback=first)
+    second = callback("second", keep_serving=True, port=int(first.url.split(":")[2].split("/")[0]))
+    ppo().learn(64, callback=second)
+    assert second.url == first.url
+    text = fetch(first.url)[1]
+    assert 'ppo_updates_total{run="first"} 1.0' in text and 'ppo_updates_total{run="second"} 2.0' in text
+
+
+def test_a2c_exports_its_losses(callback):
+    served = callback(None, keep_serving=True)
+    model = A2C("MlpPolicy", gymnasium.make("CartPole-v1"), seed=7, device="cpu")
+    model.learn(20, callback=served)
+    values = scrape(served.url)
+    assert values["ppo_policy_loss"] == pytest.approx(model.logger.name_to_value["train/policy_loss"])
+    assert values["ppo_gradient_cv_per_step_count"] == values["ppo_updates_total"] == 4
+    assert 'algorithm="A2C"' in (text := fetch(served.url)[1])
+    assert 'environment="CartPole-v1"' in text and 'run="CartPole-v1-seed7"' in text
