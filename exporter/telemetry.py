@@ -145,6 +145,10 @@ class PPOUpdatePayload:
             raise TypeError(f"run must be a string, got {self.run!r}")
         if not self.run:
             raise ValueError("run must not be empty")
+        try:
+            self.run.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"run must be encodable as UTF-8, got {self.run!r}") from None
         _require_cv("gradient_cv", self.gradient_cv)
         for cv in self.gradient_cv_per_step:
             _require_cv("gradient_cv_per_step", cv)

@@ -104,10 +104,10 @@ def alerts(config: MixinConfig) -> list[Alert]:
     where = f"{{{{ if {head} }}}}of head {{{{ {head} }}}}{{{{ else }}}}of the trunk or the value head{{{{ end }}}}"
 
     return [
-        # Both keep firing equally long: a warning that outlived its critical alert would be let go by the
-        # inhibition and notify, after everything is well again.
+        # The warning keeps firing for less long: outliving its critical alert, it would be let go by the
+        # inhibition and notify after everything is well again.
         _cv_high(cv, HealthLevel.WARNING, WARNING, WARNING_THRESHOLD, hold=300, keep=120),
-        _cv_high(cv, HealthLevel.CRITICAL, CRITICAL, CRITICAL_THRESHOLD, hold=60, keep=120),
+        _cv_high(cv, HealthLevel.CRITICAL, CRITICAL, CRITICAL_THRESHOLD, hold=60, keep=180),
         Alert(
             "PPOCriticalGradientSteps",
             WARNING,
@@ -131,7 +131,7 @@ def alerts(config: MixinConfig) -> list[Alert]:
             hold=0,
             keep=300,
             summary=f"Non-finite gradients {where} in {_RUN}",
-            description=f"In about {_VALUE} gradient steps of the last 10 minutes a gradient {where} of {_RUN} was NaN "
+            description=f"In about {{{{ printf \"%.0f\" $value }}}} gradient steps of the last 10 minutes a gradient {where} of {_RUN} was NaN "
             "or infinite.",
         ),
         Alert(

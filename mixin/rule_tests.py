@@ -166,9 +166,10 @@ class _Tests:
                     self._states(f"{30 * step}s", alert, *([pending_warning] if step < 10 else [warning]), critical)
                     for step in range(2, 19)
                 ),
-                # Both end in one evaluation: a warning left alone would no longer be inhibited, and notify.
+                # The warning ends first: left alone it would no longer be inhibited, and notify.
                 self._states("9m30s", alert, warning, critical),
-                self._states("10m", alert),
+                self._states("10m", alert, critical),
+                self._states("11m", alert),
             ),
             self._test(
                 "CV alerts name value, run and the head that dominates",
@@ -312,7 +313,7 @@ class _Tests:
                     alert,
                     "warning",
                     "Non-finite gradients of the trunk or the value head in run demo",
-                    "In about 20.000 gradient steps of the last 10 minutes a gradient of the trunk or the value head of"
+                    "In about 20 gradient steps of the last 10 minutes a gradient of the trunk or the value head of"
                     " run demo was NaN or infinite.",
                 ),
             ),
@@ -324,7 +325,7 @@ class _Tests:
                     alert,
                     "warning",
                     "Non-finite gradients of head op in run demo",
-                    "In about 4.000 gradient steps of the last 10 minutes a gradient of head op of run demo was NaN"
+                    "In about 4 gradient steps of the last 10 minutes a gradient of head op of run demo was NaN"
                             " or infinite.",
                     head="op",
                 ),
@@ -354,7 +355,7 @@ class _Tests:
                         (
                             "warning",
                             "Non-finite gradients of head op in run demo",
-                            "In about 100.000 gradient steps of the last 10 minutes a gradient of head op of run demo"
+                            "In about 100 gradient steps of the last 10 minutes a gradient of head op of run demo"
                             " was NaN or infinite.",
                             {"head": "op"},
                         ),

@@ -371,6 +371,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}-port", type=_port, default=getattr(Ports, name), help=f"TCP port of {what}")
     parser.add_argument("--state-dir", type=Path, default=Path(".stack"), help="logs, storage, adapted configuration")
     options = parser.parse_args(arguments[:split])
+    trainer_arguments = arguments[split + 1 :]
+    if {"-h", "--help"} & set(trainer_arguments):
+        return subprocess.run([sys.executable, "-m", "trainer", "--help"]).returncode
+    for flag, instead in (
+        ("--metrics-port", "--metrics-port before the --"),
+        ("--metrics-address", "127.0.0.1, where Prometheus looks"),
+        ("--metrics-target", "127.0.0.1, where Prometheus looks"),
+        ("--targets-dir", "--state-dir before the --"),
+    ):
+        if any(argument.split("=")[0] == flag for argument in trainer_arguments):
+            parser.error(f"the trainer's {flag} is set by the stack: use {instead}")
     ports = Ports(
         options.prometheus_port,
         options.alertmanager_port,
@@ -378,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.grafana_port,
         options.metrics_port,
     )
-    return Stack(ports, options.state_dir, arguments[split + 1 :]).run()
+    return Stack(ports, options.state_dir, trainer_arguments).run()
 
 
 if __name__ == "__main__":

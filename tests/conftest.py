@@ -222,12 +222,18 @@ def start_observability(
     return start_all
 
 
+def _seconds(duration: str) -> int:
+    return int(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
+
+
 def _with_short_durations(source: Path, directory: Path, for_: str) -> Path:
     content = yaml.safe_load(source.read_text())
     for group in content["groups"]:
         group["interval"] = "1s"
         for rule in group["rules"]:
-            for duration in ("for", "keep_firing_for"):
-                if duration in rule:
-                    rule[duration] = for_
+            if "for" in rule:
+                rule["for"] = for_
+            if "keep_firing_for" in rule:
+                # Which of two alerts ends first is part of what the rules say.
+                rule["keep_firing_for"] = f"{_seconds(rule['keep_firing_for']) * _seconds(for_) // 60}s"
     return configuration.write_yaml(directory / source.name, content, f"alerts/{source.name}")

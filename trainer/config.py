@@ -47,9 +47,12 @@ class TrainerConfig:
     )
     device: str = _option("cpu", "torch device", group=_RUN)
     threads: int = _option(
-        1, "torch's CPU threads; a second one pays where a core is idle, and costs much where none is", group=_RUN, minimum=1
+        1, "torch's CPU threads; a second one pays where a core is idle, and costs much where none is",
+        group=_RUN,
+        minimum=1,
+        maximum=256,
     )
-    total_timesteps: int = _option(1_000_000, "environment steps to train for", group=_RUN, minimum=1)
+    total_timesteps: int = _option(2_000_000, "environment steps to train for", group=_RUN, minimum=1)
     num_envs: int = _option(64, "parallel environments", group=_RUN, minimum=1)
     log_interval: int = _option(10, "updates per line where there is no terminal", group=_RUN, minimum=1)
 
@@ -197,8 +200,9 @@ def _read_file(path: Path) -> dict[str, _Setting]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if root is None:
             return {}
@@ -213,15 +217,21 @@ def _read_file(path: Path) -> dict[str, _Setting]:
                 raise ConfigError(f"{path}:{line}: unknown key {str(key)!r}{_suggestion(name, list(_FIELDS))}")
             if name in settings:
                 raise ConfigError(f"{path}:{line}: key {str(key)!r} is there twice, before at {settings[name].place}")
-            value = loader.construct_object(value_node, deep=True)
+            try:
+                value = loader.construct_object(value_node, deep=True)
+            except (ValueError, OverflowError) as error:
+                raise ConfigError(f"{path}:{line}: {name}: {error}") from error
             settings[name] = _Setting(_of_type(name, value, f"{path}:{line}"), f"{path}:{line}: {name}")
         return settings
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{place}: {getattr(error, 'problem', None) or error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _of_type(name: str, value: Any, place: str) -> Any:
@@ -232,7 +242,7 @@ def _of_type(name: str, value: Any, place: str) -> Any:
     if expected is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if type(value) is not expected:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -259,6 +269,8 @@ def _check(name: str, setting: _Setting) -> None:
         )
     if isinstance(value, str) and not value:
         raise ConfigError(f"{setting.place}: must not be empty")
+    if isinstance(value, str) and not value.isprintable():
+        raise ConfigError(f"{setting.place}: must be printable text, got {value!r}")
     if name == "drill":
         try:
             Drill.parse(value)

@@ -144,7 +144,7 @@ def train(config: TrainerConfig, stop: StopRequest) -> int:
     try:
         server = MetricsServer(training.aggregator, config.metrics_address, config.metrics_port)
     except OSError as error:
-        raise StartError(f"{error}; --metrics-port chooses another one") from error
+        raise StartError(f"{error}; --metrics-address and --metrics-port choose another one") from error
     with server:
         target = config.metrics_target or host_and_port(TargetFile.reachable(server.address), server.port)
         try:

@@ -209,3 +209,18 @@ def test_prometheus_accepts_the_configuration(servers):
     command = [servers.promtool, "check", "config", ROOT / "prometheus.yml"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--metrics-port=1", "--metrics-address=::", "--targets-dir=x", "--metrics-target=a:1"])
+def test_what_the_stack_sets_itself_is_refused_behind_the_dashes(flag):
+    done = subprocess.run(
+        [sys.executable, "-m", "stack", "--", flag], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and f"the trainer's {flag.split('=')[0]} is set by the stack" in done.stderr
+
+
+def test_help_for_the_trainer_starts_nothing():
+    done = subprocess.run(
+        [sys.executable, "-m", "stack", "--", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m trainer")

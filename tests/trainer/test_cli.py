@@ -110,7 +110,7 @@ def test_a_taken_port_is_an_error_before_training_starts(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         out, err = run(tmp_path, "--metrics-port", str(port), code=1)
-    assert f"cannot serve /metrics on 127.0.0.1:{port}: Address already in use; --metrics-port" in err
+    assert f"cannot serve /metrics on 127.0.0.1:{port}: Address already in use; --metrics-address and --metrics-port" in err
     assert "update" not in out and not list(tmp_path.iterdir())
 
 
