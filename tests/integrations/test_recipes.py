@@ -1,15 +1,20 @@
 """Every recipe's program as it stands in the documentation, run with the real library and scraped while it trains."""
 
+import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import fetch, free_ports
 from prometheus_client.parser import text_string_to_metric_families
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from stack.servers import ROOT
 
@@ -24,18 +29,66 @@ LIBRARIES = {
 }
 
 
+# Plain loops whose heads are `heads` of `agent` or `policy`, with 16 gradient steps in an update.
+LOOPS = {"cleanrl", "torchrl"}
+
+
+def program_of(recipe: str, port: int) -> str:
+    pytest.importorskip(LIBRARIES[recipe])
+    (program,) = re.findall(r"^```python\n(.*?)^```$", (RECIPES / f"{recipe}.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert program.count("9842") == 1
+    return program.replace("9842", str(port))
+
+
+def totals_and_heads(text: str) -> tuple[dict[str, float], dict[str, float]]:
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    heads = {s.labels["head"]: s.value for s in samples if s.name == "ppo_head_gradient_norm"}
+    return {s.name: s.value for s in samples}, heads
+
+
 def test_every_recipe_is_run_here():
     assert {path.stem for path in RECIPES.glob("*.md")} == set(LIBRARIES)
 
 
-@pytest.mark.parametrize("recipe", LIBRARIES)
+@pytest.mark.parametrize("recipe", sorted(LOOPS))
+def test_a_loop_serves_the_cv_of_every_step_that_it_takes(recipe: str):
+    port, steps_per_update = free_ports().prometheus, 16
+    namespace = {"__name__": "__main__"}
+    cvs: list[float] = []
+    scrapes = 0
+
+    def before_step(optimizer, args, kwargs) -> None:
+        nonlocal scrapes
+        heads = namespace.get("agent", namespace.get("policy")).heads
+        if cvs and len(cvs) % steps_per_update == 0:
+            totals, norms = totals_and_heads(fetch(f"http://127.0.0.1:{port}/metrics")[1])
+            assert set(norms) == set(heads)
+            assert totals["ppo_updates_total"] == len(cvs) // steps_per_update
+            assert totals["ppo_gradient_cv_per_step_count"] == len(cvs)
+            assert totals["ppo_gradient_cv_per_step_sum"] == pytest.approx(sum(cvs), rel=1e-5)
+            assert totals["ppo_gradient_cv"] == pytest.approx(statistics.fmean(cvs[-steps_per_update:]), rel=1e-5)
+            assert totals["ppo_exporter_errors_total"] == 0
+            scrapes += 1
+        norms = [math.sqrt(sum(p.grad.double().square().sum().item() for p in h.parameters())) for h in heads.values()]
+        cvs.append(statistics.stdev(norms) / statistics.fmean(norms))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    handle = register_optimizer_step_pre_hook(before_step)
+    try:
+        exec(compile(program_of(recipe, port), f"{recipe}.md", "exec"), namespace)
+    finally:
+        handle.remove()
+        torch.set_num_threads(threads)
+    assert scrapes == len(cvs) // steps_per_update - 1 > 5
+
+
+@pytest.mark.parametrize("recipe", sorted(set(LIBRARIES) - LOOPS))
 def test_the_program_trains_to_its_end_and_serves_its_heads(recipe: str, tmp_path: Path):
-    pytest.importorskip(LIBRARIES[recipe])
-    (program,) = re.findall(r"^```python\n(.*?)^```$", (RECIPES / f"{recipe}.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert program.count("9842") == 1
     port = free_ports().prometheus
+    program = program_of(recipe, port)
     path = tmp_path / "program.py"
-    path.write_text(program.replace("9842", str(port)))
+    path.write_text(program)
     log = tmp_path / "log"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     scraped = ""
@@ -45,13 +98,11 @@ def test_the_program_trains_to_its_end_and_serves_its_heads(recipe: str, tmp_pat
         while process.poll() is None:
             try:
                 scraped = fetch(f"http://127.0.0.1:{port}/metrics")[1]
-            except OSError:
+            except (OSError, HTTPException):  # not yet there, or just gone
                 pass
             time.sleep(0.02)
     assert process.returncode == 0, log.read_text()
-    samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
-    by_head = {s.labels["head"]: s.value for s in samples if s.name == "ppo_head_gradient_norm"}
-    totals = {s.name: s.value for s in samples}
+    totals, by_head = totals_and_heads(scraped)
     assert len(by_head) >= 2 and all(norm > 0 for norm in by_head.values())
     assert totals["ppo_gradient_cv"] > 0
     assert totals["ppo_gradient_cv_per_step_count"] >= totals["ppo_updates_total"] >= 1

@@ -283,6 +283,31 @@ def test_after_ctrl_c_the_values_stay_and_the_next_learn_takes_over(callback):
         fetch(url)
 
 
+def test_after_ctrl_c_the_same_callback_goes_on_where_it_was(callback):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    served, model = callback(), ppo()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(96, callback=[served, AfterEachUpdate(interrupt)])
+    during = []
+    after_each = AfterEachUpdate(lambda: during.append(scrape(served.url)))
+    model.learn(96, callback=[served, after_each], reset_num_timesteps=False)
+    assert [values["ppo_updates_total"] for values in during] == [1, 2, 3]
+    assert [values["ppo_gradient_cv_per_step_count"] for values in during] == [4, 8, 12]
+    assert [values["ppo_environment_steps_total"] for values in during] == [32, 64, 96]
+    assert served.url is None
+
+
+def test_training_without_the_callback_in_between_is_not_measured(callback):
+    served, model = callback(keep_serving=True), ppo()
+    for observed_by in (served, None, served):
+        model.learn(32, callback=observed_by)
+    values = scrape(served.url)
+    assert values["ppo_updates_total"] == 2 and values["ppo_gradient_cv_per_step_count"] == 2 * 4
+    assert values["ppo_environment_steps_total"] == 64
+
+
 def test_a_run_that_another_thread_trains_is_not_taken_over(callback):
     first = callback(keep_serving=True)
     thread = threading.Thread(target=ppo().learn, args=(32, first))
