@@ -25,6 +25,8 @@ class Rows:
 Head = nn.Module | Iterable[Tensor | Rows]
 
 _NO_HEAD = -1
+# Up to here copying gradients costs less than starting one kernel per parameter; 64 KiB a step in float32.
+_SMALL_ELEMENTS = 16384
 
 
 def row_heads(layer: nn.Module, sizes: Mapping[str, int]) -> dict[str, list[Rows]]:
@@ -127,6 +129,8 @@ class HeadGradientMeter:
         self._dtype = torch.float32 if half else None
         _require_measurable(self.parameters)
         self._steps: list[_Step] = []
+        self._sizes = [parameter.numel() for parameter in self._whole]
+        self._is_small = not rows and sum(self._sizes) <= _SMALL_ELEMENTS
         self._early: dict[Tensor, Tensor] = {}
 
     def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> None:
@@ -136,13 +140,14 @@ class HeadGradientMeter:
             scale: what the loss was multiplied with, a 0-dimensional tensor; norms are divided by it.
             discard: a 0-dimensional tensor; where it turns out not to be zero the step is left out.
         """
-        norms, present = self._norms()
+        gradients = self._small_gradients()
+        norms, present = ([gradients], None) if gradients is not None else self._norms()
         if scale is not None:
             norms = list(torch._foreach_div(norms, scale))
         if discard is not None:
             # A copy: its owner may change it before it is read.
             norms.append(discard.detach().clone())
-        self._steps.append(_Step(norms, present, discard is not None))
+        self._steps.append(_Step(norms, present, discard is not None, gradients is not None))
 
     def require_owned(self, owned: Iterable[Tensor]) -> None:
         """Check that an optimizer's parameters include every head's.
@@ -191,10 +196,32 @@ class HeadGradientMeter:
 
     def start_collecting(self) -> "PendingGradientSteps":
         """Like `collect()`, without waiting for the device."""
-        steps, self._steps = self._steps, []
+        steps, self._steps = self._with_norms(self._steps), []
         device = self.parameters[0].device
         on_device = _joined([norm for step in steps for norm in step.norms], device)
         return PendingGradientSteps(self.head_names, self._owners, [(s.present, s.may_be_discarded) for s in steps], on_device)
+
+    def _small_gradients(self) -> Tensor | None:
+        """A copy of all gradients in one vector, where that is cheaper now than their norms."""
+        if not self._is_small or self._early:
+            return None
+        gradients = [parameter.grad for parameter in self._whole]
+        for gradient in gradients:
+            if gradient is None or gradient.requires_grad:
+                return None
+        return torch._utils._flatten_dense_tensors(gradients)
+
+    def _with_norms(self, steps: list["_Step"]) -> list["_Step"]:
+        """The same steps, with norms in place of gradients that were copied; one kernel per parameter for all of them."""
+        copied = [step.norms[0] for step in steps if step.holds_gradients]
+        if not copied:
+            return steps
+        parts = torch.stack(copied).split(self._sizes, dim=1)
+        rows = iter(torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=self._dtype) for part in parts], 1))
+        return [
+            step._replace(norms=[next(rows), *step.norms[1:]], holds_gradients=False) if step.holds_gradients else step
+            for step in steps
+        ]
 
     def _norms(self) -> tuple[list[Tensor], tuple[bool, ...] | None]:
         """Norms of what has a gradient; for every parameter whether it has one, None if all have."""
@@ -230,12 +257,14 @@ class _Step(NamedTuple):
     """Norms of one step on the device: one tensor per parameter that has a gradient, or all in one.
 
     `present`: for every parameter whether it has a gradient, None if all have. The
-    last norm is no norm but the discard flag if the step `may_be_discarded`.
+    last norm is no norm but the discard flag if the step `may_be_discarded`; the first
+    one is the gradients themselves, in one vector, if it `holds_gradients`.
     """
 
     norms: list[Tensor]
     present: tuple[bool, ...] | None
     may_be_discarded: bool = False
+    holds_gradients: bool = False
 
 
 class PendingGradientSteps:

@@ -136,3 +136,23 @@ def test_heads_that_cannot_be_measured_are_refused():
             HeadGradientMeter(heads)
     with pytest.raises(TypeError, match="'left' must be"):
         HeadGradientMeter({"left": ["weight"]})
+
+
+@pytest.mark.parametrize("width", [8, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recording_agrees_with_measuring_whatever_the_size_and_whoever_is_absent(width, dtype):
+    torch.manual_seed(0)
+    heads = nn.ModuleDict({name: nn.Linear(width, 40) for name in ("a", "b", "c")}).to(dtype)
+    recorded, measured = HeadGradientMeter(dict(heads.items())), HeadGradientMeter(dict(heads.items()))
+    for step in range(6):
+        heads.zero_grad()
+        present = [name for name in heads if (name, step) not in {("b", 2), ("b", 3), ("a", 4)}]
+        for name in present:
+            heads[name](torch.randn(4, width, dtype=dtype)).square().mean().backward()
+        recorded.record(scale=torch.tensor(2.0), discard=torch.tensor(float(step == 5)))
+        measured.measure()
+    steps, expected = recorded.collect(), measured.collect()[:5]
+    assert len(steps) == 5 and "b" not in steps[2].head_norms and "a" not in steps[4].head_norms
+    for step, reference in zip(steps, expected, strict=True):
+        halved = {name: norm / 2 for name, norm in reference.head_norms.items()}
+        assert step.head_norms == pytest.approx(halved, rel=1e-2 if dtype is torch.bfloat16 else 1e-6)
