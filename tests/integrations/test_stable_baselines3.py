@@ -86,7 +86,8 @@ def callback():
 
 def ppo(action_space: spaces.Space | None = None, **options) -> PPO:
     env = Levers(spaces.MultiDiscrete(NVEC) if action_space is None else action_space)
-    return PPO("MlpPolicy", env, **{"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 1, "device": "cpu", **options})
+    options = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 1, **options}
+    return PPO("MlpPolicy", env, device="cpu", **options)
 
 
 def scrape(url: str) -> dict[str, float]:
@@ -95,7 +96,8 @@ def scrape(url: str) -> dict[str, float]:
     for family in text_string_to_metric_families(fetch(url)[1]):
         for sample in family.samples:
             label = sample.labels.get("head") or sample.labels.get("health")
-            values[f"{sample.name}/{label}" if label and sample.name != "ppo_gradient_cv" else sample.name] = sample.value
+            name = f"{sample.name}/{label}" if label and sample.name != "ppo_gradient_cv" else sample.name
+            values[name] = sample.value
     return values
 
 
