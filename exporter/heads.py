@@ -124,13 +124,18 @@ class HeadGradientMeter:
         self._is_shared = set(rows)
         self.parameters = (*self._whole, *self._shared)
         self._owners = [[owner] for owner in whole.values()] + list(rows.values())
+        self._all_owners = tuple(owner for owners in self._owners for owner in owners)
         # Half-precision norms lose digits, and those of float16 overflow at 65504.
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters)
         self._dtype = torch.float32 if half else None
         _require_measurable(self.parameters)
         self._steps: list[_Step] = []
-        self._sizes = [parameter.numel() for parameter in self._whole]
-        self._is_small = not rows and sum(self._sizes) <= _SMALL_ELEMENTS
+        self._is_small = not rows and sum(parameter.numel() for parameter in whole) <= _SMALL_ELEMENTS
+        # Parameters of one head stand next to each other: (owner, elements) of each such block.
+        self._blocks = [
+            (owner, sum(parameter.numel() for parameter, _ in block))
+            for owner, block in groupby(whole.items(), lambda item: item[1])
+        ]
         self._early: dict[Tensor, Tensor] = {}
 
     def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> None:
@@ -197,9 +202,17 @@ class HeadGradientMeter:
     def start_collecting(self) -> "PendingGradientSteps":
         """Like `collect()`, without waiting for the device."""
         steps, self._steps = self._with_norms(self._steps), []
-        device = self.parameters[0].device
-        on_device = _joined([norm for step in steps for norm in step.norms], device)
-        return PendingGradientSteps(self.head_names, self._owners, [(s.present, s.may_be_discarded) for s in steps], on_device)
+        on_device = _joined([norm for step in steps for norm in step.norms], self.parameters[0].device)
+        layouts = [(self._owners_of(step), step.may_be_discarded) for step in steps]
+        return PendingGradientSteps(self.head_names, layouts, on_device)
+
+    def _owners_of(self, step: "_Step") -> tuple[int, ...]:
+        """The head of each of the step's norms."""
+        if step.owners is not None:
+            return step.owners
+        if step.present is None:
+            return self._all_owners
+        return tuple(owner for owners, has in zip(self._owners, step.present) if has for owner in owners)
 
     def _small_gradients(self) -> Tensor | None:
         """A copy of all gradients in one vector, where that is cheaper now than their norms."""
@@ -212,14 +225,15 @@ class HeadGradientMeter:
         return torch._utils._flatten_dense_tensors(gradients)
 
     def _with_norms(self, steps: list["_Step"]) -> list["_Step"]:
-        """The same steps, with norms in place of gradients that were copied; one kernel per parameter for all of them."""
+        """The same steps, with a norm per head in place of gradients that were copied; one kernel per head."""
         copied = [step.norms[0] for step in steps if step.holds_gradients]
         if not copied:
             return steps
-        parts = torch.stack(copied).split(self._sizes, dim=1)
+        parts = torch.stack(copied).split([elements for _, elements in self._blocks], dim=1)
+        owners = tuple(owner for owner, _ in self._blocks)
         rows = iter(torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=self._dtype) for part in parts], 1))
         return [
-            step._replace(norms=[next(rows), *step.norms[1:]], holds_gradients=False) if step.holds_gradients else step
+            step._replace(norms=[next(rows), *step.norms[1:]], owners=owners) if step.holds_gradients else step
             for step in steps
         ]
 
@@ -258,13 +272,15 @@ class _Step(NamedTuple):
 
     `present`: for every parameter whether it has a gradient, None if all have. The
     last norm is no norm but the discard flag if the step `may_be_discarded`; the first
-    one is the gradients themselves, in one vector, if it `holds_gradients`.
+    one is the gradients themselves, in one vector, if it `holds_gradients`. `owners`:
+    the head of each norm, where it is not that of the parameters.
     """
 
     norms: list[Tensor]
     present: tuple[bool, ...] | None
     may_be_discarded: bool = False
     holds_gradients: bool = False
+    owners: tuple[int, ...] | None = None
 
 
 class PendingGradientSteps:
@@ -277,12 +293,10 @@ class PendingGradientSteps:
     def __init__(
         self,
         head_names: tuple[str, ...],
-        owners: list[list[int]],
-        layouts: list[tuple[tuple[bool, ...] | None, bool]],
+        layouts: list[tuple[tuple[int, ...], bool]],
         norms: Tensor,
     ) -> None:
         self._head_names = head_names
-        self._owners = owners
         self._layouts = layouts
         self._event = None
         if norms.is_cuda:
@@ -306,11 +320,10 @@ class PendingGradientSteps:
         steps: list[GradientStep] = []
         squares = self._norms.double().square()
         start = 0
-        # Neighbours with the same parameters present are put together at once: usually that is all of them.
-        for (present, may_be_discarded), group in groupby(self._layouts):
+        # Neighbours of one layout are put together at once: usually that is all of them.
+        for (owners, may_be_discarded), group in groupby(self._layouts):
             count = len(list(group))
-            owners = self._owners if present is None else [o for o, has in zip(self._owners, present) if has]
-            columns = [owner if owner != _NO_HEAD else heads for part in owners for owner in part]
+            columns = [owner if owner != _NO_HEAD else heads for owner in owners]
             width = len(columns) + may_be_discarded
             block = squares[start : start + count * width].view(count, width)
             start += block.numel()

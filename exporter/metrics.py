@@ -117,8 +117,7 @@ GRADIENT_CV_PER_STEP = MetricFamily(
 HEAD_GRADIENT_NORM = MetricFamily(
     "ppo_head_gradient_norm",
     "gauge",
-    "Mean L2 norm of the head's gradient in the last update, before clipping, over the steps in which it was "
-    "finite; heads without a gradient are absent.",
+    "Mean L2 norm of the head's gradient in the last update, over the steps in which it was finite; heads without a gradient are absent.",
     (HEAD_LABEL,),
     lambda run: [((head,), norm) for head, norm in run.gradient_quality.head_norms.items()],
 )
@@ -147,7 +146,7 @@ SKIPPED_GRADIENT_STEPS = MetricFamily(
 GRADIENT_NORM = MetricFamily(
     "ppo_gradient_norm",
     "gauge",
-    "Mean global L2 norm of the gradient in the last update, before clipping.",
+    "Mean global L2 norm of the gradient in the last update; before clipping, unless a monitor measures after it.",
     (),
     _one(lambda run: run.gradient_quality.gradient_norm),
 )

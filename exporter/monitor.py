@@ -253,9 +253,9 @@ class GradientMonitor:
             self._failed(error)
 
     def _close_window(self) -> None:
+        if self._meter is None or not self._steps_in_window:
+            return  # without a gradient step there is nothing to call healthy
         self._steps_in_window = 0
-        if self._meter is None:
-            return
         progress = {**self._signals, **self._increments, "timestamp_seconds": time.time()}
         self._increments = {}
         for name in _ONCE:
@@ -265,7 +265,12 @@ class GradientMonitor:
     def _publish(self, wait: bool = False) -> None:
         while self._pending and (wait or self._pending[0][0].is_ready):
             pending, progress = self._pending.popleft()
-            metrics = summarize_gradient_steps(pending.result())
+            steps = pending.result()
+            if not steps:  # all of them overflowed: what they counted goes to the next window
+                for name in _INCREMENTS & progress.keys():
+                    self._increments[name] = self._increments.get(name, 0) + progress[name]
+                continue
+            metrics = summarize_gradient_steps(steps)
             if not self._global_norm:
                 metrics["gradient_norm"] = None
             emit_ppo_update(metrics, run=self.run, handler=self._aggregator, **progress)

@@ -101,6 +101,16 @@ def test_a_window_is_an_update_once_the_trainer_says_so(policy, aggregator):
     assert run.gradient_quality.gradient_norm == pytest.approx(expected, rel=1)
 
 
+def test_a_window_without_gradient_steps_says_nothing(policy, aggregator):
+    optimizer = adam(policy)
+    monitor = monitor_of(policy, aggregator).attach(optimizer)
+    monitor.update_completed(environment_steps=5)
+    assert aggregator.snapshot.runs["walker-17"].updates == 0
+    train(policy, optimizer, 1)
+    monitor.update_completed(environment_steps=5)
+    assert aggregator.snapshot.runs["walker-17"].environment_steps == 10
+
+
 def test_rows_of_a_fused_layer_are_heads(aggregator):
     torch.manual_seed(0)
     layer = nn.Linear(6, 9)
