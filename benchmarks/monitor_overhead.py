@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from exporter import GradientMonitor, HeadGradientMeter, RunAggregator, emit_ppo_update
+from exporter import GradientMonitor, HeadGradientMeter, RunAggregator, emit_ppo_update, gradient_cv
 from exporter.telemetry import summarize_gradient_steps
 from trainer.environments.host_growth import ACTION_HEADS
 from trainer.policy import FactoredCategorical, padded_columns
@@ -148,8 +148,7 @@ def _set_gauges(workload: Workload, norms_of: Callable[[nn.Module], float]) -> C
         norms = {name: norms_of(head) for name, head in workload.heads.items()}
         for name, norm in norms.items():
             norm_gauge.labels(name).set(norm)
-        mean = statistics.fmean(norms.values())
-        cv_gauge.set(statistics.stdev(norms.values()) / max(abs(mean), 1e-8))
+        cv_gauge.set(gradient_cv(norms.values()))
 
     return observe
 

@@ -1,5 +1,6 @@
 """Adds up what must be added over the updates of a run and publishes the result as a snapshot."""
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,8 @@ from types import MappingProxyType
 from exporter.health import HealthLevel
 from exporter.snapshot import GradientQuality, RunSnapshot, Snapshot
 from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload
+
+_TAKEN_LABELS = {"run", "rank", "job", "instance"}
 
 
 class RunAggregator:
@@ -31,9 +34,21 @@ class RunAggregator:
             info: labels of `ppo_run_info`, such as environment and seed.
 
         Raises:
-            ValueError: a run of that name is registered already.
+            TypeError: the run's or a head's name is no string.
+            ValueError: a run of that name is registered already, a name is empty, or
+                a key of `info` is no label name or that of another label.
         """
         heads = tuple(heads)
+        # A label that cannot be rendered would fail every scrape, of the other runs too.
+        for what, name in (("run", run), *(("head", head) for head in heads)):
+            if not isinstance(name, str):
+                raise TypeError(f"the name of a {what} must be a string, got {name!r}")
+            if not name:
+                raise ValueError(f"the name of a {what} must not be empty")
+        info = {key: str(value) for key, value in (info or {}).items()}
+        for key in info:
+            if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", key) or key.startswith("__") or key in _TAKEN_LABELS:
+                raise ValueError(f"info cannot have the key {key!r}: it must be a label name other than those in use")
         with self._writers:
             if run in self.snapshot.runs:
                 raise ValueError(f"run {run!r} is registered already; runs of one process need distinct names")
@@ -41,7 +56,7 @@ class RunAggregator:
                 contributing_heads=len(heads), nonfinite_steps=MappingProxyType(dict.fromkeys(heads, 0))
             )
             self.snapshot = self.snapshot.with_run(
-                RunSnapshot(run, info=MappingProxyType(dict(info or {})), gradient_quality=quality)
+                RunSnapshot(run, info=MappingProxyType(info), gradient_quality=quality)
             )
 
     def handle_ppo_update(self, payload: PPOUpdatePayload) -> None:

@@ -32,7 +32,7 @@ class TargetFile:
 
     def add(self, *runs: str) -> None:
         """Name further runs behind the endpoint."""
-        self._runs.extend(runs)
+        self._runs.extend(run for run in runs if run not in self._runs)
         self._write()
 
     def discard(self, run: str) -> None:

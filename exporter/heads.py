@@ -27,6 +27,7 @@ Head = nn.Module | Iterable[Tensor | Rows]
 _NO_HEAD = -1
 # Up to here copying gradients costs less than starting one kernel per parameter; 64 KiB a step in float32.
 _SMALL_ELEMENTS = 16384
+_COPIED_STEPS = 128  # after so many, copies are reduced to norms, so that a long window stays small
 
 
 def row_heads(layer: nn.Module, sizes: Mapping[str, int]) -> dict[str, list[Rows]]:
@@ -52,8 +53,8 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
     Args:
         model: whose `named_modules()` are searched.
         pattern: regular expression that a module's whole name must match. Its first
-            group, if there is one, is the head's name; modules with the same name
-            make one head.
+            group that matches is the head's name, the module's own name where there is
+            none; modules with the same name make one head.
 
     Raises:
         ValueError: no module matches; the message lists module names.
@@ -62,7 +63,7 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
     heads: dict[str, dict[Tensor, None]] = {}
     for name, module in model.named_modules():
         if match := expression.fullmatch(name):
-            head = match.group(1) if expression.groups else name
+            head = next((group for group in match.groups() if group), name)
             heads.setdefault(head, {}).update(dict.fromkeys(module.parameters()))
     if not heads:
         names = [name for name, _ in model.named_modules() if name]
@@ -147,12 +148,14 @@ class HeadGradientMeter:
         """
         gradients = self._small_gradients()
         norms, present = ([gradients], None) if gradients is not None else self._norms()
-        if scale is not None:
+        if scale is not None and norms:
             norms = list(torch._foreach_div(norms, scale))
         if discard is not None:
             # A copy: its owner may change it before it is read.
             norms.append(discard.detach().clone())
         self._steps.append(_Step(norms, present, discard is not None, gradients is not None))
+        if gradients is not None and len(self._steps) % _COPIED_STEPS == 0:
+            self._steps = self._with_norms(self._steps)
 
     def require_owned(self, owned: Iterable[Tensor]) -> None:
         """Check that an optimizer's parameters include every head's.
@@ -182,7 +185,7 @@ class HeadGradientMeter:
             except Exception as error:
                 on_error(error)
 
-        return [parameter.register_post_accumulate_grad_hook(take) for parameter in self.parameters]
+        return [p.register_post_accumulate_grad_hook(take) for p in self.parameters if p.requires_grad]
 
     def measure(self) -> Tensor:
         """Take the norms of the gradients as they are now.
@@ -201,7 +204,8 @@ class HeadGradientMeter:
 
     def start_collecting(self) -> "PendingGradientSteps":
         """Like `collect()`, without waiting for the device."""
-        steps, self._steps = self._with_norms(self._steps), []
+        steps, self._steps = self._steps, []
+        steps = self._with_norms(steps)
         on_device = _joined([norm for step in steps for norm in step.norms], self.parameters[0].device)
         layouts = [(self._owners_of(step), step.may_be_discarded) for step in steps]
         return PendingGradientSteps(self.head_names, layouts, on_device)
@@ -222,7 +226,8 @@ class HeadGradientMeter:
         for gradient in gradients:
             if gradient is None or gradient.requires_grad:
                 return None
-        return torch._utils._flatten_dense_tensors(gradients)
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        return flat.clone() if len(gradients) == 1 else flat  # of a single one it is a view
 
     def _with_norms(self, steps: list["_Step"]) -> list["_Step"]:
         """The same steps, with a norm per head in place of gradients that were copied; one kernel per head."""
@@ -233,7 +238,7 @@ class HeadGradientMeter:
         owners = tuple(owner for owner, _ in self._blocks)
         rows = iter(torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=self._dtype) for part in parts], 1))
         return [
-            step._replace(norms=[next(rows), *step.norms[1:]], owners=owners) if step.holds_gradients else step
+            step._replace(norms=[next(rows), *step.norms[1:]], holds_gradients=False, owners=owners) if step.holds_gradients else step
             for step in steps
         ]
 
@@ -241,8 +246,12 @@ class HeadGradientMeter:
         """Norms of what has a gradient; for every parameter whether it has one, None if all have."""
         if self._early:
             early, self._early = self._early, {}
-            present = tuple(parameter in early for parameter in self.parameters)
-            return [early[p] for p in self.parameters if p in early], None if all(present) else present
+            present = tuple(parameter.grad is not None for parameter in self.parameters)
+            # A gradient that no backward pass has touched since the last step, a zero one say, is taken as it is.
+            norms = [
+                early[p] if p in early else self._norm(p).detach() for p, has in zip(self.parameters, present) if has
+            ]
+            return norms, None if all(present) else present
         gradients = [parameter.grad for parameter in self._whole]
         shared = self._shared
         present = None
@@ -254,7 +263,7 @@ class HeadGradientMeter:
                 break
         norms = list(torch._foreach_norm(gradients, dtype=self._dtype)) if gradients else []
         norms.extend(map(self._norm, shared))
-        if norms and norms[0].requires_grad:  # gradients of a double backward
+        if any(norm.requires_grad for norm in norms):  # gradients of a double backward
             norms = [norm.detach() for norm in norms]
         return norms, present
 

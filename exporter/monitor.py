@@ -22,6 +22,7 @@ from exporter.server import DEFAULT_ADDRESS, DEFAULT_PORT, MetricsServer, host_a
 from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update, summarize_gradient_steps
 
 DEFAULT_WINDOW_STEPS = 64
+_MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
 
 _log = logging.getLogger(__name__)
 _MEASURED = set(GradientMetrics.__annotations__) | {"run", "skipped_gradient_steps", "timestamp_seconds"}
@@ -128,7 +129,10 @@ class GradientMonitor:
             if warning is not None:
                 _log.warning("run %s: %s", self.run, warning)
         self._meter = meter
-        self._hooks = [optimizer.register_step_pre_hook(self._before_step)]
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         if self._before_clipping:
             self._hooks += meter.record_after_backward(self._failed)
         return self
@@ -162,7 +166,8 @@ class GradientMonitor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        self._leave(crashed=kind is not None and kind is not KeyboardInterrupt)
+        is_exit = kind is not None and issubclass(kind, SystemExit) and not exc_info[0].code
+        self._leave(crashed=kind is not None and kind is not KeyboardInterrupt and not is_exit)
 
     def serve(
         self,
@@ -198,7 +203,7 @@ class GradientMonitor:
         served = _SharedServer.join(self._aggregator, address, port, labels)
         self._served.append(served)
         if targets_dir is not None:
-            served.announce(Path(targets_dir), self.run)
+            served.announce(Path(targets_dir).resolve(), self.run)
         return served.server.url
 
     def record(self, **values: float | None) -> None:
@@ -209,24 +214,22 @@ class GradientMonitor:
 
         Raises:
             TypeError: there is no signal of that name, or the value is no number.
+            ValueError: the value is out of its range, a negative count say.
         """
-        for name, value in values.items():
-            if name not in _RECORDABLE:
-                nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
-                hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(_RECORDABLE)}"
-                raise TypeError(f"no signal {name!r}{hint}")
+        checked = {name: _checked(name, value) for name, value in values.items()}
+        for name, value in checked.items():
             if name in _INCREMENTS:
-                self._increments[name] = self._increments.get(name, 0) + int(value)
+                self._increments[name] = self._increments.get(name, 0) + (value or 0)
             elif value is None:
                 self._signals.pop(name, None)
             else:
-                self._signals[name] = float(value)
+                self._signals[name] = value
 
     def update_completed(self, **values: float | None) -> None:
         """A PPO update has ended: publish its window, with `values` as for `record()`.
 
         Raises:
-            TypeError: as `record()`.
+            TypeError, ValueError: as `record()`.
         """
         self.record(**values)
         self._window_steps = None
@@ -236,7 +239,16 @@ class GradientMonitor:
         except Exception as error:
             self._failed(error)
 
-    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if not _has_closure(args, kwargs):
+            self._observe(optimizer)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        # A closure runs the backward pass within the step; what it has left behind is measured after it.
+        if _has_closure(args, kwargs):
+            self._observe(optimizer)
+
+    def _observe(self, optimizer: Optimizer) -> None:
         try:
             scale = getattr(optimizer, "grad_scale", None)
             if self._before_clipping and self._grad_scaler is not None:
@@ -245,7 +257,7 @@ class GradientMonitor:
             # step, and so this hook, is not called. Either way such a step is none.
             self._meter.record(scale, getattr(optimizer, "found_inf", None))
             self._steps_in_window += 1
-            if self._steps_in_window == self._window_steps:
+            if self._steps_in_window >= (self._window_steps or _MOST_WINDOW_STEPS):
                 self._close_window()
             if self._pending:
                 self._publish()
@@ -265,8 +277,9 @@ class GradientMonitor:
     def _publish(self, wait: bool = False) -> None:
         while self._pending and (wait or self._pending[0][0].is_ready):
             pending, progress = self._pending.popleft()
-            steps = pending.result()
-            if not steps:  # all of them overflowed: what they counted goes to the next window
+            # A step in which no head had a gradient says nothing of their balance.
+            steps = [step for step in pending.result() if step.head_norms]
+            if not steps:  # or all overflowed: what they counted goes to the next window
                 for name in _INCREMENTS & progress.keys():
                     self._increments[name] = self._increments.get(name, 0) + progress[name]
                 continue
@@ -284,6 +297,27 @@ class GradientMonitor:
                 self.run,
                 exc_info=error,
             )
+
+
+def _has_closure(args: tuple, kwargs: dict) -> bool:
+    """Whether `optimizer.step` was given a closure; `args` begins with the optimizer itself."""
+    return kwargs.get("closure") is not None or len(args) > 1 and args[1] is not None
+
+
+def _checked(name: str, value: object) -> float | int | None:
+    """`value` as the payload takes it."""
+    if name not in _RECORDABLE:
+        nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(_RECORDABLE)}"
+        raise TypeError(f"no signal {name!r}{hint}")
+    if value is None:
+        return None
+    try:
+        number = int(value) if name in _INCREMENTS else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number, got {value!r}") from error
+    PPOUpdatePayload(run="checked", **{name: number})
+    return number
 
 
 class _SharedServer:

@@ -213,6 +213,8 @@ class PrometheusCallback(BaseCallback):
         self._rollout_started = time.perf_counter()
 
     def _on_step(self) -> bool:
+        if self.monitor is None:  # somebody has closed it; that must not end training
+            return True
         self.monitor.record(episodes=np.count_nonzero(self.locals["dones"]))
         return True
 
@@ -221,13 +223,15 @@ class PrometheusCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._export_update()
+        if self.monitor is None:
+            return
         self.monitor.detach()
         if not self._keep_serving:
             self.close()
 
     def _export_update(self) -> None:
         """Export the update that has just ended, if one has; its values are in the logger until SB3 dumps them."""
-        if self._update_started is None:
+        if self._update_started is None or self.monitor is None:
             return
         logged = self.logger.name_to_value
         values = {signal: logged[key] for key, signal in _SIGNALS.items() if key in logged}

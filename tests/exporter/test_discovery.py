@@ -15,7 +15,7 @@ def test_a_target_file_is_whole_labeled_and_gone_with_its_last_run(tmp_path: Pat
     file = TargetFile(directory, "127.0.0.1:9842", "walker/17")
     assert content(file) == [{"targets": ["127.0.0.1:9842"], "labels": {"run": "walker/17"}}]
     assert list(directory.iterdir()) == [file.path]
-    file.add("b")
+    file.add("b", "b", "walker/17")
     file.discard("walker/17")
     assert content(file)[0]["labels"] == {"run": "b"}
     file.discard("b")

@@ -202,6 +202,93 @@ def test_loss_scaling_is_undone_and_overflowed_steps_are_none(policy, aggregator
     assert math.isfinite(run.gradient_quality.gradient_cv) and run.exporter_errors == 0
 
 
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_before_clipping_knows_absent_zero_and_abandoned_gradients(policy, aggregator, set_to_none):
+    optimizer = adam(policy)
+    monitor_of(policy, aggregator, window_steps=1, before_clipping=True).attach(optimizer)
+    train(policy, optimizer, 1)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    policy.heads["left"](torch.randn(8, 16)).square().mean().backward()
+    optimizer.step()
+    norms = quality(aggregator).head_norms
+    assert norms["left"] > 0 and {n: v for n, v in norms.items() if n != "left"} == (
+        {} if set_to_none else dict.fromkeys(HEADS[1:], 0.0)
+    )
+    # A bad batch that is given up before the step.
+    optimizer.zero_grad()
+    (policy.loss(torch.randn(8, 6)) * math.nan).backward()
+    optimizer.zero_grad()
+    policy.heads["left"](torch.randn(8, 16)).square().mean().backward()
+    optimizer.step()
+    assert set(quality(aggregator).head_norms) == {"left"} and quality(aggregator).gradient_cv == 0.0
+
+
+def test_frozen_parameters_are_no_obstacle(policy, aggregator):
+    policy.heads["left"].bias.requires_grad_(False)
+    optimizer = adam(policy)
+    monitor_of(policy, aggregator, window_steps=1, before_clipping=True, global_norm=True).attach(optimizer)
+    cvs = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        policy.loss(torch.randn(8, 6)).backward()
+        optimizer.step()
+        cvs.append(quality(aggregator).gradient_cv)
+    assert set(quality(aggregator).head_norms) == set(HEADS) and all(cv > 0 for cv in cvs)
+
+
+def test_a_step_with_a_closure_is_measured_in_its_own_step(policy, aggregator):
+    optimizer = adam(policy)
+    monitor_of(policy, aggregator, window_steps=1).attach(optimizer)
+    for factor in (1.0, math.nan):
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = policy.loss(torch.randn(8, 6)) * factor
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert math.isfinite(quality(aggregator).gradient_cv) == (factor == 1.0)
+    assert aggregator.snapshot.runs["walker-17"].updates == 2
+
+
+def test_a_single_parameter_is_copied_not_looked_at_later(aggregator):
+    layer = nn.Linear(4, 3, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    GradientMonitor({"a": layer}, "one", window_steps=2, aggregator=aggregator).attach(optimizer)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    for value in (1.0, 3.0):
+        layer.weight.grad.fill_(value)
+        optimizer.step()
+    assert quality(aggregator, "one").head_norms["a"] == pytest.approx(2 * math.sqrt(12))
+
+
+def test_a_long_window_is_right_to_the_last_step(policy, aggregator):
+    optimizer = adam(policy)
+    monitor = monitor_of(policy, aggregator, window_steps=None).attach(optimizer)
+    cvs = train(policy, optimizer, 300)
+    monitor.update_completed()
+    assert quality(aggregator).gradient_cv == pytest.approx(sum(cvs) / 300, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "run", "info", "error"),
+    [
+        ({0: 0, "b": 1}, "r", {}, TypeError),
+        ({"a": 0, "b": 1}, 17, {}, TypeError),
+        ({"a": 0, "b": 1}, "", {}, ValueError),
+        ({"a": 0, "b": 1}, "r", {"run": "other"}, ValueError),
+        ({"a": 0, "b": 1}, "r", {"not a label": 1}, ValueError),
+    ],
+)
+def test_labels_that_would_break_the_endpoint_are_refused(policy, aggregator, heads, run, info, error):
+    heads = {name: [policy.trunk, policy.value][index] for name, index in heads.items()}
+    optimizer = adam(policy)
+    with pytest.raises(error):
+        GradientMonitor(heads, run, info=info, aggregator=aggregator).attach(optimizer)
+    assert not aggregator.snapshot.runs and not optimizer._optimizer_step_pre_hooks
+
+
 def test_training_is_bit_identical_with_and_without(policy, aggregator):
     observed, plain = policy, copy.deepcopy(policy)
     optimizer = adam(observed)
@@ -286,6 +373,11 @@ def test_an_unknown_signal_is_refused_with_the_nearest_one(policy, aggregator):
         monitor.record(aprox_kl=0.1)
     with pytest.raises(TypeError, match="no signal 'gradient_cv'"):
         monitor.record(gradient_cv=0.1)
+    with pytest.raises(TypeError, match="policy_loss must be a number"):
+        monitor.record(policy_loss="low")
+    with pytest.raises(ValueError, match="environment_steps must be >= 0"):
+        monitor.record(episodes=3, environment_steps=-9)
+    assert monitor._increments == {}
 
 
 @pytest.mark.parametrize("before_clipping", [False, True])
@@ -303,7 +395,8 @@ def test_an_error_inside_never_stops_training(aggregator, caplog, before_clippin
             layer(embedding(torch.arange(4))).square().mean().backward()
             optimizer.step()
     assert not torch.equal(before, embedding.weight)
-    assert aggregator.snapshot.runs["r"].exporter_errors == 5
+    # Twice a step where it is tried twice: after backward, and at the step.
+    assert aggregator.snapshot.runs["r"].exporter_errors == 5 * (1 + before_clipping)
     assert caplog.text.count("training goes on") == 1
 
 
