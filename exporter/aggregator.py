@@ -104,9 +104,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload) -> RunSnapshot
 
 
 def _added(totals: Mapping, increments: Mapping) -> Mapping:
-    return MappingProxyType(
-        {key: totals.get(key, 0) + increments.get(key, 0) for key in {**totals, **increments}}
-    )
+    return MappingProxyType({key: totals.get(key, 0) + increments.get(key, 0) for key in {**totals, **increments}})
 
 
 def _known(value: float | None) -> tuple[float, ...]:

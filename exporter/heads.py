@@ -238,7 +238,9 @@ class HeadGradientMeter:
         owners = tuple(owner for owner, _ in self._blocks)
         rows = iter(torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=self._dtype) for part in parts], 1))
         return [
-            step._replace(norms=[next(rows), *step.norms[1:]], holds_gradients=False, owners=owners) if step.holds_gradients else step
+            step._replace(norms=[next(rows), *step.norms[1:]], holds_gradients=False, owners=owners)
+            if step.holds_gradients
+            else step
             for step in steps
         ]
 
@@ -345,9 +347,7 @@ class PendingGradientSteps:
             names = [self._head_names[index] for index in contributing]
             steps.extend(
                 GradientStep(dict(zip(names, norms)), global_norm)
-                for norms, global_norm in zip(
-                    per_head[:, contributing].sqrt().tolist(), block.sum(1).sqrt().tolist()
-                )
+                for norms, global_norm in zip(per_head[:, contributing].sqrt().tolist(), block.sum(1).sqrt().tolist())
             )
         return steps
 
@@ -376,9 +376,7 @@ def _parts(name: str, head: Head) -> list[Tensor | Rows]:
 def _claim_rows(rows: dict[Tensor, list[int]], part: Rows, head: int, names: tuple[str, ...]) -> None:
     owners = rows.setdefault(part.parameter, [_NO_HEAD] * len(part.parameter))
     if not 0 <= part.start < part.stop <= len(owners):
-        raise ValueError(
-            f"head {names[head]!r} takes rows {part.start}:{part.stop} of a layer that has {len(owners)}"
-        )
+        raise ValueError(f"head {names[head]!r} takes rows {part.start}:{part.stop} of a layer that has {len(owners)}")
     for row in range(part.start, part.stop):
         if owners[row] != _NO_HEAD:
             raise ValueError(f"heads {names[owners[row]]!r} and {names[head]!r} share row {row} of a layer")

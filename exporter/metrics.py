@@ -117,7 +117,8 @@ GRADIENT_CV_PER_STEP = MetricFamily(
 HEAD_GRADIENT_NORM = MetricFamily(
     "ppo_head_gradient_norm",
     "gauge",
-    "Mean L2 norm of the head's gradient in the last update, over the steps in which it was finite; heads without a gradient are absent.",
+    "Mean L2 norm of the head's gradient in the last update, over the steps in which it was finite; "
+    "heads without a gradient are absent.",
     (HEAD_LABEL,),
     lambda run: [((head,), norm) for head, norm in run.gradient_quality.head_norms.items()],
 )
@@ -166,7 +167,8 @@ APPROX_KL = _signal(
     "approx_kl", "Approximate KL divergence between the policies before and during the last update, in nats."
 )
 CLIP_FRACTION = _signal(
-    "clip_fraction", "Fraction of samples whose probability ratio was outside the clip range in the last update, 0 to 1."
+    "clip_fraction",
+    "Fraction of samples whose probability ratio was outside the clip range in the last update, 0 to 1.",
 )
 EXPLAINED_VARIANCE = _signal(
     "explained_variance",

@@ -34,7 +34,9 @@ class MetricsServer:
     ) -> None:
         self.address = address
         try:
-            self._server, self._thread = start_http_server(port, address, registry=build_registry(aggregator, process_labels))
+            self._server, self._thread = start_http_server(
+                port, address, registry=build_registry(aggregator, process_labels)
+            )
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OSError(f"cannot serve /metrics on {host_and_port(address, port)}: {reason}") from error

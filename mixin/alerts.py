@@ -67,8 +67,9 @@ _VALUE = '{{ printf "%.3f" $value }}'
 _RUN = f"run {{{{ $labels.{RUN_LABEL} }}}}"
 _NONFINITE = (
     '{{ if eq (printf "%.3f" $value) "+Inf" }} A gradient was NaN or infinite'
-    f"{{{{ range printf `topk(1, increase({NONFINITE_GRADIENTS.name}{{job=%q, instance=%q, {RUN_LABEL}=%q}}[10m]) > 0)` "
-    f"$labels.job $labels.instance $labels.{RUN_LABEL} | query }}}}, in head {{{{ .Labels.{HEAD_LABEL} }}}}{{{{ end }}}}"
+    f"{{{{ range printf `topk(1, increase({NONFINITE_GRADIENTS.name}"
+    f"{{job=%q, instance=%q, {RUN_LABEL}=%q}}[10m]) > 0)` $labels.job $labels.instance $labels.{RUN_LABEL} | query }}}}"
+    f", in head {{{{ .Labels.{HEAD_LABEL} }}}}{{{{ end }}}}"
     ".{{ end }}"
 )
 # Looked up when the alert is evaluated. Without a result, or when every share is zero, it says nothing.
@@ -131,8 +132,8 @@ def alerts(config: MixinConfig) -> list[Alert]:
             hold=0,
             keep=300,
             summary=f"Non-finite gradients {where} in {_RUN}",
-            description=f"In about {{{{ printf \"%.0f\" $value }}}} gradient steps of the last 10 minutes a gradient {where} of {_RUN} was NaN "
-            "or infinite.",
+            description=f'In about {{{{ printf "%.0f" $value }}}} gradient steps of the last 10 minutes a gradient '
+            f"{where} of {_RUN} was NaN or infinite.",
         ),
         Alert(
             "PPONonFiniteGradients",

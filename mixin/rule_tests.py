@@ -107,9 +107,7 @@ class _Tests:
         }
 
     def _shares(self, length: int = 60, **shares: float) -> list[dict]:
-        return [
-            self._series(HEAD_GRADIENT_SHARE, f"{share}x{length}", head=head) for head, share in shares.items()
-        ]
+        return [self._series(HEAD_GRADIENT_SHARE, f"{share}x{length}", head=head) for head, share in shares.items()]
 
     def _cv_boundaries(self) -> list[dict]:
         warning, critical = {"severity": "warning"}, {"severity": "critical"}
@@ -132,9 +130,7 @@ class _Tests:
     def _cv_over_time(self) -> list[dict]:
         alert = "PPOGradientCVHigh"
         warning, critical = {"severity": "warning"}, {"severity": "critical"}
-        pending_warning, pending_critical = (
-            {**severity, "alertstate": "pending"} for severity in (warning, critical)
-        )
+        pending_warning, pending_critical = ({**severity, "alertstate": "pending"} for severity in (warning, critical))
         awkward = 'it\'s "a {{ run }}" \\ä'
         steep = [*self._cv((2.5, 40)), *self._shares(slot=0.05, blueprint=0.9, op=0.05)]
         return [
@@ -275,7 +271,12 @@ class _Tests:
             self._test(
                 "what the sustained alert has told is not told again when it has resolved",
                 [*self._cv((2.5, 10), (0.3, 50)), *self._steps(healthy="0x10 100+100x50", critical="0+100x10 1000x50")],
-                self._states("4m", "PPOGradientCVHigh", {"severity": "critical"}, {"severity": "warning", "alertstate": "pending"}),
+                self._states(
+                    "4m",
+                    "PPOGradientCVHigh",
+                    {"severity": "critical"},
+                    {"severity": "warning", "alertstate": "pending"},
+                ),
                 *(self._states(at, alert) for at in ("4m", "8m", "10m", "13m", "17m", "20m")),
             ),
             self._test(
@@ -319,14 +320,17 @@ class _Tests:
             ),
             self._test(
                 "a counter that is above zero at the first scrape counts, for ten minutes",
-                [self._series(NONFINITE_GRADIENTS, "4x60", head="op"), self._series("process_start_time_seconds", "0x60")],
+                [
+                    self._series(NONFINITE_GRADIENTS, "4x60", head="op"),
+                    self._series("process_start_time_seconds", "0x60"),
+                ],
                 self._text(
                     "2m",
                     alert,
                     "warning",
                     "Non-finite gradients of head op in run demo",
                     "In about 4 gradient steps of the last 10 minutes a gradient of head op of run demo was NaN"
-                            " or infinite.",
+                    " or infinite.",
                     head="op",
                 ),
                 self._states("20m", alert),

@@ -57,9 +57,14 @@ def test_a_drill_is_notified_as_critical_with_its_head_and_then_resolved(observa
     train("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64", "--drill", "dominate:op:20-160")
     assert all(rule["health"] in ("ok", "unknown") for rule in observability.rules())
 
-    (healthy,) = wait_until(lambda: observability.query(f'ppo_gradient_cv{{run="{RUN}"}} < {CRITICAL_THRESHOLD}'), "scrape")
+    (healthy,) = wait_until(
+        lambda: observability.query(f'ppo_gradient_cv{{run="{RUN}"}} < {CRITICAL_THRESHOLD}'), "scrape"
+    )
     assert healthy["metric"]["job"] == "ppo"
-    heads = {sample["metric"]["head"] for sample in wait_until(lambda: observability.query("ppo_head_gradient_norm"), "heads")}
+    heads = {
+        sample["metric"]["head"]
+        for sample in wait_until(lambda: observability.query("ppo_head_gradient_norm"), "heads")
+    }
     assert heads == set(ACTION_HEADS)
 
     (critical,) = wait_until(

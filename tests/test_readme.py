@@ -19,7 +19,9 @@ def rows(table: str) -> list[list[str]]:
 
 
 def test_the_metric_table_lists_every_family_with_type_and_labels():
-    listed = [(name.strip("`"), kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels, _ in rows("metrics")]
+    listed = [
+        (name.strip("`"), kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels, _ in rows("metrics")
+    ]
     assert listed == [(family.name, family.kind, family.labels) for family in METRIC_FAMILIES]
 
 
@@ -58,7 +60,11 @@ def test_the_generated_files_name_the_ports_of_the_stack():
 def test_levels_and_ports_are_those_of_the_code():
     levels = [line for line in README.splitlines() if re.match(r"\| (healthy|warning|critical) \|", line)]
     bounds = [re.findall(r"\d\.\d(?!\d)", line.split("|")[2]) for line in levels]
-    assert bounds == [[f"{WARNING_THRESHOLD}"], [f"{WARNING_THRESHOLD}", f"{CRITICAL_THRESHOLD}"], [f"{CRITICAL_THRESHOLD}"]]
+    assert bounds == [
+        [f"{WARNING_THRESHOLD}"],
+        [f"{WARNING_THRESHOLD}", f"{CRITICAL_THRESHOLD}"],
+        [f"{CRITICAL_THRESHOLD}"],
+    ]
     for line, level in zip(levels, HealthLevel, strict=True):
         assert f"| {level} |" in line and f"{level.word}`, {level.color}" in line
     for port in vars(Ports()).values():

@@ -42,7 +42,9 @@ class NonFiniteGradientError(FloatingPointError):
     def __init__(self, step: GradientStep, number: int, metrics: PPOUpdateMetrics) -> None:
         heads = [head for head, norm in step.head_norms.items() if not math.isfinite(norm)]
         where = f"head{'s' * (len(heads) > 1)} {', '.join(heads)}" if heads else "the trunk or the value head"
-        super().__init__(f"non-finite gradient in {where} at gradient step {number} of the update; weights are untouched")
+        super().__init__(
+            f"non-finite gradient in {where} at gradient step {number} of the update; weights are untouched"
+        )
         self.metrics = metrics
 
 

@@ -47,7 +47,8 @@ class TrainerConfig:
     )
     device: str = _option("cpu", "torch device", group=_RUN)
     threads: int = _option(
-        1, "torch's CPU threads; a second one pays where a core is idle, and costs much where none is",
+        1,
+        "torch's CPU threads; a second one pays where a core is idle, and costs much where none is",
         group=_RUN,
         minimum=1,
         maximum=256,
@@ -284,8 +285,8 @@ def _check_combinations(config: TrainerConfig, settings: dict[str, _Setting]) ->
 
     if config.minibatch_size > config.steps_per_update:
         raise ConfigError(
-            f"{places('minibatch_size', 'num_envs', 'rollout_steps')}: a minibatch of {config.minibatch_size} is larger "
-            f"than the rollout of {config.num_envs} x {config.rollout_steps} = {config.steps_per_update} samples"
+            f"{places('minibatch_size', 'num_envs', 'rollout_steps')}: a minibatch of {config.minibatch_size} is "
+            f"larger than the rollout of {config.num_envs} x {config.rollout_steps} = {config.steps_per_update} samples"
         )
     if config.total_timesteps < config.steps_per_update:
         raise ConfigError(

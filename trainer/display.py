@@ -129,7 +129,9 @@ class LiveDisplay:
         shown = [("steps", f"{run.environment_steps:,}"), ("steps/s", f"{self._speed.of(run):,.0f}"), *_signals(run)]
         for start in range(0, len(shown), 4):
             signals.add_row(*(Text.assemble((name, "dim"), " ", value) for name, value in shown[start : start + 4]))
-        return Group(Panel(heads_panel(run.gradient_quality), title=run.run, title_align="left"), signals, self._progress)
+        return Group(
+            Panel(heads_panel(run.gradient_quality), title=run.run, title_align="left"), signals, self._progress
+        )
 
 
 def heads_panel(quality: GradientQuality) -> Group:

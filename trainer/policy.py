@@ -87,7 +87,10 @@ class RunningMoments(nn.Module):
         if not np.isfinite(returns).all():
             return
         self._weight.lerp_(torch.ones_like(self._weight), 1 - self.DECAY)
-        for average, value in ((self._first, returns.mean(dtype=float)), (self._second, np.square(returns, dtype=float).mean())):
+        for average, value in (
+            (self._first, returns.mean(dtype=float)),
+            (self._second, np.square(returns, dtype=float).mean()),
+        ):
             average.lerp_(torch.full_like(average, value), 1 - self.DECAY)
         self.mean.copy_(self._first / self._weight)
         variance = self._second / self._weight - (self._first / self._weight).square()

@@ -11,9 +11,7 @@ from mixin.__main__ import REPOSITORY
 
 ALERTS = REPOSITORY / "alerts"
 RUNBOOKS = REPOSITORY / "docs/runbooks"
-RULES = [
-    rule for group in yaml.safe_load((ALERTS / "ppo.rules.yml").read_text())["groups"] for rule in group["rules"]
-]
+RULES = [rule for group in yaml.safe_load((ALERTS / "ppo.rules.yml").read_text())["groups"] for rule in group["rules"]]
 
 
 def run(*command: object) -> None:

@@ -46,4 +46,3 @@ def test_every_rank_serves_at_its_own_port_with_its_label(tmp_path):
     ranks = run_ranks(tmp_path, "--every-rank")
     assert [rank["labels"]["rank"] for rank in ranks] == ["0", "1"]
     assert ranks[1]["port"] == ranks[0]["port"] + 1
-

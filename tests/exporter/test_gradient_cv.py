@@ -92,9 +92,7 @@ def test_five_dead_heads_of_seven_stay_below_critical():
 
 
 def test_says_when_critical_cannot_be_reached():
-    assert unreachable_critical_warning(3) == (
-        "3 heads: CV cannot exceed 1.732; critical at 2.0 can never be reached"
-    )
+    assert unreachable_critical_warning(3) == ("3 heads: CV cannot exceed 1.732; critical at 2.0 can never be reached")
     assert "only when 3 of them have a gradient of exactly zero" in unreachable_critical_warning(4)
     assert "stays 0.000" in unreachable_critical_warning(1)
     assert unreachable_critical_warning(5) is None

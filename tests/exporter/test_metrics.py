@@ -143,7 +143,9 @@ def test_every_scrape_holds_one_level_from_one_update(aggregator, url):
 
 def test_a_taken_port_is_a_clear_error(aggregator):
     with MetricsServer(aggregator, port=0) as server:
-        with pytest.raises(OSError, match=rf"cannot serve /metrics on 127\.0\.0\.1:{server.port}: Address already in use"):
+        with pytest.raises(
+            OSError, match=rf"cannot serve /metrics on 127\.0\.0\.1:{server.port}: Address already in use"
+        ):
             MetricsServer(aggregator, port=server.port)
         port = server.port
     MetricsServer(aggregator, port=port).close()

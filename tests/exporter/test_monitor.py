@@ -30,7 +30,9 @@ class Policy(nn.Module):
         return sum(((index + 1) * output - 1).square().mean() for index, output in enumerate(outputs))
 
 
-def train(policy: Policy, optimizer: torch.optim.Optimizer, steps: int, clip: float | None = None, spoil=None) -> list[float]:
+def train(
+    policy: Policy, optimizer: torch.optim.Optimizer, steps: int, clip: float | None = None, spoil=None
+) -> list[float]:
     """A plain loop; the CV of every step, taken from the gradients before they are clipped."""
     generator, cvs = torch.Generator().manual_seed(1), []
     for step in range(steps):
@@ -319,7 +321,9 @@ def test_what_cannot_be_attached_is_an_error_that_names_the_head(policy, aggrega
         attach({})
     with pytest.raises(TypeError, match="expected a torch.optim.Optimizer, got Policy"):
         attach({"a": policy.trunk, "b": policy.value}, policy)
-    with pytest.raises(ValueError, match=r"no module of Policy matches head\\.\(\\w\+\); there are trunk, heads, heads.left"):
+    with pytest.raises(
+        ValueError, match=r"no module of Policy matches head\\.\(\\w\+\); there are trunk, heads, heads.left"
+    ):
         heads_from(policy, r"head\.(\w+)")
     monitor = attach({"a": policy.trunk, "b": policy.value})
     with pytest.raises(RuntimeError, match="attached already"):

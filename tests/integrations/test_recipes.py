@@ -92,9 +92,12 @@ def test_the_program_trains_to_its_end_and_serves_its_heads(recipe: str, tmp_pat
     log = tmp_path / "log"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     scraped = ""
-    with log.open("w") as output, subprocess.Popen(
-        [sys.executable, path], cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT
-    ) as process:
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [sys.executable, path], cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT
+        ) as process,
+    ):
         while process.poll() is None:
             try:
                 scraped = fetch(f"http://127.0.0.1:{port}/metrics")[1]

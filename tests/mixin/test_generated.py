@@ -33,9 +33,7 @@ def test_another_site_gets_a_complete_set_whose_own_rule_tests_pass(tmp_path: Pa
         "--dashboards-path": "/srv/dashboards",
     }
     arguments = [text for option in options.items() for text in option]
-    subprocess.run(
-        [sys.executable, "-m", "mixin", "--output", str(tmp_path), *arguments], check=True, cwd=REPOSITORY
-    )
+    subprocess.run([sys.executable, "-m", "mixin", "--output", str(tmp_path), *arguments], check=True, cwd=REPOSITORY)
     alerts = tmp_path / "alerts"
     subprocess.run([servers.promtool, "test", "rules", "ppo.rules.test.yml"], check=True, cwd=alerts)
     rules = (alerts / "ppo.rules.yml").read_text()

@@ -193,9 +193,7 @@ def test_a_taken_port_is_named_with_its_flag_before_anything_starts(name, tmp_pa
         command = [sys.executable, "-m", "stack", *flags, f"--state-dir={tmp_path / 'state'}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.strip() == (
-        f"error: port {getattr(ports, name)} is in use; choose another with --{name}-port"
-    )
+    assert done.stderr.strip() == (f"error: port {getattr(ports, name)} is in use; choose another with --{name}-port")
     assert not (tmp_path / "state").exists()
 
 
@@ -211,7 +209,9 @@ def test_prometheus_accepts_the_configuration(servers):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("flag", ["--metrics-port=1", "--metrics-address=::", "--targets-dir=x", "--metrics-target=a:1"])
+@pytest.mark.parametrize(
+    "flag", ["--metrics-port=1", "--metrics-address=::", "--targets-dir=x", "--metrics-target=a:1"]
+)
 def test_what_the_stack_sets_itself_is_refused_behind_the_dashes(flag):
     done = subprocess.run(
         [sys.executable, "-m", "stack", "--", flag], cwd=ROOT, capture_output=True, text=True, timeout=60

@@ -133,9 +133,10 @@ def test_a_nonfinite_step_leaves_weights_and_optimizer_untouched_and_is_counted(
     rollout = make_rollout(policy, 1)
     if where == "trunk":
         rollout.returns[:] = math.nan
-    before, state = weights(policy), [
-        {key: value.clone() for key, value in entry.items()} for entry in agent._optimizer.state.values()
-    ]
+    before, state = (
+        weights(policy),
+        [{key: value.clone() for key, value in entry.items()} for entry in agent._optimizer.state.values()],
+    )
     metrics = agent.update(rollout, learning_rate=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(policy), strict=True))
     for entry, now in zip(state, agent._optimizer.state.values(), strict=True):

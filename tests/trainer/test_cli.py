@@ -45,7 +45,7 @@ def scrape(url: str) -> str:
 
 def wait_for_update(url: str) -> None:
     deadline = time.monotonic() + 60
-    while not re.search(r'^ppo_updates_total{.*} [1-9]', scrape(url), re.M):
+    while not re.search(r"^ppo_updates_total{.*} [1-9]", scrape(url), re.M):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -94,7 +94,8 @@ def test_a_signal_ends_the_run_cleanly_and_says_where_it_is(tmp_path, signum, co
     assert process.returncode == code and err == ""
     last = out.splitlines()[-1]
     assert re.fullmatch(
-        rf"host-growth-seed1: stopped by {signum.name} after update \d+ of \d+, \d+ environment steps, \d+ episodes.*", last
+        rf"host-growth-seed1: stopped by {signum.name} after update \d+ of \d+, \d+ environment steps, \d+ episodes.*",
+        last,
     )
     assert not list((tmp_path / "targets").iterdir())
 
@@ -110,7 +111,10 @@ def test_a_taken_port_is_an_error_before_training_starts(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         out, err = run(tmp_path, "--metrics-port", str(port), code=1)
-    assert f"cannot serve /metrics on 127.0.0.1:{port}: Address already in use; --metrics-address and --metrics-port" in err
+    assert (
+        f"cannot serve /metrics on 127.0.0.1:{port}: Address already in use; --metrics-address and --metrics-port"
+        in err
+    )
     assert "update" not in out and not list(tmp_path.iterdir())
 
 
@@ -148,7 +152,10 @@ def test_a_nan_is_skipped_and_shown_or_stops_the_run_with_the_head_named(tmp_pat
     ("flags", "message"),
     [
         (["--env", "CartPole-v11"], "CartPole-v11"),
-        (["--env", "Pendulum-v1"], "action space Box(-2.0, 2.0, (1,), float32) is not supported; supported are Discrete"),
+        (
+            ["--env", "Pendulum-v1"],
+            "action space Box(-2.0, 2.0, (1,), float32) is not supported; supported are Discrete",
+        ),
         (["--env", "Taxi-v4"], "observation space Discrete(500) is not supported; supported is a Box"),
         (["--device", "cudda"], "device 'cudda'"),
         (["--drill", "dominate:opp:1-2"], "host-growth has no head 'opp'; its heads are slot, blueprint, alpha"),
@@ -173,7 +180,11 @@ def test_cartpole_learns_and_its_single_head_is_pointed_out(tmp_path):
 def test_the_same_seed_gives_the_same_run(tmp_path):
     flags = (*SMALL, "--total-timesteps", str(256 * 4), "--log-interval", "1")
     first, second = (
-        [re.sub(r"steps/s \d+", "", line) for line in run(tmp_path, *flags)[0].splitlines() if line.startswith("update")]
+        [
+            re.sub(r"steps/s \d+", "", line)
+            for line in run(tmp_path, *flags)[0].splitlines()
+            if line.startswith("update")
+        ]
         for _ in range(2)
     )
     assert first == second and len(first) == 4

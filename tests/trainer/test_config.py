@@ -79,7 +79,9 @@ def test_an_empty_file_changes_nothing(tmp_path):
 
 
 def test_help_shows_every_option_with_its_default():
-    text = subprocess.run([sys.executable, "-m", "trainer", "--help"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [sys.executable, "-m", "trainer", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     text = " ".join(text.split())
     options = text.split(" --config FILE YAML")[1].split(" --")
     assert len(options) > len(TrainerConfig.__dataclass_fields__)

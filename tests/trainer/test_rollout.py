@@ -90,9 +90,7 @@ def test_truncation_is_bootstrapped_and_no_step_across_a_reset_is_trained_on(mod
                 waiting[index] = False
                 continue
             # A NEXT_STEP environment loses one rollout step per reset, but GAE ends before it anyway.
-            observed.append(
-                (clocks[index], textbook_return(policy, clocks[index], length, truncates, steps - step))
-            )
+            observed.append((clocks[index], textbook_return(policy, clocks[index], length, truncates, steps - step)))
             clocks[index] = (clocks[index] + 1) % length
             waiting[index] = clocks[index] == 0 and mode is AutoresetMode.NEXT_STEP
     assert rollout.observations[:, 0].tolist() == [clock for clock, _ in observed]
