@@ -4,18 +4,21 @@ One process, one model at a time. In every round each way trains the same model 
 that changes from round to round, and is compared with the unobserved loop of the same round, in CPU time of the
 process; the table gives medians over the rounds. "alone" repeats clipping, observation and optimizer step without
 the passes through the model, "in training" has them. The unobserved loop stands in the table twice: its second
-row shows how much of the figures is noise.
+row shows how much of the figures is noise. Where the package rl-insight (0.3.0 was tried) is installed, its client
+is measured too.
 
     .venv/bin/python -m benchmarks.monitor_overhead --help
 """
 
 import argparse
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from prometheus_client import CollectorRegistry, Gauge
@@ -187,6 +190,34 @@ def stacked(workload: Workload) -> Iterator[Callable[[], None]]:
     yield step
 
 
+@contextmanager
+def remote_calls(workload: Workload) -> Iterator[Callable[[], None]]:
+    """RL-Insight's client: the norms of the plain way, and one remote call per metric to an actor of Ray's."""
+    import ray
+    import rl_insight
+
+    if not ray.is_initialized():
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        ray.init(
+            address="local", num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False
+        )
+        # Its server is not needed: what is measured is handing the metrics over.
+        rl_insight.init(config={"server": {"url": "http://127.0.0.1:9"}})
+
+    def step() -> None:
+        workload.clip()
+        norms = {
+            name: sum(parameter.grad.norm().item() ** 2 for parameter in head.parameters()) ** 0.5
+            for name, head in workload.heads.items()
+        }
+        for name, norm in norms.items():
+            rl_insight.metric_gauge("head_gradient_norm", norm, head=name)
+        rl_insight.metric_gauge("gradient_cv", gradient_cv(norms.values()))
+        workload.optimizer.step()
+
+    yield step
+
+
 UNOBSERVED = "unobserved"
 WAYS: dict[str, Way] = {
     UNOBSERVED: unobserved,
@@ -197,6 +228,8 @@ WAYS: dict[str, Way] = {
     "`.item()` for every parameter": item_loop,
     "stacked norms, one transfer a step": stacked,
 }
+if find_spec("rl_insight") is not None:
+    WAYS["RL-Insight's client, one remote call a metric"] = remote_calls
 
 
 def cpu_seconds(workload: Workload, way: Way, steps: int) -> tuple[float, float]:
