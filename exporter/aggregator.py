@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from exporter.health import HealthLevel
 from exporter.snapshot import GradientQuality, RunSnapshot, Snapshot
-from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload
+from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload, require_label_value
 
 _TAKEN_LABELS = {"run", "rank", "job", "instance"}
 
@@ -35,18 +35,17 @@ class RunAggregator:
 
         Raises:
             TypeError: the run's or a head's name is no string.
-            ValueError: a run of that name is registered already, a name is empty, or
-                a key of `info` is no label name or that of another label.
+            ValueError: a run of that name is registered already, a name is empty or
+                not encodable, or a key of `info` is no label name or that of another label.
         """
         heads = tuple(heads)
-        # A label that cannot be rendered would fail every scrape, of the other runs too.
-        for what, name in (("run", run), *(("head", head) for head in heads)):
-            if not isinstance(name, str):
-                raise TypeError(f"the name of a {what} must be a string, got {name!r}")
-            if not name:
-                raise ValueError(f"the name of a {what} must not be empty")
+        require_label_value("run", run)
+        for head in heads:
+            require_label_value("the name of a head", head)
         info = {key: str(value) for key, value in (info or {}).items()}
-        for key in info:
+        for key, value in info.items():
+            if value:
+                require_label_value(f"info[{key!r}]", value)
             if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", key) or key.startswith("__") or key in _TAKEN_LABELS:
                 raise ValueError(f"info cannot have the key {key!r}: it must be a label name other than those in use")
         with self._writers:

@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -91,7 +91,7 @@ class GradientMonitor:
         self._hooks: list = []
         self._steps_in_window = 0
         self._signals: dict[str, float] = {}
-        self._increments: dict[str, int] = {}
+        self._increments: Counter[str] = Counter()
         self._pending: deque[tuple[PendingGradientSteps, dict[str, object]]] = deque()
         self._served: list[_SharedServer] = []
         self._has_logged_error = False
@@ -143,8 +143,7 @@ class GradientMonitor:
             hook.remove()
         self._hooks = []
         try:
-            if self._steps_in_window:
-                self._close_window()
+            self._close_window()
             self._publish(wait=True)
         except Exception as error:
             self._failed(error)
@@ -219,7 +218,7 @@ class GradientMonitor:
         checked = {name: _checked(name, value) for name, value in values.items()}
         for name, value in checked.items():
             if name in _INCREMENTS:
-                self._increments[name] = self._increments.get(name, 0) + (value or 0)
+                self._increments[name] += value or 0
             elif value is None:
                 self._signals.pop(name, None)
             else:
@@ -269,7 +268,7 @@ class GradientMonitor:
             return  # without a gradient step there is nothing to call healthy
         self._steps_in_window = 0
         progress = {**self._signals, **self._increments, "timestamp_seconds": time.time()}
-        self._increments = {}
+        self._increments = Counter()
         for name in _ONCE:
             self._signals.pop(name, None)
         self._pending.append((self._meter.start_collecting(), progress))
@@ -280,8 +279,7 @@ class GradientMonitor:
             # A step in which no head had a gradient says nothing of their balance.
             steps = [step for step in pending.result() if step.head_norms]
             if not steps:  # or all overflowed: what they counted goes to the next window
-                for name in _INCREMENTS & progress.keys():
-                    self._increments[name] = self._increments.get(name, 0) + progress[name]
+                self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
                 continue
             metrics = summarize_gradient_steps(steps)
             if not self._global_norm:

@@ -141,14 +141,7 @@ class PPOUpdatePayload:
     timestamp_seconds: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.run, str):
-            raise TypeError(f"run must be a string, got {self.run!r}")
-        if not self.run:
-            raise ValueError("run must not be empty")
-        try:
-            self.run.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"run must be encodable as UTF-8, got {self.run!r}") from None
+        require_label_value("run", self.run)
         _require_cv("gradient_cv", self.gradient_cv)
         for cv in self.gradient_cv_per_step:
             _require_cv("gradient_cv_per_step", cv)
@@ -188,6 +181,23 @@ def _signal_names() -> tuple[str, ...]:
 
 TRAINING_SIGNALS = _signal_names()
 """Fields of `PPOUpdatePayload` that are exported as one gauge each, from `policy_loss` on."""
+
+
+def require_label_value(name: str, value: object) -> None:
+    """Check that `value` can be a label: one that cannot be rendered would fail every scrape, of other runs too.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it is empty, or cannot be encoded as UTF-8.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r}")
+    if not value:
+        raise ValueError(f"{name} must not be empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be encodable as UTF-8, got {value!r}") from None
 
 
 def _require_number(name: str, value: object) -> None:
