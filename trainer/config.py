@@ -101,8 +101,9 @@ class TrainerConfig:
     )
     drill: str | None = _option(
         None,
-        "KIND:HEAD:FIRST-LAST bends gradients from update FIRST to LAST to test alerts, for example dominate:op:20-60; "
-        "kinds: " + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
+        "KIND:HEAD:FIRST-LAST bends gradients from update FIRST to LAST, or with s behind both numbers from second FIRST "
+        "to LAST of training, to test alerts: dominate:op:20-60, dominate:op:10s-130s; kinds: "
+        + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
         group=_TELEMETRY,
     )
 

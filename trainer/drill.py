@@ -1,7 +1,9 @@
 """Faults for fire drills: gradients are bent on purpose, so that an alert has a real cause."""
 
 import math
-from dataclasses import dataclass
+import re
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,38 +14,55 @@ KINDS = {
     "starve": "the gradient of HEAD is scaled to zero",
     "nan": "the gradient of HEAD becomes NaN",
 }
+_SPAN = re.compile(r"(\d+)-(\d+)|(\d+(?:\.\d+)?)s-(\d+(?:\.\d+)?)s", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Drill:
-    """`KIND:HEAD:FIRST-LAST`: the fault, the head and the updates (from 1, inclusive) it spans."""
+    """The fault, the head, and the span in which it lasts.
+
+    Attributes:
+        kind: one of `KINDS`.
+        head: name of an action head.
+        first, last: PPO updates, from 1, inclusive; or seconds since the drill was made, which is when
+            training begins.
+        in_seconds: what `first` and `last` count.
+    """
 
     kind: str
     head: str
-    first_update: int
-    last_update: int
+    first: float
+    last: float
+    in_seconds: bool = False
+    _made: float = field(default_factory=time.monotonic, init=False, repr=False, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> "Drill":
-        """Read `KIND:HEAD:FIRST-LAST`, such as `dominate:op:20-60`.
+        """Read `KIND:HEAD:FIRST-LAST`: updates as in `dominate:op:20-60`, seconds as in `dominate:op:10s-130s`.
 
         Raises:
             ValueError: the text is something else; the message says what is expected.
         """
-        try:
-            kind, head, span = text.split(":")
-            first, last = map(int, span.split("-"))
-        except ValueError:
-            raise ValueError(f"expected KIND:HEAD:FIRST-LAST such as dominate:op:20-60, got {text!r}") from None
+        kind, head, span = parts if len(parts := text.split(":")) == 3 else ("", "", "")
+        match = _SPAN.fullmatch(span)
+        if match is None:
+            raise ValueError(
+                "expected KIND:HEAD:FIRST-LAST, with a span of updates such as dominate:op:20-60 or of seconds such "
+                f"as dominate:op:10s-130s, got {text!r}"
+            )
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}; there are {', '.join(KINDS)}")
-        if not 1 <= first <= last:
+        in_seconds = match[3] is not None
+        first, last = map(float, match.group(3, 4) if in_seconds else match.group(1, 2))
+        if in_seconds and not first < last:
+            raise ValueError(f"seconds {span} are no span: FIRST must be before LAST")
+        if not in_seconds and not 1 <= first <= last:
             raise ValueError(f"updates {span} are no span: they count from 1, and FIRST must not be after LAST")
-        return cls(kind, head, first, last)
+        return cls(kind, head, first, last, in_seconds)
 
     def bend(self, policy: "ActorCritic", update: int) -> None:
-        """Change the gradients of `policy` if `update` is within the span."""
-        if not self.first_update <= update <= self.last_update:
+        """Change the gradients of `policy` if `update`, or the present moment, is within the span."""
+        if not self.first <= (time.monotonic() - self._made if self.in_seconds else update) <= self.last:
             return
         for name, rows_of_head in policy.head_rows.items():
             for rows in rows_of_head:
