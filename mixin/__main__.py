@@ -3,14 +3,16 @@
 import argparse
 import json
 import sys
+from collections import ChainMap
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from mixin.alerts import prometheus_rules
-from mixin.config import MixinConfig
+from mixin.config import TIMINGS, MixinConfig, duration, flag, parse_duration
 from mixin.dashboards import dashboards
 from mixin.grafana import alerting, dashboard_provider, datasources
 from mixin.rule_tests import rule_tests
@@ -35,6 +37,50 @@ def generate(config: MixinConfig) -> dict[str, str]:
     return files
 
 
+def _settings_of(path: str) -> dict[str, Any]:
+    """Fields of `MixinConfig` that the YAML file at `path` sets, for argparse."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {error}") from error
+    options = {flag(option).removeprefix("--"): option for option in fields(MixinConfig)}
+    if not isinstance(settings, dict) or (unknown := set(map(str, settings)) - set(options)):
+        wrong = ", ".join(sorted(unknown)) if isinstance(settings, dict) else "no mapping"
+        raise argparse.ArgumentTypeError(f"{path}: {wrong}; there are {', '.join(options)}")
+    given = {}
+    for name, value in settings.items():
+        option = options[name]
+        try:
+            if option.default is MISSING:
+                given[option.name] = {alert: parse_duration(time) for alert, time in dict(value).items()}
+            else:
+                given[option.name] = option.metadata["parse"](value)
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{path}: {name}: {error}") from error
+    return given
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` with its error's text, which argparse shows of this type only."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def _default_text(option: Field) -> str:
+    return duration(option.default) if option.metadata["parse"] is parse_duration else str(option.default)
+
+
+def _times_text() -> str:
+    lines = [f"  {key!s:40} {duration(hold):>6} {duration(keep):>18}" for key, (hold, keep) in TIMINGS.items()]
+    return "\n".join(["default times:", f"  {'alert':40} {'--for':>6} {'--keep-firing-for':>18}", *lines])
+
+
 class _Dumper(yaml.SafeDumper):
     """Without anchors, which Prometheus would accept but nobody wants to read."""
 
@@ -47,16 +93,39 @@ def _yaml(document: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mixin", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m mixin", description=__doc__, epilog=_times_text())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--output", type=Path, default=REPOSITORY, metavar="DIR", help="where the files go (default: this repository)"
     )
-    parser.add_argument("--output", type=Path, default=REPOSITORY, metavar="DIR", help="where the files go")
     parser.add_argument("--check", action="store_true", help="write nothing; list files that differ and exit with 1")
+    parser.add_argument(
+        "--config",
+        type=_settings_of,
+        default={},
+        metavar="FILE",
+        help="YAML file with any of the options below by their long names without the dashes, such as `job: rl`; "
+        "`for` and `keep-firing-for` are mappings from alert to duration. Options given here win over it",
+    )
     for option in fields(MixinConfig):
-        flag = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(flag, default=option.default, metavar="TEXT", help=option.metadata["help"])
+        many = option.default is MISSING
+        default = "" if many else f" (default: {_default_text(option)})".replace("%", "%%")
+        parser.add_argument(
+            flag(option),
+            dest=option.name,
+            action="append" if many else "store",
+            type=_argument(option.metadata["parse"]),
+            metavar=option.metadata["metavar"],
+            help=option.metadata["help"] + default,
+        )
     options = parser.parse_args(arguments)
-    config = MixinConfig(**{option.name: getattr(options, option.name) for option in fields(MixinConfig)})
+    given = {option.name: value for option in fields(MixinConfig) if (value := getattr(options, option.name))}
+    for name in ("hold", "keep"):
+        given[name] = {**options.config.get(name, {}), **dict(ChainMap(*reversed(given.get(name, []))))}
+    try:
+        config = MixinConfig(**{**options.config, **given})
+    except ValueError as error:
+        parser.error(str(error))
 
     differing = []
     for path, text in generate(config).items():

@@ -75,7 +75,7 @@ def _run_dashboard(config: MixinConfig) -> dict:
     for variable in _variables(config):
         board.with_variable(variable)
     layout = _Layout(board)
-    _health_panels(layout)
+    _health_panels(layout, config)
     _head_panels(layout)
     _step_panels(layout)
     _training_panels(layout)
@@ -223,7 +223,7 @@ def _increase(family: MetricFamily, window: str = "$__rate_interval", matchers: 
     return f"increase({select(family, matchers)}[{window}])"
 
 
-def _health_panels(layout: _Layout) -> None:
+def _health_panels(layout: _Layout, config: MixinConfig) -> None:
     levels = f"{HealthLevel.HEALTHY.word}, {HealthLevel.WARNING.word} and {HealthLevel.CRITICAL.word}"
     layout.row("Is it healthy?")
     level = _stat(
@@ -236,7 +236,7 @@ def _health_panels(layout: _Layout) -> None:
     level.mappings(_level_words()).thresholds(_level_thresholds(1, 2)).color_mode(
         common_models.BigValueColorMode.BACKGROUND
     )
-    layout.add(level, 4, 4, _by_run(level_index(MATCHERS), instant=True))
+    layout.add(level, 4, 4, _by_run(level_index(MATCHERS, config), instant=True))
     value = _stat(
         "Gradient CV now",
         "Spread of the heads' gradient norms in the last update: standard deviation over mean. Near 0 all heads learn "
@@ -311,7 +311,7 @@ def _health_panels(layout: _Layout) -> None:
     timeline.mappings(_level_words()).thresholds(_level_thresholds(1, 2)).show_value(
         common_models.VisibilityMode.NEVER
     ).color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
-    layout.add(timeline, 8, 9, _by_run(level_index(MATCHERS)))
+    layout.add(timeline, 8, 9, _by_run(level_index(MATCHERS, config)))
 
 
 def _neutral() -> dashboard.ThresholdsConfig:

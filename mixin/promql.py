@@ -1,10 +1,24 @@
 """Pieces of PromQL that rules and dashboards share."""
 
-from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD
-from exporter.metrics import GRADIENT_CV, HEALTH_LABEL, RUN_LABEL, MetricFamily
+import math
+
+from prometheus_client.utils import floatToGoString
+
+from exporter.health import HealthLevel
+from exporter.metrics import GRADIENT_CV, GRADIENT_CV_PER_STEP, GRADIENT_STEPS, HEALTH_LABEL, RUN_LABEL, MetricFamily
+from mixin.config import MixinConfig
 
 IDENTITY = f"job, instance, {RUN_LABEL}"
 """The labels that tell one run from another, as PromQL writes them in by, on and ignoring."""
+
+# Recorded by Prometheus before the alerts of the same group are evaluated; see mixin/alerts.py.
+CV_RECORD = "job_instance_run:ppo_gradient_cv:max"
+LEVEL_RECORD = "job_instance_run:ppo_gradient_level:max"
+"""0 healthy, 1 warning, 2 critical."""
+DOMINATING_HEAD_RECORD = "job_instance_run_head:ppo_head_gradient_share:topk1"
+"""Share of the head with the largest one, 0 to 1, with the label `head`; absent where no head has a gradient."""
+CRITICAL_STEPS_RECORD = "job_instance_run:ppo_critical_gradient_steps:ratio_increase10m"
+ENVIRONMENT_STEPS_RECORD = "job_instance_run:ppo_environment_steps:rate5m"
 
 
 def quoted(text: str) -> str:
@@ -23,10 +37,35 @@ def gradient_cv(matchers: str) -> str:
     return f"max without ({HEALTH_LABEL}) ({select(GRADIENT_CV, matchers)})"
 
 
-def level_index(matchers: str) -> str:
+def level_index(matchers: str, config: MixinConfig) -> str:
     """0 healthy, 1 warning, 2 critical."""
-    cv = gradient_cv(matchers)
-    return f"({cv} >= bool {WARNING_THRESHOLD}) + ({cv} >= bool {CRITICAL_THRESHOLD})"
+    return level_of(gradient_cv(matchers), config)
+
+
+def level_of(cv: str, config: MixinConfig) -> str:
+    """The level of the CV that the PromQL `cv` gives: 0 healthy, 1 warning, 2 critical."""
+    return f"({cv} >= bool {config.warning_threshold}) + ({cv} >= bool {config.critical_threshold})"
+
+
+def steps_of_level(level: HealthLevel, matchers: str, window: str, config: MixinConfig) -> str:
+    """Increase of a run's gradient steps of one level over `window`, such as 10m or $__rate_interval.
+
+    Exact where the thresholds are the exporter's own, by which it labels its counter. Other thresholds
+    are told apart by histogram buckets, whose bounds are inclusive: a step exactly at a threshold then
+    counts for the level below.
+    """
+    if config.uses_exporter_levels:
+        steps = select(GRADIENT_STEPS, f"{matchers}, {HEALTH_LABEL}={quoted(level)}")
+        return per_run("sum", f"increase({steps}[{window}])")
+
+    def up_to(bound: float) -> str:
+        bucket = select(GRADIENT_CV_PER_STEP, f"{matchers}, le={quoted(floatToGoString(bound))}", "_bucket")
+        return per_run("sum", f"increase({bucket}[{window}])")
+
+    bounds = [config.warning_threshold, config.critical_threshold, math.inf]
+    position = list(HealthLevel).index(level)
+    below = f" - {up_to(bounds[position - 1])}" if position else ""
+    return up_to(bounds[position]) + below
 
 
 def per_run(aggregation: str, expression: str) -> str:
