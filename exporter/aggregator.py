@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from exporter.health import HealthLevel
 from exporter.snapshot import GradientQuality, RunSnapshot, Snapshot
@@ -57,6 +58,19 @@ class RunAggregator:
             self.snapshot = self.snapshot.with_run(
                 RunSnapshot(run, info=MappingProxyType(info), gradient_quality=quality)
             )
+
+    def resume_run(self, run: str, state: Mapping[str, Any]) -> None:
+        """Let a registered run count on from where an earlier process of it stopped.
+
+        Args:
+            run: name of the run.
+            state: `RunSnapshot.plain()` of the earlier process.
+
+        Raises:
+            KeyError, TypeError, ValueError: `state` is something else, or of another version.
+        """
+        with self._writers:
+            self.snapshot = self.snapshot.with_run(self.snapshot.runs[run].resumed(state))
 
     def handle_ppo_update(self, payload: PPOUpdatePayload) -> None:
         """Add one update to its run; a run that was not registered is created."""

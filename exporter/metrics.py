@@ -205,6 +205,13 @@ EXPORTER_ERRORS = MetricFamily(
     (),
     _one(lambda run: run.exporter_errors),
 )
+RESUMES = MetricFamily(
+    "ppo_resumes_total",
+    "counter",
+    "Times that the run was continued from a checkpoint; the other counters go on over it.",
+    (),
+    _one(lambda run: run.resumes),
+)
 RUN_INFO = MetricFamily(
     "ppo_run_info",
     "info",

@@ -3,9 +3,10 @@
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate
 from types import MappingProxyType
+from typing import Any
 
 from exporter.gradient_cv import gradient_cv_ceiling
 from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
@@ -45,6 +46,12 @@ class Histogram:
             if math.isfinite(value):
                 total += value
         return Histogram(self.bounds, tuple(counts), total)
+
+    def restored(self, state: Mapping[str, Any]) -> "Histogram":
+        """The histogram of `RunSnapshot.plain()`; this one where the buckets have changed since."""
+        if tuple(state["bounds"]) != self.bounds or len(state["counts"]) != len(self.counts):
+            return self
+        return Histogram(self.bounds, tuple(map(_count, state["counts"])), float(state["total"]))
 
     def cumulative(self) -> list[tuple[float, int]]:
         """(upper bound, observations at or below it) for every bucket, ending with +Inf."""
@@ -92,7 +99,7 @@ class GradientQuality:
 @dataclass(frozen=True)
 class RunSnapshot:
     """One run. `signals` holds only those that are known; `last_update_timestamp_seconds`
-    is None before the first update."""
+    is None before the first update of this process."""
 
     run: str
     info: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -105,6 +112,62 @@ class RunSnapshot:
     rollout_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
     last_update_timestamp_seconds: float | None = None
     exporter_errors: int = 0
+    resumes: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """The run as dicts, lists, numbers and strings, for `resumed`; also what JSON can say."""
+        return _plain(self)
+
+    def resumed(self, state: Mapping[str, Any]) -> "RunSnapshot":
+        """This run going on from `plain()` of an earlier process: every total and the last values, one resume more.
+
+        The time of the last update is left out, for it says whether this process trains.
+
+        Raises:
+            KeyError, TypeError, ValueError: `state` is something else, or of another version.
+        """
+        quality = state["gradient_quality"]
+        own = self.gradient_quality
+        return replace(
+            self,
+            gradient_quality=GradientQuality(
+                gradient_cv=float(quality["gradient_cv"]),
+                contributing_heads=_count(quality["contributing_heads"]),
+                gradient_norm=None if quality["gradient_norm"] is None else float(quality["gradient_norm"]),
+                head_norms=_numbers(quality["head_norms"]),
+                steps_by_level=MappingProxyType(
+                    {level: _count(quality["steps_by_level"][level]) for level in HealthLevel}
+                ),
+                cv_per_step=own.cv_per_step.restored(quality["cv_per_step"]),
+                nonfinite_steps=MappingProxyType(
+                    {str(head): _count(count) for head, count in quality["nonfinite_steps"].items()}
+                ),
+                skipped_steps=_count(quality["skipped_steps"]),
+            ),
+            signals=_numbers(state["signals"]),
+            update_duration_seconds=self.update_duration_seconds.restored(state["update_duration_seconds"]),
+            rollout_duration_seconds=self.rollout_duration_seconds.restored(state["rollout_duration_seconds"]),
+            resumes=_count(state["resumes"]) + 1,
+            **{name: _count(state[name]) for name in ("updates", "environment_steps", "episodes", "exporter_errors")},
+        )
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a count, got {value!r}")
+    return value
+
+
+def _numbers(values: Mapping[str, Any]) -> Mapping[str, float]:
+    return MappingProxyType({str(name): float(value) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
