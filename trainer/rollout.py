@@ -1,8 +1,9 @@
 """Experience: stepping the environments, and advantages by GAE(lambda)."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from trainer.environments import TrainingEnvironment
 from trainer.policy import ActorCritic
 
 EPISODE_WINDOW = 100
+# What the collector knows of every episode in progress.
+_EPISODES = ("observations", "only_resets", "returns", "lengths")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,51 @@ class RolloutCollector:
         self._lengths = np.zeros(count, dtype=int)
         self.recent_returns: deque[float] = deque(maxlen=EPISODE_WINDOW)
         self.recent_lengths: deque[int] = deque(maxlen=EPISODE_WINDOW)
+
+    @property
+    def environment_can_be_saved(self) -> bool:
+        """Whether episodes in progress can go on after `load_state_dict`: the environment has that method too."""
+        return hasattr(self._environment.vector_env, "load_state_dict")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next rollout starts; the environment is the first axis of each of its tensors.
+
+        Only valid between two rollouts. Tensors are not copied.
+        """
+        state = {
+            "generator": self._generator.get_state(),
+            "recent_returns": list(self.recent_returns),
+            "recent_lengths": list(self.recent_lengths),
+        }
+        if self.environment_can_be_saved:
+            state["environment"] = self._environment.vector_env.state_dict()
+            state["episodes"] = {name: torch.from_numpy(getattr(self, f"_{name}")) for name in _EPISODES}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
+        """Go on from `state_dict()` of a collector with as many environments.
+
+        An environment that cannot be saved begins new episodes.
+
+        Args:
+            state: of the collector.
+            seed: of these new episodes.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: the state does not fit the environment.
+        """
+        self._generator.set_state(state["generator"])
+        self.recent_returns.extend(state["recent_returns"])
+        self.recent_lengths.extend(state["recent_lengths"])
+        if not self.environment_can_be_saved:
+            self._observations = _float32(self._environment.vector_env.reset(seed=seed)[0])
+            return
+        self._environment.vector_env.load_state_dict(state["environment"])
+        for name in _EPISODES:
+            own, saved = getattr(self, f"_{name}"), state["episodes"][name].numpy()
+            if (own.shape, own.dtype) != (saved.shape, saved.dtype):
+                raise ValueError(f"{name} must be {own.dtype} {list(own.shape)}, got {saved.dtype} {list(saved.shape)}")
+            own[...] = saved
 
     def collect(self, should_stop: Callable[[], bool] = lambda: False) -> Rollout | None:
         """One rollout, or None if `should_stop()` held after one of its steps."""

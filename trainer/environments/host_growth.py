@@ -19,6 +19,7 @@ on the caller's gradient mode, nor on global random state.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
@@ -307,6 +308,41 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
             change[torch.as_tensor(terminations, device=self.device)] = 0.0
             observations = self._observe(change)
         return observations, rewards, terminations, np.zeros(self.num_envs, dtype=bool), infos
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every episode in progress, and all that its future depends on besides the actions.
+
+        No generator is among it, for every episode is drawn from a seed and its number.
+
+        Returns:
+            Tensors by name, the environment as their first axis; they are this object's own.
+
+        Raises:
+            RuntimeError: called before `reset`.
+        """
+        if self._state is None:
+            raise RuntimeError("call reset() before state_dict()")
+        return {field.name: getattr(self._state, field.name) for field in fields(_State)}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict()` of an environment with the same arguments; nothing changes at an error.
+
+        Raises:
+            ValueError: names, shapes or dtypes are those of another environment.
+        """
+        empty = self._empty_state(0)
+        restored = {}
+        for field in fields(_State):
+            expected, given = getattr(empty, field.name), state.get(field.name)
+            if not isinstance(given, Tensor) or (given.shape, given.dtype) != (expected.shape, expected.dtype):
+                found = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else "nothing"
+                raise ValueError(
+                    f"{field.name} must be {expected.dtype} {list(expected.shape)}, the saved environment has {found}"
+                )
+            restored[field.name] = given.to(self.device, copy=True)
+        self._state = _State(**restored)
 
     def _empty_state(self, seed: int) -> _State:
         n, device = self.num_envs, self.device
