@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,27 @@ class PPOAgent:
         self._drill = drill
         self._optimizer = torch.optim.Adam(policy.parameters(), eps=hyperparameters.adam_eps, fused=True)
         self._meter = HeadGradientMeter(policy.head_rows, policy.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, moments, optimizer, the number of updates and the shuffling generator; tensors are not copied."""
+        return {
+            "policy": self.policy.state_dict(),
+            "optimizer": self._optimizer.state_dict()["state"],
+            "updates": self.updates,
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()` of an agent with the same network; hyperparameters stay this agent's own.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: the state is that of another network, or none.
+        """
+        self.policy.load_state_dict(state["policy"])
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self._generator.set_state(state["generator"])
+        self.updates = state["updates"]
 
     def update(
         self, rollout: Rollout, *, learning_rate: float, should_stop: Callable[[], bool] = lambda: False
