@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -22,11 +23,17 @@ class ConfigError(ValueError):
 
 
 def _option(default: Any, description: str, *, group: str, **limits: Any) -> Any:
-    """A setting. `limits`: `minimum` and `maximum` (inclusive), `above` (exclusive), `choices`."""
+    """A setting.
+
+    `limits`: `minimum` and `maximum` (inclusive), `above` (exclusive), `choices`. On resume a setting comes from the
+    checkpoint; one that is `fixed` cannot differ from it, and one that is `local` is no part of it.
+    """
     return field(default=default, metadata={"description": description, "group": group, **limits})
 
 
-_RUN, _PPO, _TELEMETRY = "run", "PPO", "telemetry"
+_RUN, _PPO, _CHECKPOINTS, _TELEMETRY = "run", "PPO", "checkpoints", "telemetry"
+_GROUPS = (_RUN, _PPO, _CHECKPOINTS, _TELEMETRY)
+LATEST = "latest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +41,14 @@ class TrainerConfig:
     """Settings of a run. Field names are the keys of the file and, with hyphens, the flags."""
 
     env: str = _option(
-        DEFAULT_ENVIRONMENT, "environment: host-growth, or the id of a registered Gymnasium environment", group=_RUN
+        DEFAULT_ENVIRONMENT,
+        "environment: host-growth, or the id of a registered Gymnasium environment",
+        group=_RUN,
+        fixed=True,
     )
-    run: str | None = _option(None, "name of the run, its label on /metrics (default: ENV-seedSEED)", group=_RUN)
+    run: str | None = _option(
+        None, "name of the run, its label on /metrics (default: ENV-seedSEED)", group=_RUN, fixed=True
+    )
     seed: int = _option(
         1,
         "seed of environment, initialization and sampling; environment i gets seed + i, so runs to compare want seeds "
@@ -44,6 +56,7 @@ class TrainerConfig:
         group=_RUN,
         minimum=0,
         maximum=2**32 - 1,
+        fixed=True,
     )
     device: str = _option("cpu", "torch device", group=_RUN)
     threads: int = _option(
@@ -54,10 +67,10 @@ class TrainerConfig:
         maximum=256,
     )
     total_timesteps: int = _option(2_000_000, "environment steps to train for", group=_RUN, minimum=1)
-    num_envs: int = _option(64, "parallel environments", group=_RUN, minimum=1)
+    num_envs: int = _option(64, "parallel environments", group=_RUN, minimum=1, fixed=True)
     log_interval: int = _option(10, "updates per line where there is no terminal", group=_RUN, minimum=1)
 
-    rollout_steps: int = _option(64, "steps per environment and rollout", group=_PPO, minimum=1)
+    rollout_steps: int = _option(64, "steps per environment and rollout", group=_PPO, minimum=1, fixed=True)
     minibatch_size: int = _option(512, "samples per gradient step", group=_PPO, minimum=2)
     epochs: int = _option(4, "passes over a rollout per update", group=_PPO, minimum=1)
     learning_rate: float = _option(1e-3, "Adam's learning rate at the start", group=_PPO, above=0.0)
@@ -75,7 +88,7 @@ class TrainerConfig:
     target_kl: float | None = _option(
         None, "end an update after an epoch whose last minibatch had an approx_kl above this", group=_PPO, above=0.0
     )
-    hidden_size: int = _option(128, "width of the two layers of the shared trunk", group=_PPO, minimum=1)
+    hidden_size: int = _option(128, "width of the two layers of the shared trunk", group=_PPO, minimum=1, fixed=True)
     on_nonfinite: str = _option(
         "skip",
         "what to do at a NaN or infinite gradient: skip the gradient step, or raise an error that names the head",
@@ -83,21 +96,45 @@ class TrainerConfig:
         choices=("skip", "raise"),
     )
 
-    metrics_address: str = _option(DEFAULT_ADDRESS, "address that serves /metrics", group=_TELEMETRY)
+    resume: str | None = _option(
+        None,
+        "go on from a checkpoint, from the newest one in a run's folder, or without a PATH from the newest one of this "
+        "run in checkpoint-dir; settings come from the checkpoint where neither file nor flag has them",
+        group=_CHECKPOINTS,
+        local=True,
+    )
+    checkpoint_dir: str = _option(
+        "checkpoints", "folder for the checkpoints of runs: DIR/RUN/update-00000020.pt", group=_CHECKPOINTS, local=True
+    )
+    checkpoint_every: int = _option(
+        20,
+        "updates between two checkpoints; one more is written at the end; 0 writes none",
+        group=_CHECKPOINTS,
+        minimum=0,
+    )
+    keep_checkpoints: int = _option(3, "checkpoints that are kept, the newest", group=_CHECKPOINTS, minimum=1)
+
+    metrics_address: str = _option(DEFAULT_ADDRESS, "address that serves /metrics", group=_TELEMETRY, local=True)
     metrics_port: int = _option(
-        DEFAULT_PORT, "port that serves /metrics; 0 takes any free one", group=_TELEMETRY, minimum=0, maximum=65535
+        DEFAULT_PORT,
+        "port that serves /metrics; 0 takes any free one",
+        group=_TELEMETRY,
+        local=True,
+        minimum=0,
+        maximum=65535,
     )
     metrics_target: str | None = _option(
         None,
         "HOST:PORT that the target file names (default: address and port of /metrics; this machine's name in place of "
         "0.0.0.0)",
         group=_TELEMETRY,
+        local=True,
     )
     targets_dir: str = _option(
-        "targets", "folder for the run's target file (Prometheus file service discovery)", group=_TELEMETRY
+        "targets", "folder for the run's target file (Prometheus file service discovery)", group=_TELEMETRY, local=True
     )
     follow: str | None = _option(
-        None, "print the lines that are appended to this file above the live display", group=_TELEMETRY
+        None, "print the lines that are appended to this file above the live display", group=_TELEMETRY, local=True
     )
     drill: str | None = _option(
         None,
@@ -105,6 +142,7 @@ class TrainerConfig:
         "to LAST of training, to test alerts: dominate:op:20-60, dominate:op:10s-130s; kinds: "
         + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
         group=_TELEMETRY,
+        local=True,
     )
 
     @property
@@ -140,6 +178,7 @@ class _Setting:
 def parse_config(arguments: Sequence[str] | None = None) -> TrainerConfig:
     """Settings from the command line and the file that it names.
 
+    With `resume` they come from the checkpoint first, and `resume` becomes that file.
     Prints help and exits for `--help`; otherwise raises only `ConfigError`.
     """
     parser = _parser()
@@ -150,16 +189,58 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainerConfig:
         settings[name] = _Setting(value, _flag(name))
     for name, setting in settings.items():
         _check(name, setting)
-    config = TrainerConfig(**{name: setting.value for name, setting in settings.items()})
+    if "resume" in settings and settings["resume"].value is not None:
+        settings = _resumed(settings)
+    config = _config(settings)
     _check_combinations(config, settings)
     return config
+
+
+def _config(settings: dict[str, _Setting]) -> TrainerConfig:
+    return TrainerConfig(**{name: setting.value for name, setting in settings.items()})
+
+
+def settings_of_run(config: TrainerConfig) -> dict[str, Any]:
+    """The settings that a checkpoint keeps: all but those that belong to a place, such as folders and addresses."""
+    kept = {name: getattr(config, name) for name, option in _FIELDS.items() if not option.metadata.get("local")}
+    return {**kept, "run": config.run_name}
+
+
+def _resumed(settings: dict[str, _Setting]) -> dict[str, _Setting]:
+    """`settings` over those of the checkpoint that they name."""
+    # Not before it is needed, for it imports torch.
+    from trainer.checkpoint import CheckpointError, latest_folder, resolve
+
+    place, asked = settings["resume"].place, settings["resume"].value
+    try:
+        if asked == LATEST:
+            wanted = _config(settings)
+            asked = latest_folder(Path(wanted.checkpoint_dir), wanted.run_name)
+        path, content = resolve(Path(asked), lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
+    except CheckpointError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    saved = {}
+    for name, value in content["config"].items():
+        if name not in _FIELDS or _FIELDS[name].metadata.get("local"):
+            raise ConfigError(f"{place}: {path}: it has a setting {name!r} that this version does not know")
+        saved[name] = _Setting(_of_type(name, value, f"{place}: {path}"), f"{path}: {name}")
+        _check(name, saved[name])
+    for name, setting in settings.items():
+        if _FIELDS[name].metadata.get("fixed") and name in saved and setting.value != saved[name].value:
+            raise ConfigError(
+                f"{setting.place}: the run in {path} has {saved[name].value!r}, and that cannot change on the way; "
+                f"got {setting.value!r}"
+            )
+    return {**saved, **settings, "resume": _Setting(str(path), place)}
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises `ConfigError` for what it cannot parse, with the nearest known flag."""
+
     def error(self, message: str) -> None:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
@@ -169,15 +250,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m trainer",
         description="Train a PPO agent and serve the health of its gradients on /metrics.",
-        epilog="Settings come from the defaults, then the file, then the flags.",
+        epilog="Settings come from the defaults, then the file, then the flags. Two more commands, each with its own "
+        "--help: `python -m trainer evaluate CHECKPOINT` plays episodes, `python -m trainer inspect CHECKPOINT` says "
+        "what is inside.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same names as the flags")
-    groups = {name: parser.add_argument_group(name) for name in (_RUN, _PPO, _TELEMETRY)}
+    groups = {name: parser.add_argument_group(name) for name in _GROUPS}
     for name, option in _FIELDS.items():
         text = option.metadata["description"].replace("%", "%%")
         if "(default:" not in text:
@@ -192,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
                 type=_TYPES[name],
                 choices=option.metadata.get("choices"),
                 metavar=None if "choices" in option.metadata else _TYPES[name].__name__.upper(),
+                **({"nargs": "?", "const": LATEST, "metavar": "PATH"} if name == "resume" else {}),
                 help=text,
             )
     return parser

@@ -1,0 +1,282 @@
+"""Checkpoints: what a file holds, how it is written so that no crash can spoil it, and which one a run goes on from.
+
+A checkpoint is the state between two updates, as `torch.save` writes it, of tensors and plain values alone. It lies in
+the folder of its run, `update-00000120.pt`, beside `totals.json`: what the run's counters had reached, written after
+every update, so that they never go back when a crash costs the updates since the last checkpoint.
+"""
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import os
+import pickle
+import re
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT, FORMAT_VERSION = "ppo-gradient-exporter checkpoint", 1
+TOTALS = "totals.json"
+_PARTS = ("config", "updates", "agent", "collector", "torch_generator", "run")
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the message names the file and the reason."""
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that at every moment `path` is whole, the one before, or not there.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "written_at_seconds": time.time(),
+        "torch_version": torch.__version__,
+        "exporter_version": version("ppo-gradient-exporter"),
+        **state,
+    }
+    serialized = io.BytesIO()
+    torch.save(content, serialized)
+    with _replacing(path) as file:
+        file.write(serialized.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, is to outlast a power cut
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path):
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote, on the CPU. Executes nothing that the file says.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, foreign, or of another format version.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise CheckpointError(f"{path}: the file is empty")
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f"{path}: the file is damaged: the checksum of its part {damaged} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: the file is truncated, or no checkpoint at all") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: it holds something other than tensors and plain values, and was not loaded, for that could run "
+            "code"
+        ) from error
+    except Exception as error:  # a foreign archive fails in torch wherever it likes
+        raise CheckpointError(f"{path}: not a checkpoint: {(str(error) or repr(error)).splitlines()[0]}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this trainer, though torch can read it")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {content.get('format_version')!r}; this program reads {FORMAT_VERSION}"
+        )
+    missing = [part for part in _PARTS if part not in content]
+    if missing or not isinstance(content["config"], dict) or type(content["updates"]) is not int:
+        raise CheckpointError(f"{path}: incomplete: {', '.join(missing) or 'settings'}")
+    return content
+
+
+def update_of(path: Path) -> int | None:
+    """The update that a checkpoint's name says, None if it is no such name."""
+    match = re.fullmatch(r"update-(\d+)\.pt", path.name)
+    return int(match[1]) if match else None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A run's checkpoints, readable or not, the newest first; none where there is no folder."""
+    try:
+        found = [path for path in folder.iterdir() if update_of(path) is not None]
+    except OSError:
+        return []
+    return sorted(found, key=update_of, reverse=True)
+
+
+def resolve(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a person means, and its content.
+
+    Args:
+        path: a checkpoint, or a run's folder: its newest checkpoint that can be read.
+        warn: told of each newer one that cannot be.
+
+    Raises:
+        CheckpointError: there is none; where `path` is a file, the message offers the one before it.
+    """
+    if not path.is_dir():
+        try:
+            return path, load(path)
+        except CheckpointError as error:
+            number = update_of(path)
+            before = [other for other in checkpoints_in(path.parent) if number is None or update_of(other) < number]
+            for other in before:
+                with contextlib.suppress(CheckpointError):
+                    load(other)
+                    raise CheckpointError(f"{error}; the one before is {other}") from error
+            raise
+    found = checkpoints_in(path)
+    for checkpoint in found:
+        try:
+            return checkpoint, load(checkpoint)
+        except CheckpointError as error:
+            warn(f"{error}; taking the one before")
+    if found:
+        raise CheckpointError(f"{path}: none of its {len(found)} checkpoints can be read")
+    runs = sorted({str(inner.parent) for inner in path.glob("*/update-*.pt")})
+    raise CheckpointError(
+        f"{path}: there is no checkpoint in this folder" + (f"; there are in {', '.join(runs)}" if runs else "")
+    )
+
+
+def latest_folder(directory: Path, run: str) -> Path:
+    """The folder in `directory` to which a run of this name wrote a checkpoint last.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = _folder_name(run)
+    folders = [path for path in directory.glob("*") if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", path.name)]
+    newest = [found[0] for folder in folders if (found := checkpoints_in(folder))]
+    if not newest:
+        raise CheckpointError(f"{directory / name}: there is no checkpoint of the run {run!r} yet")
+    return max(newest, key=lambda path: path.stat().st_mtime).parent
+
+
+def totals(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the counters of a checkpoint's run had reached when it ended: at least what the checkpoint says."""
+    saved = content["run"]
+    try:
+        noted = json.loads((path.parent / TOTALS).read_text())
+        return noted if noted["run"] == saved["run"] and noted["updates"] >= saved["updates"] else saved
+    except (OSError, ValueError, TypeError, KeyError):
+        return saved  # a crash of the machine may have spoiled it; it is only written, not forced to the disk
+
+
+class RunFolder:
+    """The folder with the checkpoints of one run, held by one process until `close()`.
+
+    Args:
+        path: of the folder; created if missing.
+        keep: checkpoints that are kept, the newest.
+
+    Raises:
+        OSError: the folder cannot be written, or (BlockingIOError) another process holds it.
+    """
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
+        self._keep = keep
+        path.mkdir(parents=True, exist_ok=True)
+        self._held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for unfinished in path.glob(".*.tmp"):  # of a process that was killed
+                unfinished.unlink()
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        except BaseException:
+            os.close(self._held)
+            raise
+
+    @classmethod
+    def of_new_run(cls, directory: Path, run: str, keep: int) -> "RunFolder":
+        """DIRECTORY/RUN; where an earlier run of that name has left checkpoints, RUN.2, RUN.3 and so on."""
+        for number in count(1):
+            path = directory / (_folder_name(run) + (f".{number}" if number > 1 else ""))
+            if not checkpoints_in(path):
+                with contextlib.suppress(BlockingIOError):
+                    return cls(path, keep)
+        raise AssertionError("unreachable")
+
+    @classmethod
+    def of_resumed_run(cls, checkpoint: Path, run: str, keep: int) -> "RunFolder":
+        """The checkpoint's folder; a new one beside it where newer ones follow, which are not to be overwritten."""
+        for newer in checkpoints_in(checkpoint.parent):
+            if newer.name == checkpoint.name:
+                break
+            with contextlib.suppress(CheckpointError):
+                load(newer)
+                return cls.of_new_run(checkpoint.parent.parent, run, keep)
+        return cls(checkpoint.parent, keep)
+
+    def write(self, state: Mapping[str, Any]) -> Path:
+        """Save `state`, which holds `updates`, and let the oldest go.
+
+        Raises:
+            OSError: it cannot be written; those that are there stay.
+        """
+        path = self.path / f"update-{state['updates']:08d}.pt"
+        save(path, state)
+        for old in checkpoints_in(self.path)[self._keep :]:
+            if old != path:
+                old.unlink(missing_ok=True)
+        return path
+
+    def note_totals(self, run: Mapping[str, Any]) -> None:
+        """Remember how far the counters are, `RunSnapshot.plain()`.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with _replacing(self.path / TOTALS) as file:
+            file.write(json.dumps(run).encode())
+
+    def close(self) -> None:
+        """Let go of the folder, and remove it if it holds no checkpoint."""
+        if not checkpoints_in(self.path):
+            (self.path / TOTALS).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+        os.close(self._held)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def copied(state: Any) -> Any:
+    """`state` with every tensor in it cloned, where it is."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, Mapping):
+        return {key: copied(value) for key, value in state.items()}
+    return [copied(value) for value in state] if isinstance(state, list) else state
+
+
+def _folder_name(run: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", run).lstrip(".") or "run"
