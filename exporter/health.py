@@ -1,6 +1,6 @@
-"""Health levels of the gradient CV and the two thresholds between them.
+"""Health levels of the gradient CV, the two thresholds between them, and the time after which a run is stalled.
 
-This is the only place where the thresholds stand. Alert rules, dashboards and
+This is the only place where these numbers stand. Alert rules, dashboards and
 documents that carry them are generated from here or checked against it.
 """
 
@@ -8,6 +8,8 @@ from enum import StrEnum
 
 WARNING_THRESHOLD = 0.5
 CRITICAL_THRESHOLD = 2.0
+STALLED_SECONDS = 300
+"""A run without an update for longer is stalled: not ready, and an alert."""
 
 
 class HealthLevel(StrEnum):

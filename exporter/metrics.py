@@ -22,6 +22,7 @@ from exporter.snapshot import Histogram, RunSnapshot
 RUN_LABEL = "run"
 HEALTH_LABEL = "health"
 HEAD_LABEL = "head"
+COLLECTOR_LABEL = "collector"
 
 # (label values beside `run`, value); a value is a Histogram for histograms, a dict for info.
 Sample = tuple[tuple[str, ...], object]
@@ -37,17 +38,19 @@ class MetricFamily:
         documentation: the HELP text.
         labels: label names beside `run`.
         samples: reads the family's samples of one run from its snapshot.
+        is_per_run: otherwise there is no label `run`, and `samples` reads a `Collection`.
     """
 
     name: str
     kind: str
     documentation: str
     labels: tuple[str, ...]
-    samples: Callable[[RunSnapshot], Iterable[Sample]]
+    samples: Callable[..., Iterable[Sample]]
+    is_per_run: bool = True
 
-    def collect(self, runs: Iterable[RunSnapshot], process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
-        """The family with the samples of all `runs`, each with the labels of this process."""
-        labels = (*process_labels, RUN_LABEL, *self.labels)
+    def collect(self, runs: Iterable, process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
+        """The family with the samples of all `runs` (or collections), each with the labels of this process."""
+        labels = (*process_labels, *((RUN_LABEL,) if self.is_per_run else ()), *self.labels)
         match self.kind:
             case "counter":
                 family = CounterMetricFamily(self.name, self.documentation, labels=labels)
@@ -61,7 +64,7 @@ class MetricFamily:
                 raise ValueError(f"{self.name}: unknown metric type {other!r}")
         for run in runs:
             for label_values, value in self.samples(run):
-                label_values = (*process_labels.values(), run.run, *label_values)
+                label_values = (*process_labels.values(), *((run.run,) if self.is_per_run else ()), *label_values)
                 if isinstance(value, Histogram):
                     buckets = [(floatToGoString(bound), count) for bound, count in value.cumulative()]
                     family.add_metric(label_values, buckets=buckets, sum_value=value.total)
@@ -219,6 +222,22 @@ RUN_INFO = MetricFamily(
     (),
     _one(lambda run: dict(run.info)),
 )
+COLLECTOR_SUCCESS = MetricFamily(
+    "ppo_exporter_collector_success",
+    "gauge",
+    "Whether the collector worked in this scrape: 1, or 0 when its metrics are missing.",
+    (COLLECTOR_LABEL,),
+    lambda collection: [((collection.collector,), collection.is_success)],
+    is_per_run=False,
+)
+COLLECTOR_DURATION = MetricFamily(
+    "ppo_exporter_collector_duration_seconds",
+    "gauge",
+    "Wall time that the collector took in this scrape.",
+    (COLLECTOR_LABEL,),
+    lambda collection: [((collection.collector,), collection.duration_seconds)],
+    is_per_run=False,
+)
 
 METRIC_FAMILIES: tuple[MetricFamily, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, MetricFamily)
@@ -233,27 +252,48 @@ class RunCollector(Collector):
         self._aggregator = aggregator
         self._process_labels = process_labels
 
+    @property
+    def state(self) -> object:
+        """While this is the same object, so are the metrics."""
+        return self._aggregator.snapshot
+
     def collect(self) -> Iterator[Metric]:
         runs = tuple(self._aggregator.snapshot.runs.values())
         for family in METRIC_FAMILIES:
-            yield family.collect(runs, self._process_labels)
+            if family.is_per_run:
+                yield family.collect(runs, self._process_labels)
 
-    def describe(self) -> Iterator[Metric]:
-        """The families without samples, with which a registry checks that names are free."""
-        for family in METRIC_FAMILIES:
-            yield family.collect(())
+
+@dataclass(frozen=True)
+class Collection:
+    """One collector in one scrape."""
+
+    collector: str
+    is_success: bool
+    duration_seconds: float
+
+
+def build_collectors(
+    aggregator: RunAggregator, process_labels: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Collector]:
+    """By name: the runs of `aggregator`, and this process, its platform and its GC.
+
+    `process_labels`, such as a rank, are added to every sample of a run.
+    """
+    unused = CollectorRegistry()  # prometheus-client's collectors want one
+    return {
+        "run": RunCollector(aggregator, process_labels),
+        "process": ProcessCollector(registry=None),
+        "platform": PlatformCollector(registry=None),
+        "gc": GCCollector(registry=unused),
+    }
 
 
 def build_registry(
     aggregator: RunAggregator, process_labels: Mapping[str, str] = MappingProxyType({})
 ) -> CollectorRegistry:
-    """A registry of its own: the runs of `aggregator` and this process, its platform and its GC.
-
-    `process_labels`, such as a rank, are added to every sample of a run.
-    """
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(RunCollector(aggregator, process_labels))
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    GCCollector(registry=registry)
+    """`build_collectors` in one registry, for whoever serves them by other means."""
+    registry = CollectorRegistry()
+    for collector in build_collectors(aggregator, process_labels).values():
+        registry.register(collector)
     return registry

@@ -1,28 +1,49 @@
-"""`/metrics` over HTTP, in a thread of the training process."""
+"""The endpoint of a training process: `/metrics` and the rest, over HTTP or HTTPS, in a thread."""
 
+import socket
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
-from prometheus_client import start_http_server
-
 from exporter.aggregator import RunAggregator
-from exporter.metrics import build_registry
+from exporter.metrics import build_collectors
+from exporter.web.access import Access
+from exporter.web.application import DEFAULT_MAX_REQUESTS, Application, Handler
+from exporter.web.config import WebConfigError, WebConfigFile
+from exporter.web.connections import HttpServer
+from exporter.web.exposition import Exposition
+
+__all__ = [
+    "DEFAULT_ADDRESS",
+    "DEFAULT_MAX_REQUESTS",
+    "DEFAULT_PORT",
+    "MetricsServer",
+    "WebConfigError",
+    "host_and_port",
+]
 
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 9842
+_BACKLOG = 512
 
 
 class MetricsServer:
     """Serves the runs of an aggregator until `close()`; also a context manager.
+
+    A forked child does not serve: it lets go of the socket, and closing the server there does nothing.
 
     Args:
         aggregator: whose snapshot every scrape reads.
         address: IP address or host name to bind; the default is reachable from this machine only.
         port: TCP port; 0 takes any free one, which `port` then names.
         process_labels: added to every sample of a run, such as a rank.
+        web_config_file: TLS, users, headers and a rate limit, in the format of Prometheus' exporter-toolkit.
+        max_requests: scrapes at a time, above which they get 503; 0 for no limit.
+        handlers: further paths, each with what answers it.
 
     Raises:
         OSError: the address cannot be bound; the message names it and the reason.
+        WebConfigError: the web configuration file cannot be used.
     """
 
     def __init__(
@@ -31,26 +52,42 @@ class MetricsServer:
         address: str = DEFAULT_ADDRESS,
         port: int = DEFAULT_PORT,
         process_labels: Mapping[str, str] = MappingProxyType({}),
+        *,
+        web_config_file: str | Path | None = None,
+        max_requests: int = DEFAULT_MAX_REQUESTS,
+        handlers: Mapping[str, Handler] = MappingProxyType({}),
     ) -> None:
         self.address = address
+        file = WebConfigFile(web_config_file) if web_config_file is not None else None
+        self.scheme = "https" if file is not None and file.is_tls else "http"
+        self._access = Access(file)
+        exposition = Exposition(build_collectors(aggregator, process_labels), process_labels)
+        application = Application(aggregator, exposition, self._access, max_requests)
+        application.handlers.update(handlers)
         try:
-            self._server, self._thread = start_http_server(
-                port, address, registry=build_registry(aggregator, process_labels)
-            )
-        except (OSError, OverflowError) as error:
+            listener = _listen(address, port)
+        except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OSError(f"cannot serve /metrics on {host_and_port(address, port)}: {reason}") from error
-        self.port: int = self._server.server_port
+        self.port: int = listener.getsockname()[1]
+        if self.scheme == "https":
+            self._server = HttpServer(
+                application,
+                listener,
+                lambda: file.current().tls,
+                lambda certificate: file.current().admits(certificate),
+            )
+        else:
+            self._server = HttpServer(application, listener)
 
     @property
     def url(self) -> str:
-        return f"http://{host_and_port(self.address, self.port)}/metrics"
+        return f"{self.scheme}://{host_and_port(self.address, self.port)}/metrics"
 
     def close(self) -> None:
         """Stop serving and free the port."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._server.close()
+        self._access.close()
 
     def __enter__(self) -> "MetricsServer":
         return self
@@ -62,3 +99,9 @@ class MetricsServer:
 def host_and_port(address: str, port: int) -> str:
     """`address:port`, with the brackets that an IPv6 address needs."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    infos = socket.getaddrinfo(address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, *_, name = infos[0]
+    return socket.create_server(name[:2], family=family, backlog=_BACKLOG)

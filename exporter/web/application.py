@@ -1,0 +1,108 @@
+"""Paths of the endpoint, and what is said on each."""
+
+import gzip
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from urllib.parse import parse_qs
+
+from exporter.aggregator import RunAggregator
+from exporter.health import STALLED_SECONDS
+from exporter.web.access import Access
+from exporter.web.connections import Request, Response
+from exporter.web.exposition import Exposition, accepts_gzip, negotiate
+
+DEFAULT_MAX_REQUESTS = 40
+RETRY_AFTER_SECONDS = 1
+_GZIP_LEVEL = 1  # a quarter of the size; higher levels save little more and cost the training several times as much
+_METHODS = ("GET", "HEAD")
+
+Handler = Callable[[Request], Response]
+
+
+class Application:
+    """Answers requests: `/metrics`, `/-/healthy`, `/-/ready`, and what else is put into `handlers` by path.
+
+    Args:
+        aggregator: whose runs decide on readiness.
+        exposition: what `/metrics` says.
+        access: who may ask, how often, and what headers every response carries.
+        max_requests: scrapes at a time, above which `/metrics` sends them away; 0 for no limit.
+    """
+
+    def __init__(
+        self,
+        aggregator: RunAggregator,
+        exposition: Exposition,
+        access: Access,
+        max_requests: int = DEFAULT_MAX_REQUESTS,
+    ) -> None:
+        self._aggregator = aggregator
+        self._exposition = exposition
+        self._access = access
+        self._max_requests = max_requests
+        self.handlers: dict[str, Handler] = {
+            "/metrics": self._metrics,
+            "/-/healthy": self._healthy,
+            "/-/ready": self._ready,
+        }
+
+    async def __call__(self, request: Request) -> Response:
+        response = await self._access.refusal(request) or self._answer(request)
+        return Response(response.status, (*response.headers, *self._access.headers(response)), response.body)
+
+    def _answer(self, request: Request) -> Response:
+        handler = self.handlers.get(_path(request))
+        if handler is None:
+            return Response.text(HTTPStatus.NOT_FOUND, "Not found; there are " + ", ".join(sorted(self.handlers)))
+        if request.method not in _METHODS:
+            allow = ", ".join(_METHODS)
+            return Response.text(HTTPStatus.METHOD_NOT_ALLOWED, f"Use {allow}.", ("Allow", allow))
+        return handler(request)
+
+    def _metrics(self, request: Request) -> Response:
+        if 0 < self._max_requests < request.in_flight:
+            return Response.text(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"There are {self._max_requests} requests already; try again later.",
+                ("Retry-After", str(RETRY_AFTER_SECONDS)),
+            )
+        try:
+            names = frozenset(parse_qs(_query(request), max_num_fields=1000).get("name[]", ()))
+        except ValueError:
+            return Response.text(HTTPStatus.BAD_REQUEST, "Too many names.")
+        format = negotiate(request.headers.get("accept", ""))
+        body = self._exposition.render(format, names)
+        headers = [("Content-Type", format.content_type), ("Vary", "Accept, Accept-Encoding")]
+        if accepts_gzip(request.headers.get("accept-encoding", "")):
+            body = gzip.compress(body, _GZIP_LEVEL, mtime=0)
+            headers.append(("Content-Encoding", "gzip"))
+        return Response(HTTPStatus.OK, tuple(headers), body)
+
+    def _healthy(self, request: Request) -> Response:
+        return Response.text(HTTPStatus.OK, "Healthy.")
+
+    def _ready(self, request: Request) -> Response:
+        """Ready when every run has completed an update, and none has stalled."""
+        now = time.time()
+        reasons = [
+            f"run {run.run}: " + ("no update yet" if at is None else f"no update for {now - at:.0f} s")
+            for run in self._aggregator.snapshot.runs.values()
+            if (at := run.last_update_timestamp_seconds) is None or now - at > STALLED_SECONDS
+        ]
+        if not self._aggregator.snapshot.runs:
+            reasons = ["no run yet"]
+        if reasons:
+            return Response.text(HTTPStatus.SERVICE_UNAVAILABLE, "\n".join(["Not ready.", *reasons]))
+        return Response.text(HTTPStatus.OK, "Ready.")
+
+
+def _path(request: Request) -> str:
+    target = request.target.partition("?")[0]
+    if target.startswith(("http://", "https://")):  # as a proxy is asked; the host does not matter here
+        target = "/" + target.split("://", 1)[1].partition("/")[2]
+    return target
+
+
+def _query(request: Request) -> str:
+    return request.target.partition("?")[2]

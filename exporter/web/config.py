@@ -1,0 +1,425 @@
+"""The web configuration file: TLS, users, headers and a rate limit, in the format of Prometheus' exporter-toolkit.
+
+https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuration.md describes the format. Here every
+key is either honoured or refused, and a file that is not wholly understood is no file to protect an endpoint with.
+"""
+
+import difflib
+import ipaddress
+import logging
+import os
+import re
+import ssl
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+import yaml
+
+_RECHECK_SECONDS = 1.0
+_log = logging.getLogger(__name__)
+
+_VERSIONS = {
+    "TLS10": ssl.TLSVersion.TLSv1,
+    "TLS11": ssl.TLSVersion.TLSv1_1,
+    "TLS12": ssl.TLSVersion.TLSv1_2,
+    "TLS13": ssl.TLSVersion.TLSv1_3,
+}
+_CLIENT_AUTH = {
+    "NoClientCert": ssl.CERT_NONE,
+    "VerifyClientCertIfGiven": ssl.CERT_OPTIONAL,
+    "RequireAndVerifyClientCert": ssl.CERT_REQUIRED,
+}
+_UNVERIFIED_CLIENT_AUTH = ("RequestClientCert", "RequireAnyClientCert")
+_CURVES = {"CurveP256": "prime256v1", "CurveP384": "secp384r1", "CurveP521": "secp521r1", "X25519": "X25519"}
+# What Go calls them, and OpenSSL. Those of TLS 1.3 are always on, in both.
+_TLS13_CIPHERS = ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
+_CIPHERS = {
+    "TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA": "ECDHE-ECDSA-AES128-SHA",
+    "TLS_ECDHE_ECDSA_WITH_AES_256_CBC_SHA": "ECDHE-ECDSA-AES256-SHA",
+    "TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA": "ECDHE-RSA-AES128-SHA",
+    "TLS_ECDHE_RSA_WITH_AES_256_CBC_SHA": "ECDHE-RSA-AES256-SHA",
+    "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256": "ECDHE-ECDSA-AES128-GCM-SHA256",
+    "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384": "ECDHE-ECDSA-AES256-GCM-SHA384",
+    "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256": "ECDHE-RSA-AES128-GCM-SHA256",
+    "TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384": "ECDHE-RSA-AES256-GCM-SHA384",
+    "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256": "ECDHE-RSA-CHACHA20-POLY1305",
+    "TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256": "ECDHE-ECDSA-CHACHA20-POLY1305",
+    "TLS_RSA_WITH_AES_128_CBC_SHA": "AES128-SHA",
+    "TLS_RSA_WITH_AES_256_CBC_SHA": "AES256-SHA",
+    "TLS_RSA_WITH_AES_128_GCM_SHA256": "AES128-GCM-SHA256",
+    "TLS_RSA_WITH_AES_256_GCM_SHA384": "AES256-GCM-SHA384",
+}
+_HEADERS = {
+    "Content-Security-Policy": None,
+    "X-Frame-Options": ("deny", "sameorigin"),
+    "X-Content-Type-Options": ("nosniff",),
+    "X-XSS-Protection": None,
+    "Strict-Transport-Security": None,
+}
+_BCRYPT = re.compile(r"\$2[abxy]?\$(0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
+_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(h|ms|m|s|us|µs|ns)")
+
+
+class WebConfigError(ValueError):
+    """The file cannot be used; the message names it, the line and the key."""
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """A token bucket: a request every `interval_seconds` (> 0), and up to `burst` (>= 1) at once."""
+
+    interval_seconds: float
+    burst: int
+
+
+@dataclass(frozen=True)
+class WebConfig:
+    """What the file says. `tls` is None for plain HTTP; `users` maps names to bcrypt hashes."""
+
+    tls: ssl.SSLContext | None = None
+    client_sans: frozenset[str] = frozenset()
+    users: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    rate_limit: RateLimit | None = None
+    files: tuple[Path, ...] = ()
+
+    def admits(self, certificate: dict | None) -> bool:
+        """Whether a client with this certificate, as `SSLSocket.getpeercert()` gives it, may go on."""
+        if not self.client_sans:
+            return True
+        names = {_san(value) for _, value in (certificate or {}).get("subjectAltName", ())}
+        return not names.isdisjoint(self.client_sans)
+
+
+class WebConfigFile:
+    """A web configuration file that is read again when it, or a file that it names, has changed.
+
+    A new version that cannot be used is logged, and the last good one stays in force. Whether there is TLS at all is
+    settled at the start.
+
+    Raises:
+        WebConfigError: the file cannot be used.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._config = read_web_config(self._path)
+        self._state = self._stat()
+        self._checked_at = time.monotonic()
+        self._lock = threading.Lock()
+
+    @property
+    def is_tls(self) -> bool:
+        return self._config.tls is not None
+
+    def current(self) -> WebConfig:
+        """The newest version that can be used; the files are looked at once a second at most."""
+        with self._lock:
+            if time.monotonic() - self._checked_at >= _RECHECK_SECONDS:
+                self._checked_at = time.monotonic()
+                if (state := self._stat()) != self._state:
+                    self._state = state
+                    self._reload()
+            return self._config
+
+    def _reload(self) -> None:
+        try:
+            config = read_web_config(self._path)
+            if (config.tls is None) != (self._config.tls is None):
+                raise WebConfigError(f"{self._path}: TLS is switched on or off by a restart only")
+        except WebConfigError as error:
+            _log.error("%s; the configuration before stays in force", error)
+        else:
+            self._config = config
+            self._state = self._stat()  # it may name other files now
+            _log.info("%s: read again", self._path)
+
+    def _stat(self) -> list[tuple[int, int, int] | None]:
+        def state(path: Path) -> tuple[int, int, int] | None:
+            try:
+                status = path.stat()
+            except OSError:
+                return None
+            return status.st_mtime_ns, status.st_size, status.st_ino
+
+        return [state(path) for path in (self._path, *self._config.files)]
+
+
+def read_web_config(path: Path) -> WebConfig:
+    """The configuration in the file at `path`.
+
+    Raises:
+        WebConfigError: the file, or one that it names, cannot be read or used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WebConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise WebConfigError(f"{place}: {getattr(error, 'problem', None) or error}") from error
+    except RecursionError:
+        raise WebConfigError(f"{path}: nested too deeply") from None
+    if node is None:
+        return WebConfig()
+    root = _Key(path, "", node, node.start_mark.line + 1).section(
+        "tls_server_config", "http_server_config", "basic_auth_users", "rate_limit"
+    )
+    settings = {}
+    if "tls_server_config" in root:
+        settings |= _tls(root["tls_server_config"])
+    if "http_server_config" in root:
+        settings |= _http(root["http_server_config"])
+    if "basic_auth_users" in root:
+        settings["users"] = MappingProxyType(
+            {name: key.bcrypt_hash() for name, key in root["basic_auth_users"].items()}
+        )
+    if "rate_limit" in root:
+        settings["rate_limit"] = _rate_limit(root["rate_limit"])
+    return WebConfig(**settings)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A key of the file, the node behind it, and where it stands."""
+
+    path: Path
+    name: str
+    node: yaml.Node
+    line: int
+
+    def error(self, message: str) -> WebConfigError:
+        return WebConfigError(f"{self.path}:{self.line}: {self.name + ': ' if self.name else ''}{message}")
+
+    def items(self) -> Iterable[tuple[str, "_Key"]]:
+        """The keys below this one; a key without a value has none."""
+        if self._is_null(self.node):
+            return
+        if not isinstance(self.node, yaml.MappingNode):
+            raise self.error("expected `key: value` lines")
+        seen: dict[str, int] = {}
+        for key_node, value in self.node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise WebConfigError(f"{self.path}:{line}: a key must be a word")
+            key = _Key(self.path, f"{self.name}.{key_node.value}".lstrip("."), value, line)
+            if key_node.value in seen:
+                raise key.error(f"is there twice, before in line {seen[key_node.value]}")
+            seen[key_node.value] = line
+            yield key_node.value, key
+
+    def section(self, *known: str) -> dict[str, "_Key"]:
+        """The keys below this one, all of which are among `known`; those without a value are left out."""
+        found = {}
+        for name, key in self.items():
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1)
+                raise key.error("unknown key" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+            found[name] = key
+        return {name: key for name, key in found.items() if not self._is_null(key.node)}
+
+    def text(self) -> str:
+        if not isinstance(self.node, yaml.ScalarNode) or self._is_null(self.node):
+            raise self.error("expected a text")
+        return self.node.value
+
+    def one_of(self, choices: Iterable[str]) -> str:
+        if (text := self.text()) not in choices:
+            raise self.error(f"must be one of {', '.join(choices)}, got {text!r}")
+        return text
+
+    def texts(self) -> list["_Key"]:
+        """The elements of a list, each with its own line."""
+        if not isinstance(self.node, yaml.SequenceNode):
+            raise self.error("expected a list")
+        return [_Key(self.path, self.name, node, node.start_mark.line + 1) for node in self.node.value]
+
+    def boolean(self) -> bool:
+        if not isinstance(self.node, yaml.ScalarNode) or self.node.tag != "tag:yaml.org,2002:bool":
+            raise self.error("must be true or false")
+        return self.node.value.lower() in ("true", "yes", "on")
+
+    def file(self) -> Path:
+        """A file that can be read; a relative path begins at the folder of the configuration file."""
+        path = self.path.parent / self.text()
+        try:
+            path.read_bytes()
+        except OSError as error:
+            raise self.error(f"cannot read {path}: {error.strerror}") from error
+        return path
+
+    def bcrypt_hash(self) -> str:
+        if not _BCRYPT.fullmatch(hashed := self.text()):
+            raise self.error("must be a bcrypt hash, such as `htpasswd -nBC 10 USER` prints")
+        return hashed
+
+    def seconds(self) -> float:
+        """A duration as Go writes it, 1m30s say."""
+        text = self.text()
+        parts = _DURATION_PART.findall(text)
+        if text != "0" and (not parts or "".join(number + unit for number, unit in parts) != text):
+            raise self.error(f"must be a duration such as 1s or 100ms, got {text!r}")
+        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+    @staticmethod
+    def _is_null(node: yaml.Node) -> bool:
+        return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+
+
+def _http(key: _Key) -> dict[str, object]:
+    keys = key.section("http2", "headers")
+    if "http2" in keys and keys["http2"].boolean():
+        raise keys["http2"].error("HTTP/2 is not supported here; set it to false, or leave it out for HTTP/1.1")
+    headers = {}
+    for name, header in keys["headers"].section(*_HEADERS).items() if "headers" in keys else ():
+        value = header.one_of(_HEADERS[name]) if _HEADERS[name] and header.text() else header.text()
+        if not value.isascii() or not value.isprintable() or value != value.strip():
+            raise header.error(f"cannot be a header's value: {value!r}")
+        if value:
+            headers[name] = value
+    return {"headers": MappingProxyType(headers)}
+
+
+def _rate_limit(key: _Key) -> RateLimit | None:
+    keys = key.section("interval", "burst")
+    _require_all(key, keys, "interval", "burst")
+    interval = keys["interval"].seconds()
+    burst = keys["burst"].text()
+    if not burst.isdecimal() or int(burst) < 1:
+        raise keys["burst"].error(f"must be a whole number from 1, got {burst!r}")
+    return RateLimit(interval, int(burst)) if interval else None
+
+
+def _require_all(parent: _Key, keys: Mapping[str, _Key], *names: str) -> None:
+    missing = [name for name in names if name not in keys]
+    if missing:
+        place = next((keys[name] for name in names if name in keys), parent)
+        raise place.error(f"needs {' and '.join(missing)} as well")
+
+
+def _tls(key: _Key) -> dict[str, object]:
+    keys = key.section(
+        *("cert", "key", "client_ca", "cert_file", "key_file", "client_ca_file"),
+        *("client_auth_type", "client_allowed_sans", "min_version", "max_version"),
+        *("cipher_suites", "prefer_server_cipher_suites", "curve_preferences"),
+    )
+    for inline in ("cert", "key", "client_ca"):
+        if inline in keys and f"{inline}_file" in keys:
+            raise keys[inline].error(f"is there beside {inline}_file; one of them must go")
+    certificate, private = (keys.get(name) or keys.get(f"{name}_file") for name in ("cert", "key"))
+    if certificate is None or private is None:
+        place, missing = (certificate, "key_file or key") if certificate else (private or key, "cert_file or cert")
+        raise place.error(f"needs {missing} as well")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    _set_versions(context, keys)
+    _set_ciphers(context, keys)
+    files = [keys[name].file() for name in ("cert_file", "key_file", "client_ca_file") if name in keys]
+    _load_certificate(context, certificate, private)
+    return {"tls": context, "client_sans": _set_client_auth(context, keys), "files": tuple(files)}
+
+
+def _set_versions(context: ssl.SSLContext, keys: Mapping[str, _Key]) -> None:
+    minimum, maximum = (
+        _VERSIONS[keys[name].one_of(_VERSIONS)] if name in keys else default
+        for name, default in (("min_version", ssl.TLSVersion.TLSv1_2), ("max_version", ssl.TLSVersion.TLSv1_3))
+    )
+    if minimum > maximum:
+        raise keys.get("min_version", keys.get("max_version")).error("min_version is above max_version")
+    context.minimum_version, context.maximum_version = minimum, maximum
+    if minimum < ssl.TLSVersion.TLSv1_2:
+        # OpenSSL has put the old versions out of reach of its default level.
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+
+
+def _set_ciphers(context: ssl.SSLContext, keys: Mapping[str, _Key]) -> None:
+    if "cipher_suites" in keys:
+        names = [each.one_of((*_CIPHERS, *_TLS13_CIPHERS)) for each in keys["cipher_suites"].texts()]
+        level = ":@SECLEVEL=0" if context.minimum_version < ssl.TLSVersion.TLSv1_2 else ""
+        if chosen := [_CIPHERS[name] for name in names if name in _CIPHERS]:
+            context.set_ciphers(":".join(chosen) + level)
+        elif names and context.minimum_version < ssl.TLSVersion.TLSv1_3:
+            raise keys["cipher_suites"].error("names suites of TLS 1.3 only, but min_version is below TLS13")
+    if "prefer_server_cipher_suites" not in keys or keys["prefer_server_cipher_suites"].boolean():
+        context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
+    else:
+        context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
+    if "curve_preferences" in keys:
+        curves = [each.one_of(_CURVES) for each in keys["curve_preferences"].texts()]
+        if len(curves) > 1:
+            raise keys["curve_preferences"].error("only one curve is supported here")
+        for curve in curves:
+            context.set_ecdh_curve(_CURVES[curve])
+
+
+def _set_client_auth(context: ssl.SSLContext, keys: Mapping[str, _Key]) -> frozenset[str]:
+    """Ask clients for certificates as configured; the names of which a certificate must have one."""
+    mode = ssl.CERT_NONE
+    if "client_auth_type" in keys:
+        kind = keys["client_auth_type"].one_of((*_CLIENT_AUTH, *_UNVERIFIED_CLIENT_AUTH))
+        if kind in _UNVERIFIED_CLIENT_AUTH:
+            raise keys["client_auth_type"].error(
+                f"{kind} is not supported here: certificates that are not verified protect nothing"
+            )
+        mode = _CLIENT_AUTH[kind]
+    authority = keys.get("client_ca") or keys.get("client_ca_file")
+    if (authority is None) != (mode is ssl.CERT_NONE):
+        if authority is None:
+            raise keys["client_auth_type"].error("needs client_ca_file or client_ca as well")
+        raise authority.error("needs a client_auth_type that verifies, RequireAndVerifyClientCert say, as well")
+    if authority is not None:
+        try:
+            if "client_ca" in keys:
+                context.load_verify_locations(cadata=authority.text())
+            else:
+                context.load_verify_locations(cafile=authority.file())
+        except ssl.SSLError as error:
+            raise authority.error(f"holds no certificate: {error.reason or error}") from error
+    context.verify_mode = mode
+    if "client_allowed_sans" not in keys:
+        return frozenset()
+    if mode is not ssl.CERT_REQUIRED:
+        raise keys["client_allowed_sans"].error("needs client_auth_type RequireAndVerifyClientCert as well")
+    return frozenset(_san(each.text()) for each in keys["client_allowed_sans"].texts())
+
+
+def _load_certificate(context: ssl.SSLContext, certificate: _Key, private: _Key) -> None:
+    def refuse_to_prompt() -> str:
+        raise private.error("is encrypted, which is not supported here")
+
+    with tempfile.TemporaryDirectory() as inline:  # OpenSSL loads from files only; the folder is this user's alone
+
+        def path(key: _Key) -> Path:
+            if key.name.endswith("_file"):
+                return key.file()
+            file = Path(inline, key.name)
+            with open(file, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as output:
+                output.write(key.text())
+            return file
+
+        try:
+            context.load_cert_chain(path(certificate), path(private), refuse_to_prompt)
+        except ssl.SSLError as error:
+            reason = error.reason or str(error)
+            if reason == "KEY_VALUES_MISMATCH":
+                raise private.error("is not the key of the certificate") from error
+            raise certificate.error(f"certificate and key cannot be used: {reason}") from error
+
+
+def _san(value: str) -> str:
+    """An alternative name as it is compared: addresses in one spelling."""
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        return value

@@ -1,0 +1,352 @@
+"""HTTP/1.1 in one thread, with bounds on everything that a client could use up.
+
+h11 reads the protocol and asyncio moves the bytes. What is added here keeps a process that has better things to do
+out of the hands of its clients: how long, how many, how large, and how much of the CPU.
+"""
+
+import asyncio
+import logging
+import os
+import selectors
+import socket
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from email.utils import formatdate
+from http import HTTPStatus
+
+import h11
+
+REQUEST_SECONDS = 8.0
+"""A connection has this long for its TLS handshake and a whole request, and again after each response."""
+RESPONSE_SECONDS = 8.0
+"""A client has this long to take its response."""
+MAX_CONNECTIONS = 256
+"""Where there are more, the one that has waited longest with its request is closed."""
+MAX_HEADER_BYTES = 16 * 1024
+MAX_BODY_BYTES = 16 * 1024  # of requests, where it is read only to be thrown away
+CPU_SHARE = 0.06
+"""Of one core, that the serving thread takes in the long run; what it cannot do with that waits."""
+CPU_BURST_SECONDS = 0.5
+"""Of CPU time, that the serving thread saves up while it is idle."""
+_LONGEST_PAUSE_SECONDS = 0.25
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A whole request. Header names are in lower case, and a header that came twice is joined by a comma.
+
+    Attributes:
+        target: as on the request line.
+        in_flight: requests that have not got all of their response yet, this one among them.
+    """
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    in_flight: int = 1
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response; `Content-Length`, `Date` and `Connection` are added on the way."""
+
+    status: HTTPStatus
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
+
+    @classmethod
+    def text(cls, status: HTTPStatus, text: str, *headers: tuple[str, str]) -> "Response":
+        return cls(status, (("Content-Type", "text/plain; charset=utf-8"), *headers), f"{text}\n".encode())
+
+
+class HttpServer:
+    """Serves `respond` from a thread of its own, from construction until `close()`.
+
+    Args:
+        respond: coroutine function that turns a request into a response; runs in the serving thread.
+        listener: a bound and listening socket, which the server takes over.
+        tls: gives the context for a new connection, or None for plain HTTP.
+        admits: says whether an established TLS connection may go on, from the client's certificate.
+    """
+
+    def __init__(
+        self,
+        respond: Callable[[Request], Awaitable[Response]],
+        listener: socket.socket,
+        tls: Callable[[], ssl.SSLContext | None] = lambda: None,
+        admits: Callable[[dict | None], bool] = lambda certificate: True,
+    ) -> None:
+        self.respond = respond
+        self.tls = tls
+        self.admits = admits
+        self.in_flight = 0
+        self.connections: set[_Connection] = set()
+        self.waiting: dict[_Connection, None] = {}  # for a request, the longest first
+        self._listener = listener
+        self._selector = _PacedSelector()
+        self.loop = asyncio.SelectorEventLoop(self._selector)
+        self.loop.set_exception_handler(_log_loop_error)
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="metrics-server", daemon=True)
+        listener.setblocking(False)
+        _servers.add(self)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening and close every connection; nothing happens in a forked child, or the second time."""
+        if self._pid == os.getpid() and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._accepting.cancel)
+            self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self._accepting = self.loop.create_task(self._accept())
+        try:
+            self.loop.run_until_complete(self._accepting)
+        except asyncio.CancelledError:
+            pass
+        finally:
+            self._listener.close()
+            for connection in tuple(self.connections):
+                connection.abort()
+            tasks = asyncio.all_tasks(self.loop)
+            for task in tasks:
+                task.cancel()
+            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self.loop.run_until_complete(asyncio.sleep(0))  # transports close in callbacks
+            self.loop.close()
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = await self.loop.sock_accept(self._listener)
+            except OSError as error:  # no descriptors left, say: others need them more
+                _log.warning("cannot accept a connection: %s", error)
+                await asyncio.sleep(1.0)
+                continue
+            if len(self.connections) >= MAX_CONNECTIONS:
+                if not self.waiting:
+                    sock.close()
+                    continue
+                next(iter(self.waiting)).abort()
+            _Connection(self, sock)
+            await asyncio.sleep(0)  # those who are connected already come first
+
+    def abandon(self) -> None:
+        """In a forked child: let go of what belongs to the parent, without a word to its clients."""
+        self._listener.close()
+        for connection in self.connections:
+            connection.sock.close()
+        self._selector.close()
+
+
+class _Connection(asyncio.Protocol):
+    """One client: reads a request, writes its response, and so on until somebody has had enough."""
+
+    def __init__(self, server: HttpServer, sock: socket.socket) -> None:
+        self.sock = sock
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
+        self._request: h11.Request | None = None
+        self._body_bytes = 0
+        self._is_answering = False
+        self._is_flushed = True
+        self._task = server.loop.create_task(self._open())
+        self._deadline: asyncio.TimerHandle | None = None
+        server.connections.add(self)
+        self._expect_request()
+
+    def abort(self) -> None:
+        """End the connection at once, whatever it is doing."""
+        self._forget()
+        if self._transport is not None:
+            self._transport.abort()
+        else:  # of a handshake only the socket is at hand
+            try:
+                self.sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # the client was faster
+
+    async def _open(self) -> None:
+        context = self._server.tls()
+        options = {}
+        if context is not None:
+            options = {"ssl": context, "ssl_handshake_timeout": REQUEST_SECONDS, "ssl_shutdown_timeout": 1.0}
+        try:
+            await self._server.loop.connect_accepted_socket(lambda: self, self.sock, **options)
+        except OSError:  # TLS errors are among these
+            self._forget()
+            self.sock.close()
+
+    def _forget(self) -> None:
+        self._deadline.cancel()
+        self._server.connections.discard(self)
+        self._server.waiting.pop(self, None)
+        if self._is_answering:
+            self._is_answering = False
+            self._server.in_flight -= 1
+
+    def _expect_request(self) -> None:
+        self._request, self._body_bytes = None, 0
+        self._server.waiting[self] = None
+        self._within(REQUEST_SECONDS)
+
+    def _within(self, seconds: float) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self._server.loop.call_later(seconds, self.abort)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        transport.set_write_buffer_limits(0)
+        is_given_up = self not in self._server.connections
+        if is_given_up or not self._server.admits(transport.get_extra_info("peercert")):
+            self.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._forget()
+        self._task.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._http.receive_data(data)
+        self._read()
+
+    def eof_received(self) -> None:
+        self._http.receive_data(b"")
+        self._read()
+
+    def _read(self) -> None:
+        if self._is_answering or self._transport.is_closing():
+            return
+        try:
+            while (event := self._http.next_event()) is not h11.NEED_DATA:
+                if isinstance(event, h11.Request):
+                    self._request = event
+                elif isinstance(event, h11.Data):
+                    self._body_bytes += len(event.data)
+                    if self._body_bytes > MAX_BODY_BYTES:
+                        return self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+                elif isinstance(event, h11.EndOfMessage):
+                    return self._answer()
+                else:
+                    return self._transport.close()
+        except h11.RemoteProtocolError as error:
+            return self._answer(HTTPStatus(error.error_status_hint))
+        if self._http.they_are_waiting_for_100_continue:
+            self._answer()  # whatever would follow, no body is wanted
+
+    def _answer(self, refusal: HTTPStatus | None = None) -> None:
+        self._is_answering = True
+        self._server.in_flight += 1
+        self._server.waiting.pop(self, None)
+        self._within(RESPONSE_SECONDS)
+        self._transport.pause_reading()
+        if refusal is None:
+            self._task = self._server.loop.create_task(self._respond())
+        else:
+            self._send(Response.text(refusal, refusal.phrase), is_last=True)
+
+    async def _respond(self) -> None:
+        try:
+            headers: dict[str, str] = {}
+            for name, value in self._request.headers:
+                key, text = name.decode("ascii"), value.decode("latin-1")
+                headers[key] = f"{headers[key]}, {text}" if key in headers else text
+            request = Request(
+                self._request.method.decode("ascii"),
+                self._request.target.decode("latin-1"),
+                headers,
+                self._server.in_flight,
+            )
+            response = await self._server.respond(request)
+        except Exception:
+            _log.exception("a request could not be answered")
+            response = Response.text(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error; see the log.")
+        if not self._transport.is_closing():
+            self._send(response)
+
+    def _send(self, response: Response, is_last: bool = False) -> None:
+        headers = [
+            *response.headers,
+            ("Content-Length", str(len(response.body))),
+            ("Date", formatdate(usegmt=True)),
+        ]
+        if is_last or self._http.their_state is not h11.DONE:
+            headers.append(("Connection", "close"))
+        if self._http.our_state is h11.ERROR:
+            return self._transport.abort()
+        data = self._http.send(
+            h11.Response(status_code=response.status, reason=response.status.phrase.encode(), headers=headers)
+        )
+        if self._request is None or self._request.method != b"HEAD":
+            data += self._http.send(h11.Data(data=response.body))
+        data += self._http.send(h11.EndOfMessage())
+        self._transport.write(data)
+        if self._is_flushed:
+            self._sent()
+
+    def pause_writing(self) -> None:
+        self._is_flushed = False
+
+    def resume_writing(self) -> None:
+        self._is_flushed = True
+        if self._is_answering:
+            self._sent()
+
+    def _sent(self) -> None:
+        self._is_answering = False
+        self._server.in_flight -= 1
+        if self._http.our_state is not h11.DONE:
+            self._within(1.0)  # for the client to hang up as well
+            return self._transport.close()
+        self._http.start_next_cycle()
+        self._expect_request()
+        self._transport.resume_reading()
+        # What came meanwhile must not wait for more, nor keep others waiting.
+        self._server.loop.call_soon(self._read)
+
+
+class _PacedSelector(selectors.DefaultSelector):
+    """Lets the event loop have its share of the CPU, and after a quiet time a burst, and no more.
+
+    A client can therefore make others wait, but not the training in whose process this runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved_up = CPU_BURST_SECONDS
+        self._at: tuple[float, float] | None = None
+
+    def select(self, timeout: float | None = None) -> list:
+        now, used = time.monotonic(), time.thread_time()
+        if self._at is not None:
+            earned = CPU_SHARE * (now - self._at[0]) - (used - self._at[1])
+            self._saved_up = min(self._saved_up + earned, CPU_BURST_SECONDS)
+        self._at = now, used
+        if self._saved_up < 0:
+            time.sleep(min(-self._saved_up / CPU_SHARE, _LONGEST_PAUSE_SECONDS))
+        return super().select(timeout)
+
+
+def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict) -> None:
+    error = context.get("exception")
+    if not isinstance(error, OSError):  # a client that breaks off, or fails a handshake, is none of our errors
+        _log.error("%s", context["message"], exc_info=error)
+
+
+_servers: weakref.WeakSet[HttpServer] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for server in _servers:
+        server.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
