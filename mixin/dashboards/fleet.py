@@ -12,6 +12,7 @@ from mixin.dashboards.panels import (
     FLEET_DASHBOARD_UID,
     LEVEL_MEANINGS,
     MATCHERS,
+    PROCESS_MATCHERS,
     RUN_LEGEND,
     Board,
     Query,
@@ -39,11 +40,21 @@ from mixin.promql import (
 )
 
 LEVEL = f"{LEVEL_RECORD}{{{MATCHERS}}}"
-UP = per_run("min", f"up{{{MATCHERS}}}")
-# Before its first update a run has none; then it counts from the start of the process.
+CV = f"{CV_RECORD}{{{MATCHERS}}}"
+
+
+def _of_each_run(metric: str, aggregation: str) -> str:
+    """A metric of the process, for each run that it serves."""
+    process = f"{aggregation} by (job, instance) ({metric}{{{PROCESS_MATCHERS}}})"
+    return f"{per_run('group', CV)} * on (job, instance) group_left () {process}"
+
+
+DOWN = f"{per_run('min', f'up{{{PROCESS_MATCHERS}}}')} == 0"
+UP = f"{_of_each_run('up', 'min')} or {DOWN}"
+# Before its first update a run has no time of the last one; then the start of its process counts.
 AGE = (
     f"time() - ({per_run('max', select(metrics.LAST_UPDATE_TIMESTAMP, MATCHERS))}"
-    f" or {per_run('max', f'process_start_time_seconds{{{MATCHERS}}}')})"
+    f" or {_of_each_run('process_start_time_seconds', 'max')})"
 )
 UP_MEANINGS = {1: ("up", HealthLevel.HEALTHY.color), 0: ("DOWN", HealthLevel.CRITICAL.color)}
 COLORED_CELL = {"type": "color-background", "mode": "basic"}
@@ -81,7 +92,7 @@ def _counts(board: Board, config: MixinConfig) -> None:
         0,
     )
     down.thresholds(thresholds((None, HealthLevel.HEALTHY.color), (1, HealthLevel.CRITICAL.color)))
-    board.add(3, (12, 0, 6, 4), filled(down), Query(f"count({UP} == 0) or vector(0)", "down", Shape.NOW))
+    board.add(3, (12, 0, 6, 4), filled(down), Query(f"count({DOWN}) or vector(0)", "down", Shape.NOW))
 
     stalled = stat_panel(
         "Runs stalled",
@@ -151,7 +162,7 @@ def _all_runs(board: Board, config: MixinConfig) -> None:
             Query(expression, shape=Shape.TABLE)
             for expression in (
                 per_run("max", LEVEL),
-                per_run("max", f"{CV_RECORD}{{{MATCHERS}}}"),
+                per_run("max", CV),
                 f"max by ({IDENTITY}, {HEAD_LABEL}) ({DOMINATING_HEAD_RECORD}{{{MATCHERS}}})",
                 AGE,
                 per_run("max", select(metrics.EPISODE_RETURN_MEAN, MATCHERS)),
@@ -186,7 +197,7 @@ def _over_time(board: Board, config: MixinConfig) -> None:
         21,
         (10, 14, 7, 8),
         worst,
-        Query(f"topk(10, {per_run('max', f'{CV_RECORD}{{{MATCHERS}}}')})", RUN_LEGEND, Shape.NOW),
+        Query(f"topk(10, {per_run('max', CV)})", RUN_LEGEND, Shape.NOW),
     )
 
     silent = table_panel(
@@ -203,6 +214,6 @@ def _over_time(board: Board, config: MixinConfig) -> None:
         22,
         (17, 14, 7, 8),
         silent,
-        Query(f"{UP} == 0", shape=Shape.TABLE),
+        Query(DOWN, shape=Shape.TABLE),
         Query(_stalled(config), shape=Shape.TABLE),
     )
