@@ -43,7 +43,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "written_at_seconds": time.time(),
-        "torch_version": torch.__version__,
+        "torch_version": str(torch.__version__),  # it is a subclass of str
         "exporter_version": version("ppo-gradient-exporter"),
         **state,
     }

@@ -269,13 +269,14 @@ def _parser() -> argparse.ArgumentParser:
         group = groups[option.metadata["group"]]
         if _TYPES[name] is bool:
             group.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+        elif name == "resume":
+            group.add_argument(_flag(name), nargs="?", const=LATEST, metavar="PATH", help=text)
         else:
             group.add_argument(
                 _flag(name),
                 type=_TYPES[name],
                 choices=option.metadata.get("choices"),
                 metavar=None if "choices" in option.metadata else _TYPES[name].__name__.upper(),
-                **({"nargs": "?", "const": LATEST, "metavar": "PATH"} if name == "resume" else {}),
                 help=text,
             )
     return parser

@@ -22,29 +22,33 @@ REFRESHES_PER_SECOND = 4
 
 
 class Display(Protocol):
-    """Shown while training; `updated()` is called after every update."""
+    """Shown while training; `updated()` is called after every update, with its number in the run."""
 
     def __enter__(self) -> "Display": ...
     def __exit__(self, *exc_info: object) -> None: ...
-    def updated(self) -> None: ...
+    def updated(self, update: int) -> None: ...
 
 
-def open_display(read_run: ReadRun, updates: int, log_interval: int, follow: Path | None) -> Display:
-    """The live display if standard output is a terminal that can show it, plain lines otherwise."""
+def open_display(read_run: ReadRun, done: int, updates: int, log_interval: int, follow: Path | None) -> Display:
+    """The live display if standard output is a terminal that can show it, plain lines otherwise.
+
+    `done` of the run's `updates` are over already.
+    """
     console = Console()
     if console.is_terminal and not console.is_dumb_terminal:
-        return LiveDisplay(read_run, updates, console, follow)
+        return LiveDisplay(read_run, done, updates, console, follow)
     return PlainDisplay(read_run, updates, log_interval)
 
 
 class StepsPerSecond:
     """Environment steps per wall second since the display started."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: RunSnapshot) -> None:
         self._started = time.monotonic()
+        self._steps_before = run.environment_steps
 
     def of(self, run: RunSnapshot) -> float:
-        return run.environment_steps / max(time.monotonic() - self._started, 1e-9)
+        return (run.environment_steps - self._steps_before) / max(time.monotonic() - self._started, 1e-9)
 
 
 class PlainDisplay:
@@ -54,7 +58,7 @@ class PlainDisplay:
         self._read_run = read_run
         self._updates = updates
         self._log_interval = log_interval
-        self._speed = StepsPerSecond()
+        self._speed = StepsPerSecond(read_run())
 
     def __enter__(self) -> "PlainDisplay":
         return self
@@ -62,12 +66,12 @@ class PlainDisplay:
     def __exit__(self, *exc_info: object) -> None:
         pass
 
-    def updated(self) -> None:
+    def updated(self, update: int) -> None:
         run = self._read_run()
-        if run.updates % self._log_interval == 0 or run.updates == self._updates:
+        if update % self._log_interval == 0 or update == self._updates:
             signals = " ".join(f"{name} {value}" for name, value in _signals(run))
             print(
-                f"update {run.updates}/{self._updates} steps {run.environment_steps} "
+                f"update {update}/{self._updates} steps {run.environment_steps} "
                 f"steps/s {self._speed.of(run):.0f} {signals} {cv_text(run.gradient_quality.gradient_cv)}",
                 flush=True,
             )
@@ -80,10 +84,10 @@ class LiveDisplay:
         follow: lines that are appended to this file are printed above the display.
     """
 
-    def __init__(self, read_run: ReadRun, updates: int, console: Console, follow: Path | None) -> None:
+    def __init__(self, read_run: ReadRun, done: int, updates: int, console: Console, follow: Path | None) -> None:
         self._read_run = read_run
         self._console = console
-        self._speed = StepsPerSecond()
+        self._speed = StepsPerSecond(read_run())
         self._progress = Progress(
             TextColumn("update"),
             MofNCompleteColumn(),
@@ -93,7 +97,7 @@ class LiveDisplay:
             TimeRemainingColumn(),
             expand=True,
         )
-        self._task = self._progress.add_task("update", total=updates)
+        self._task = self._progress.add_task("update", total=updates, completed=done)
         self._followed = follow.open(encoding="utf-8", errors="replace") if follow else None
         if self._followed:
             self._followed.seek(0, 2)
@@ -114,8 +118,8 @@ class LiveDisplay:
         if self._followed:
             self._followed.close()
 
-    def updated(self) -> None:
-        self._progress.update(self._task, completed=self._read_run().updates)
+    def updated(self, update: int) -> None:
+        self._progress.update(self._task, completed=update)
         self._print_followed()
 
     def _print_followed(self) -> None:

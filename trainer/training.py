@@ -1,5 +1,6 @@
 """The run: rollout, update, emit, until the end or a signal."""
 
+import contextlib
 import signal
 import sys
 import time
@@ -7,7 +8,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import numpy as np
 import torch
 
 from exporter.aggregator import RunAggregator
@@ -17,7 +20,8 @@ from exporter.server import MetricsServer, host_and_port
 from exporter.snapshot import RunSnapshot
 from exporter.telemetry import PPOUpdateMetrics, emit_ppo_update
 from trainer.agent import NonFiniteGradientError, PPOAgent, PPOHyperparameters
-from trainer.config import ConfigError, TrainerConfig
+from trainer.checkpoint import CheckpointError, RunFolder, copied, load, totals
+from trainer.config import ConfigError, TrainerConfig, settings_of_run
 from trainer.display import open_display
 from trainer.drill import Drill
 from trainer.environments import TrainingEnvironment, UnsupportedEnvironment, make_environment
@@ -32,10 +36,14 @@ class StartError(Exception):
 
 @dataclass
 class Training:
-    """One run: everything it is made of, built from its settings.
+    """One run: everything it is made of, built from its settings, or from the checkpoint that they name.
+
+    Attributes:
+        updates: completed since the run began; a resume goes back to those of the checkpoint.
+        notes: what a person should know of a resume.
 
     Raises:
-        ConfigError: the environment, the device or the drill's head is not available.
+        ConfigError: the environment, the device or the drill's head is not available, or the checkpoint does not fit.
     """
 
     config: TrainerConfig
@@ -43,6 +51,8 @@ class Training:
     agent: PPOAgent = field(init=False)
     collector: RolloutCollector = field(init=False)
     aggregator: RunAggregator = field(init=False, default_factory=RunAggregator)
+    updates: int = field(init=False, default=0)
+    notes: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -85,9 +95,67 @@ class Training:
                 "exporter_version": version("ppo-gradient-exporter"),
             },
         )
+        if config.resume is not None:
+            self._resume(Path(config.resume))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run's future depends on, between two updates; tensors are not copied.
+
+        Tensors and plain values, as `trainer.checkpoint.save` wants them.
+        """
+        return {
+            "config": settings_of_run(self.config),
+            "updates": self.updates,
+            "agent": self.agent.state_dict(),
+            "collector": self.collector.state_dict(),
+            "torch_generator": torch.get_rng_state(),
+            "run": self.run_snapshot.plain(),
+        }
+
+    @property
+    def run_snapshot(self) -> RunSnapshot:
+        return self.aggregator.snapshot.runs[self.config.run_name]
+
+    def _resume(self, path: Path) -> None:
+        try:
+            state = load(path)
+            # Experience that nobody has seen yet, where the environment cannot go on from where it was.
+            fresh_seed = int(np.random.SeedSequence((self.config.seed, state["updates"])).generate_state(1)[0])
+            saved_device = state["config"]["device"]
+            if torch.device(saved_device).type != torch.device(self.config.device).type:
+                self.notes.append(f"actions are drawn anew, for {self.config.device} cannot continue {saved_device}")
+                generator = torch.Generator(self.config.device).manual_seed(fresh_seed)
+                state["collector"]["generator"] = generator.get_state()
+            self.agent.load_state_dict(state["agent"])
+            self.collector.load_state_dict(state["collector"], seed=fresh_seed)
+            torch.set_rng_state(state["torch_generator"])
+            self.aggregator.resume_run(self.config.run_name, totals(path, state))
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise ConfigError(
+                f"{path}: it does not fit {self.config.env} as this version trains it: {reason}"
+            ) from error
+        self.updates = state["updates"]
+        if not self.collector.environment_can_be_saved:
+            self.notes.append(
+                f"{self.config.env} cannot be saved: its episodes in progress are lost, new ones begin; "
+                "weights, optimizer, schedule and counters go on"
+            )
+        now = settings_of_run(self.config)
+        changes = [f"{name} {value} -> {now[name]}" for name, value in state["config"].items() if now[name] != value]
+        if changes:
+            self.notes.append(f"other settings than in the checkpoint: {', '.join(changes)}")
+        if self.updates >= self.config.updates:
+            self.notes.append(
+                f"the run has reached its end, update {self.updates}; a larger --total-timesteps takes it further"
+            )
 
     def update(self, stop: StopRequest) -> bool:
-        """One rollout and one PPO update, emitted to the aggregator; False if a signal came before the update.
+        """One rollout and one PPO update, emitted to the aggregator; False if a signal came before its end.
+
+        An update that a signal cuts short is given up: the run goes on from before it, from a checkpoint.
 
         Raises:
             NonFiniteGradientError: as `PPOAgent.update`; the update was emitted before.
@@ -97,13 +165,16 @@ class Training:
         if rollout is None:
             return False
         rollout_duration = time.perf_counter() - started
-        done = self.agent.updates / self.config.updates
+        done = self.updates / self.config.updates
         learning_rate = self.config.learning_rate * (1 - done if self.config.anneal_learning_rate else 1)
         try:
             metrics = self.agent.update(rollout, learning_rate=learning_rate, should_stop=stop)
         except NonFiniteGradientError as error:
             self._emit(error.metrics, rollout, rollout_duration)
             raise
+        if stop():
+            return False
+        self.updates += 1
         self._emit(metrics, rollout, rollout_duration)
         return True
 
@@ -121,62 +192,153 @@ class Training:
         )
 
 
+class Checkpoints:
+    """Keeps what a run needs to go on from the last completed update, and writes it every so often and at the end.
+
+    Everything is inert where the settings want no checkpoints. A checkpoint that cannot be written is a warning:
+    training goes on.
+
+    Raises:
+        StartError: the folder cannot be had.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._every = training.config.checkpoint_every
+        self._boundary: dict[str, Any] | None = None
+        self.last: Path | None = Path(training.config.resume) if training.config.resume else None
+        self._folder: RunFolder | None = None
+        if not self._every:
+            return
+        config = training.config
+        try:
+            if self.last is not None:
+                self._folder = RunFolder.of_resumed_run(self.last, config.run_name, config.keep_checkpoints)
+            else:
+                directory = Path(config.checkpoint_dir)
+                self._folder = RunFolder.of_new_run(directory, config.run_name, config.keep_checkpoints)
+        except BlockingIOError as error:
+            raise StartError(f"another process is writing the checkpoints in {self.last.parent}") from error
+        except OSError as error:
+            where = self.last.parent if self.last else config.checkpoint_dir
+            raise StartError(
+                f"cannot write checkpoints to {where}: {error.strerror}; --checkpoint-dir chooses another folder, "
+                "--checkpoint-every 0 writes none"
+            ) from error
+
+    def updated(self) -> None:
+        """An update is complete."""
+        if self._folder is None:
+            return
+        # A copy, because a signal or an error may come in the middle of the next update.
+        self._boundary = copied(self._training.state_dict())
+        self._note_totals()
+        if self._training.updates % self._every == 0:
+            self._write()
+
+    def close(self) -> None:
+        """Write the last completed update, and let go of the folder; nothing the second time."""
+        if self._folder is None:
+            return
+        try:
+            if self._training.run_snapshot.updates:
+                self._note_totals()
+            if self._boundary is not None:
+                self._write()
+        finally:
+            self._folder.close()
+            self._folder = None
+
+    def _note_totals(self) -> None:
+        # What fails here fails for the checkpoint too, which says so.
+        with contextlib.suppress(OSError):
+            self._folder.note_totals(self._training.run_snapshot.plain())
+
+    def _write(self) -> None:
+        try:
+            self.last = self._folder.write(self._boundary)
+            self._boundary = None
+        except OSError as error:
+            print(
+                f"warning: no checkpoint of update {self._training.updates} in {self._folder.path}: "
+                f"{error.strerror or error}; training goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
 def train(config: TrainerConfig, stop: StopRequest) -> int:
-    """Train as `config` says, with /metrics, target file and display.
+    """Train as `config` says, with /metrics, target file, checkpoints and display.
 
     The target file is removed at the end and after a signal. It stays when an
-    error ends the run, as after a crash: somebody should be told.
+    error ends the run, as after a crash: somebody should be told. A checkpoint of
+    the last completed update is written in any case.
 
     Returns:
         Exit code: 0 at the end, 128 + signal number after SIGINT or SIGTERM.
 
     Raises:
         ConfigError: the run cannot start as configured.
-        StartError: the port is taken, or the target file cannot be written.
+        StartError: the port is taken, or the target file or checkpoints cannot be written.
         NonFiniteGradientError: a gradient was not finite and `on_nonfinite` is `raise`.
         KeyboardInterrupt: a second signal came.
     """
     training = Training(config)
 
     def read_run() -> RunSnapshot:
-        return training.aggregator.snapshot.runs[config.run_name]
+        return training.run_snapshot
 
+    for note in training.notes:
+        print(f"warning: {note}", file=sys.stderr, flush=True)
     try:
         server = MetricsServer(training.aggregator, config.metrics_address, config.metrics_port)
     except OSError as error:
         raise StartError(f"{error}; --metrics-address and --metrics-port choose another one") from error
-    with server:
+    with server, Checkpoints(training) as checkpoints:
         target = config.metrics_target or host_and_port(TargetFile.reachable(server.address), server.port)
         try:
             target_file = TargetFile(Path(config.targets_dir), target, config.run_name)
         except OSError as error:
             raise StartError(f"cannot write a target file to {config.targets_dir}: {error.strerror}") from error
-        print(f"{config.run_name}: {config.updates} updates on {config.env}, metrics at {server.url}", flush=True)
+        where = f", from {config.resume} on" if config.resume else ""
+        print(
+            f"{config.run_name}: {config.updates} updates on {config.env}{where}, metrics at {server.url}", flush=True
+        )
         warning = unreachable_critical_warning(len(training.environment.heads))
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
         follow = Path(config.follow) if config.follow else None
         how = "failed"
         try:
-            with open_display(read_run, config.updates, config.log_interval, follow) as display:
-                while training.agent.updates < config.updates and not stop():
+            with open_display(read_run, training.updates, config.updates, config.log_interval, follow) as display:
+                while training.updates < config.updates and not stop():
                     if training.update(stop):
-                        display.updated()
+                        checkpoints.updated()
+                        display.updated(training.updates)
             how = "finished"
         finally:
             if stop():
                 how = f"stopped by {signal.Signals(stop.signum).name}"
             if how != "failed":
                 target_file.discard(config.run_name)
-            print(_closing_line(config, how, read_run()), flush=True)
+            checkpoints.close()
+            print(_closing_line(training, how, checkpoints.last), flush=True)
     return stop.exit_code
 
 
-def _closing_line(config: TrainerConfig, how: str, run: RunSnapshot) -> str:
+def _closing_line(training: Training, how: str, checkpoint: Path | None) -> str:
+    config, run = training.config, training.run_snapshot
     episode_return = run.signals.get("episode_return_mean")
     return (
-        f"{config.run_name}: {how} after update {run.updates} of {config.updates}, "
+        f"{config.run_name}: {how} after update {training.updates} of {config.updates}, "
         f"{run.environment_steps} environment steps, {run.episodes} episodes"
         + (f", return {episode_return:.3f}" if episode_return is not None else "")
         + f", {run.gradient_quality.skipped_steps} gradient steps skipped"
+        + (f"; checkpoint {checkpoint}" if checkpoint else "")
     )
