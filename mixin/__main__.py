@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from mixin.alertmanager import alertmanager, templates
 from mixin.alerts import prometheus_rules
 from mixin.config import TIMINGS, MixinConfig, duration, flag, parse_duration
 from mixin.dashboards import dashboards
@@ -23,7 +24,8 @@ HEADER = "# Generated: do not edit. Change mixin/ and run `python -m mixin`.\n"
 
 def generate(config: MixinConfig) -> dict[str, str]:
     """Text of every generated file by its path, relative to the repository or to --output."""
-    documents: dict[str, Callable[[MixinConfig], dict]] = {
+    documents: dict[str, Callable[[MixinConfig], dict | str]] = {
+        "alerts/alertmanager.yml": alertmanager,
         "alerts/ppo.rules.yml": prometheus_rules,
         "alerts/ppo.rules.test.yml": rule_tests,
         "grafana/provisioning/datasources/ppo.yml": datasources,
@@ -31,6 +33,7 @@ def generate(config: MixinConfig) -> dict[str, str]:
         "grafana/provisioning/alerting/ppo.yml": alerting,
     }
     files = {path: HEADER + _yaml(document(config)) for path, document in documents.items()}
+    files["alerts/templates/ppo.tmpl"] = templates(config)
     for dashboard in dashboards(config):
         # JSON has no comments: the dashboard says in its description where it comes from.
         files[f"grafana/dashboards/{dashboard['uid']}.json"] = json.dumps(dashboard, indent=2) + "\n"
@@ -88,7 +91,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _yaml(document: dict) -> str:
+def _yaml(document: dict | str) -> str:
+    """`document` as YAML; one that is text already, for its comments, as it is."""
+    if isinstance(document, str):
+        return document
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=float("inf"), allow_unicode=True)
 
 
@@ -119,7 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
             help=option.metadata["help"] + default,
         )
     options = parser.parse_args(arguments)
-    given = {option.name: value for option in fields(MixinConfig) if (value := getattr(options, option.name))}
+    given = {
+        option.name: value for option in fields(MixinConfig) if (value := getattr(options, option.name)) is not None
+    }
     for name in ("hold", "keep"):
         given[name] = {**options.config.get(name, {}), **dict(ChainMap(*reversed(given.get(name, []))))}
     try:

@@ -1,95 +1,168 @@
-"""The alerts, declared once for both evaluators: Prometheus' own rules and Grafana-managed ones."""
+"""Recording rules and alerts, declared once for both evaluators: Prometheus' own rules and Grafana-managed ones."""
 
 from dataclasses import dataclass
 
-from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
+from exporter.health import HealthLevel
 from exporter.metrics import (
+    ENVIRONMENT_STEPS,
+    GRADIENT_CV,
     GRADIENT_CV_CEILING,
     GRADIENT_STEPS,
     HEAD_GRADIENT_SHARE,
     HEAD_LABEL,
-    HEALTH_LABEL,
     LAST_UPDATE_TIMESTAMP,
     NONFINITE_GRADIENTS,
     RUN_LABEL,
     SKIPPED_GRADIENT_STEPS,
     UPDATES,
+    MetricFamily,
 )
-from mixin.config import MixinConfig
-from mixin.promql import IDENTITY, gradient_cv, per_run, quoted, select
+from mixin.config import (
+    CRITICAL_STEPS,
+    CV_CRITICAL,
+    CV_WARNING,
+    DOWN,
+    NONFINITE,
+    SKIPPED,
+    STALLED,
+    STARVED,
+    TIMINGS,
+    UNREACHABLE,
+    AlertKey,
+    MixinConfig,
+    duration,
+)
+from mixin.dashboards import CV_PANEL_ID, DASHBOARD_UID
+from mixin.promql import (
+    CRITICAL_STEPS_RECORD,
+    CV_RECORD,
+    DOMINATING_HEAD_RECORD,
+    ENVIRONMENT_STEPS_RECORD,
+    IDENTITY,
+    LEVEL_RECORD,
+    level_of,
+    per_run,
+    quoted,
+    select,
+    steps_of_level,
+)
 
-CV_ALERT = "PPOGradientCVHigh"
-WARNING, CRITICAL, INFO = "warning", "critical", "info"
-
-CRITICAL_STEP_SHARE = 0.1  # of the gradient steps in the window
-SKIPPED_STEP_SHARE = 0.5  # from here on training has in effect ended
-STARVED_PART = 0.1  # of an equal part of the gradient
-STALLED_SECONDS = 300
+PROMETHEUS, GRAFANA = "prometheus", "grafana"
+"""Values of the label `evaluator`, by which Alertmanager tells which of two equal alerts to keep quiet."""
 
 
 @dataclass(frozen=True)
 class Alert:
-    """One condition at one depth. Durations are in seconds.
+    """One condition at one depth.
 
     Attributes:
-        name: name of the alert, and of its runbook; the same at every severity.
-        severity: warning, critical or info.
-        value: PromQL of what is measured, one sample per run (and head).
+        key: name (that of the runbook too, the same at every severity) and severity.
+        value: PromQL of what is measured, one sample per run (and head), from series that Prometheus records.
+        raw_value: the same from what is scraped alone, for Grafana. Neither carries a metric's name, which
+            Grafana would take for a label.
         condition: comparison that `value` must meet, such as `>= 0.5`.
-        hold: for how long it must be met before the alert fires (Prometheus' `for`).
-        keep: for how long it keeps firing afterwards, so that flapping is one alert (`keep_firing_for`).
-        summary, description: annotation templates of Prometheus.
-        grafana_summary: the summary as a template of Grafana, for alerts that Grafana evaluates as
-            well. It holds no dollar sign: Grafana expands those while it provisions.
+        hold, keep: see `mixin.config.Timing`; seconds.
+        summary, description: annotation templates of Prometheus; `grafana_template` translates them.
+        context: end of the description that only Prometheus can look up.
+        panel: the panel of the run dashboard that shows it; None stands for the whole dashboard.
     """
 
-    name: str
-    severity: str
+    key: AlertKey
     value: str
+    raw_value: str
     condition: str
     hold: int
     keep: int
     summary: str
     description: str
-    grafana_summary: str | None = None
+    context: str = ""
+    panel: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.key.name
+
+    @property
+    def severity(self) -> str:
+        return self.key.severity
 
     @property
     def expression(self) -> str:
         return f"{self.value} {self.condition}"
 
+    def dashboard_url(self, config: MixinConfig) -> str:
+        """Address of the run's dashboard, as an annotation template of Prometheus."""
+        view = f"viewPanel={self.panel}&" if self.panel else ""
+        labels = "&".join(f"var-{label}={{{{ $labels.{label} | urlquery }}}}" for label in ("job", "instance", "run"))
+        return f"{config.grafana_url.rstrip('/')}/d/{DASHBOARD_UID}?{view}{labels}"
 
-def duration(seconds: int) -> str:
-    """`seconds` as Prometheus writes a duration: 90 -> 90s, 300 -> 5m."""
-    return f"{seconds // 60}m" if seconds % 60 == 0 else f"{seconds}s"
+
+def grafana_template(text: str) -> str:
+    """A template of Prometheus as one of Grafana. No dollar sign is left: Grafana expands those while it provisions."""
+    return text.replace("$labels", ".Labels").replace("$value", ".Values.B.Value")
 
 
 _VALUE = '{{ printf "%.3f" $value }}'
 _RUN = f"run {{{{ $labels.{RUN_LABEL} }}}}"
-_NONFINITE = (
+
+
+def _looked_up(selector: str, template: str) -> str:
+    """`template` for each sample of the alert's own run; `%s` in `selector` stands for the run's labels."""
+    matchers = ", ".join(f"{label}=%q" for label in ("job", "instance", RUN_LABEL))
+    values = " ".join(f"$labels.{label}" for label in ("job", "instance", RUN_LABEL))
+    return (
+        f"{{{{ range printf `{selector.replace('%s', f'{{{matchers}}}')}` {values} | query }}}}{template}{{{{ end }}}}"
+    )
+
+
+# Without a result they say nothing.
+_DOMINATING_HEAD = _looked_up(
+    f"{DOMINATING_HEAD_RECORD}%s",
+    f" Head {{{{ .Labels.{HEAD_LABEL} }}}} dominates with a share of "
+    '{{ printf "%.3f" (value .) }} of the gradient norms.',
+)
+_NONFINITE_HEAD = (
     '{{ if eq (printf "%.3f" $value) "+Inf" }} A gradient was NaN or infinite'
-    f"{{{{ range printf `topk(1, increase({NONFINITE_GRADIENTS.name}"
-    f"{{job=%q, instance=%q, {RUN_LABEL}=%q}}[10m]) > 0)` $labels.job $labels.instance $labels.{RUN_LABEL} | query }}}}"
-    f", in head {{{{ .Labels.{HEAD_LABEL} }}}}{{{{ end }}}}"
-    ".{{ end }}"
+    + _looked_up(
+        f"topk(1, increase({NONFINITE_GRADIENTS.name}%s[10m]) > 0)", f", in head {{{{ .Labels.{HEAD_LABEL} }}}}"
+    )
+    + ".{{ end }}"
 )
-# Looked up when the alert is evaluated. Without a result, or when every share is zero, it says nothing.
-_DOMINATING_HEAD = (
-    f"{{{{ range printf `topk(1, {HEAD_GRADIENT_SHARE.name}{{job=%q, instance=%q, {RUN_LABEL}=%q}})` "
-    f"$labels.job $labels.instance $labels.{RUN_LABEL} | query }}}}"
-    f"{{{{ if gt (value .) 0.0 }}}} Head {{{{ .Labels.{HEAD_LABEL} }}}} dominates with a share of "
-    '{{ printf "%.3f" (value .) }} of the gradient norms.{{ end }}{{ end }}'
-)
+
+
+def _gradient_cv(config: MixinConfig) -> str:
+    """The run's CV with its level, in words."""
+    healthy, warning, critical = (level.word for level in HealthLevel)
+    return _looked_up(
+        f"{CV_RECORD}%s",
+        f' Gradient CV {{{{ printf "%.3f" (value .) }}}} {{{{ if lt (value .) {config.warning_threshold} }}}}{healthy}'
+        f"{{{{ else if lt (value .) {config.critical_threshold} }}}}{warning}{{{{ else }}}}{critical}{{{{ end }}}}.",
+    )
+
+
+def recordings(config: MixinConfig) -> dict[str, str]:
+    """Recorded series and their expressions, in the order in which they build upon each other."""
+    job = f"job={quoted(config.job)}"
+    all_steps = per_run("sum", f"increase({select(GRADIENT_STEPS, job)}[10m])")
+    return {
+        CV_RECORD: per_run("max", select(GRADIENT_CV, job)),
+        LEVEL_RECORD: level_of(f"{CV_RECORD}{{{job}}}", config),
+        DOMINATING_HEAD_RECORD: f"topk by ({IDENTITY}) (1, {select(HEAD_GRADIENT_SHARE, job)} > 0)",
+        CRITICAL_STEPS_RECORD: f"{steps_of_level(HealthLevel.CRITICAL, job, '10m', config)} / {all_steps}",
+        ENVIRONMENT_STEPS_RECORD: per_run("sum", f"rate({select(ENVIRONMENT_STEPS, job)}[5m])"),
+    }
 
 
 def alerts(config: MixinConfig) -> list[Alert]:
     """Every alert, in the order in which the rules file lists them."""
     job = f"job={quoted(config.job)}"
-    cv = gradient_cv(job)
+    raw = recordings(config)
+    recorded = {name: f"{name}{{{job}}}" for name in raw}
 
-    def increase(family, minutes: int, matchers: str = job) -> str:
-        return f"increase({select(family, matchers)}[{minutes}m])"
+    def increase(family: MetricFamily, minutes: int) -> str:
+        return f"increase({select(family, job)}[{minutes}m])"
 
-    def new_steps(family) -> str:
+    def new_steps(family: MetricFamily) -> str:
         """Increase in ten minutes; a young process' counter that is above zero when it is first seen counts whole."""
         counter = select(family, job)
         young = f"time() - process_start_time_seconds{{{job}}} < 600"
@@ -97,139 +170,134 @@ def alerts(config: MixinConfig) -> list[Alert]:
             f"({increase(family, 10)} > 0 or ({counter} unless {counter} offset 10m) and on (job, instance) ({young}))"
         )
 
-    critical_steps = increase(GRADIENT_STEPS, 10, f"{job}, {HEALTH_LABEL}={quoted(HealthLevel.CRITICAL)}")
-    all_steps = per_run("sum", increase(GRADIENT_STEPS, 10))
+    def alert(key: AlertKey, value: str, condition: str, *, raw_value: str = "", **texts: str | int) -> Alert:
+        timing = config.timing(key)
+        return Alert(key, value, raw_value or value, condition, timing.hold, timing.keep, **texts)
+
+    def cv_high(key: AlertKey, level: HealthLevel, threshold: float) -> Alert:
+        """No upper bound on the warning: rising to critical must not resolve it."""
+        return alert(
+            key,
+            recorded[CV_RECORD],
+            f">= {threshold}",
+            raw_value=raw[CV_RECORD],
+            summary=f"Gradient CV {_VALUE} is {level.word} in {_RUN}",
+            description=f"The gradient CV of {_RUN} is {_VALUE} and has been at least {threshold} ({level}) for "
+            f"{duration(config.timing(key).hold)}.",
+            context=_NONFINITE_HEAD + _DOMINATING_HEAD,
+            panel=CV_PANEL_ID,
+        )
+
+    # What the sustained alert has told already is not told again when it resolves. Grafana has no series
+    # of its alerts and looks whether the condition has been met for as long.
+    hold = duration(max(config.timing(CV_CRITICAL).hold, 30))
+    told = f'max_over_time(ALERTS{{alertname="{CV_CRITICAL.name}", severity="{CV_CRITICAL.severity}", '
+    told += f'alertstate="firing", {job}}}[10m])'
+    met = f"max_over_time(min_over_time(({raw[CV_RECORD]})[{hold}:30s])[10m:30s]) >= {config.critical_threshold}"
     share = select(HEAD_GRADIENT_SHARE, job)
     updates = select(UPDATES, job)
     head = f"$labels.{HEAD_LABEL}"
     where = f"{{{{ if {head} }}}}of head {{{{ {head} }}}}{{{{ else }}}}of the trunk or the value head{{{{ end }}}}"
+    stalled = duration(config.stalled_seconds)
+    from_critical = f"{'of at least' if config.uses_exporter_levels else 'above'} {config.critical_threshold}"
+    times = {key: duration(config.timing(key).hold) for key in TIMINGS}
 
     return [
-        # The warning keeps firing for less long: outliving its critical alert, it would be let go by the
-        # inhibition and notify after everything is well again.
-        _cv_high(cv, HealthLevel.WARNING, WARNING, WARNING_THRESHOLD, hold=300, keep=120),
-        _cv_high(cv, HealthLevel.CRITICAL, CRITICAL, CRITICAL_THRESHOLD, hold=60, keep=180),
-        Alert(
-            "PPOCriticalGradientSteps",
-            WARNING,
-            # What the sustained alert has told already is not told again when it resolves.
-            f"({per_run('sum', critical_steps)} / {all_steps} unless on ({IDENTITY}) "
-            f'max_over_time(ALERTS{{alertname="{CV_ALERT}", severity="{CRITICAL}", alertstate="firing", {job}}}[10m]))',
-            f">= {CRITICAL_STEP_SHARE}",
-            hold=120,
-            keep=120,
+        cv_high(CV_WARNING, HealthLevel.WARNING, config.warning_threshold),
+        cv_high(CV_CRITICAL, HealthLevel.CRITICAL, config.critical_threshold),
+        alert(
+            CRITICAL_STEPS,
+            f"({recorded[CRITICAL_STEPS_RECORD]} unless on ({IDENTITY}) {told})",
+            f">= {config.critical_step_share}",
+            raw_value=f"{raw[CRITICAL_STEPS_RECORD]} unless on ({IDENTITY}) {met}",
             summary=f"Share {_VALUE} of the gradient steps of {_RUN} is critical",
             description=f"In the last 10 minutes a share of {_VALUE} of the gradient steps of {_RUN} had a gradient "
-            f"CV of at least {CRITICAL_THRESHOLD}; the mean of an update may hide such spikes.{_DOMINATING_HEAD}",
+            f"CV {from_critical}; the mean of an update may hide such spikes.",
+            context=_gradient_cv(config) + _DOMINATING_HEAD,
+            panel=CV_PANEL_ID,
         ),
-        Alert(
-            "PPONonFiniteGradients",
-            WARNING,
+        alert(
+            NONFINITE,
             # Per head, and once for the run when steps were skipped although every head was finite.
-            f"({new_steps(NONFINITE_GRADIENTS)} > 0 or "
+            f"max by ({IDENTITY}, {HEAD_LABEL}) ({new_steps(NONFINITE_GRADIENTS)} > 0 or "
             f"({new_steps(SKIPPED_GRADIENT_STEPS)} unless on ({IDENTITY}) {new_steps(NONFINITE_GRADIENTS)} > 0))",
             "> 0",
-            hold=0,
-            keep=300,
             summary=f"Non-finite gradients {where} in {_RUN}",
             description=f'In about {{{{ printf "%.0f" $value }}}} gradient steps of the last 10 minutes a gradient '
             f"{where} of {_RUN} was NaN or infinite.",
+            context=_gradient_cv(config),
         ),
-        Alert(
-            "PPONonFiniteGradients",
-            CRITICAL,
+        alert(
+            SKIPPED,
             f"{per_run('sum', increase(SKIPPED_GRADIENT_STEPS, 5))} / {per_run('sum', increase(GRADIENT_STEPS, 5))}",
-            f">= {SKIPPED_STEP_SHARE}",
-            hold=60,
-            keep=120,
+            f">= {config.skipped_step_share}",
             summary=f"Share {_VALUE} of the gradient steps of {_RUN} was skipped",
             description=f"In the last 5 minutes a share of {_VALUE} of the gradient steps of {_RUN} did not touch the "
-            f"weights because a gradient was NaN or infinite: the run has all but stopped learning.{_DOMINATING_HEAD}",
+            "weights because a gradient was NaN or infinite: the run has all but stopped learning.",
+            context=_gradient_cv(config) + _DOMINATING_HEAD,
         ),
-        Alert(
-            "PPOHeadStarved",
-            WARNING,
+        alert(
+            STARVED,
             f"{share} * on ({IDENTITY}) group_left () {per_run('count', share)}",
-            f"< {STARVED_PART}",
-            hold=900,
-            keep=120,
+            f"< {config.starved_part}",
             summary=f"Head {{{{ {head} }}}} of {_RUN} is starved of gradient",
-            description=f"For {duration(900)} head {{{{ {head} }}}} of {_RUN} has received {_VALUE} of an equal part "
-            f"of the gradient norms (alert below {STARVED_PART}).{_DOMINATING_HEAD}",
+            description=f"For {times[STARVED]} head {{{{ {head} }}}} of {_RUN} has received {_VALUE} of an equal part "
+            f"of the gradient norms (alert below {config.starved_part}).",
+            context=_gradient_cv(config) + _DOMINATING_HEAD,
         ),
-        Alert(
-            "PPOTrainerDown",
-            CRITICAL,
-            f"up{{{job}}}",
+        alert(
+            DOWN,
+            per_run("min", f"up{{{job}}}"),
             "== 0",
-            hold=60,
-            keep=0,
             summary=f"Trainer of {_RUN} is down",
             description=f"Prometheus has not been able to scrape {{{{ $labels.instance }}}} ({_RUN}) for "
-            f"{duration(60)}, and the trainer has not said goodbye by removing its scrape target.",
+            f"{times[DOWN]}, and the trainer has not said goodbye by removing its scrape target.",
         ),
-        Alert(
-            "PPOTrainingStalled",
-            WARNING,
+        alert(
+            STALLED,
             # Before the first update there is no time of the last one; such a run has the value 0.
-            f"(time() - {select(LAST_UPDATE_TIMESTAMP, job)} > {STALLED_SECONDS} or "
-            f"{updates} == 0 and {updates} offset {duration(STALLED_SECONDS)} == 0)",
+            per_run(
+                "max",
+                f"time() - {select(LAST_UPDATE_TIMESTAMP, job)} > {config.stalled_seconds} or "
+                f"{updates} == 0 and {updates} offset {stalled} == 0",
+            ),
             ">= 0",
-            hold=0,
-            keep=0,
             summary=f"No PPO update in {_RUN} {{{{ if $value }}}}for {{{{ humanizeDuration $value }}}}{{{{ else }}}}"
             "since it started{{ end }}",
             description=f"The trainer of {_RUN} answers, but {{{{ if $value }}}}its last PPO update ended {_VALUE} "
-            f"seconds ago (alert above {STALLED_SECONDS}){{{{ else }}}}has not completed its first PPO update in "
-            f"{duration(STALLED_SECONDS)}{{{{ end }}}}.",
+            f"seconds ago (alert above {config.stalled_seconds}){{{{ else }}}}has not completed its first PPO update "
+            f"in {stalled}{{{{ end }}}}.",
         ),
-        Alert(
-            "PPOCriticalThresholdUnreachable",
-            INFO,
-            select(GRADIENT_CV_CEILING, job),
-            f"<= {CRITICAL_THRESHOLD}",
-            hold=300,
-            keep=0,
+        alert(
+            UNREACHABLE,
+            per_run("max", select(GRADIENT_CV_CEILING, job)),
+            f"<= {config.critical_threshold}",
             summary=f"Gradient CV of {_RUN} cannot exceed {_VALUE}",
             description=f"With the heads that contribute to it, the gradient CV of {_RUN} cannot exceed {_VALUE}: it "
-            f"cannot rise above the critical threshold of {CRITICAL_THRESHOLD}, so do not wait for a critical alert.",
+            f"cannot rise above the critical threshold of {config.critical_threshold}, so do not wait for a critical "
+            "alert.",
+            panel=CV_PANEL_ID,
         ),
     ]
 
 
-def _cv_high(cv: str, level: HealthLevel, severity: str, threshold: float, *, hold: int, keep: int) -> Alert:
-    """No upper bound on the warning: rising to critical must not resolve it."""
-    return Alert(
-        CV_ALERT,
-        severity,
-        cv,
-        f">= {threshold}",
-        hold=hold,
-        keep=keep,
-        summary=f"Gradient CV {_VALUE} is {level.word} in {_RUN}",
-        description=f"The gradient CV of {_RUN} is {_VALUE} and has been at least {threshold} ({level}) for "
-        f"{duration(hold)}.{_NONFINITE}{_DOMINATING_HEAD}",
-        grafana_summary=f'Gradient CV {{{{ printf "%.3f" .Values.B.Value }}}} is {level.word} in run '
-        f"{{{{ .Labels.{RUN_LABEL} }}}}",
-    )
-
-
 def prometheus_rules(config: MixinConfig) -> dict:
-    """Content of the rules file."""
-    return {"groups": [{"name": "ppo", "rules": [_prometheus_rule(alert, config) for alert in alerts(config)]}]}
+    """Content of the rules file. One group: its rules are evaluated in their order, each on what stands before it."""
+    rules = [{"record": name, "expr": expression} for name, expression in recordings(config).items()]
+    rules += [_prometheus_rule(alert, config) for alert in alerts(config)]
+    return {"groups": [{"name": "ppo", "rules": rules}]}
 
 
 def _prometheus_rule(alert: Alert, config: MixinConfig) -> dict:
     rule: dict = {"alert": alert.name, "expr": alert.expression}
     if alert.hold:
         rule["for"] = duration(alert.hold)
-    if alert.keep:
-        rule["keep_firing_for"] = duration(alert.keep)
-    # Alertmanager tells by `evaluator` which of two equal alerts to keep quiet.
-    rule["labels"] = {"severity": alert.severity, "evaluator": "prometheus"}
+    rule["keep_firing_for"] = duration(alert.keep)
+    rule["labels"] = {"severity": alert.severity, "evaluator": PROMETHEUS}
     rule["annotations"] = {
         "summary": alert.summary,
-        "description": alert.description,
+        "description": alert.description + alert.context,
+        "dashboard_url": alert.dashboard_url(config),
         "runbook_url": config.runbook_url(alert.name),
     }
     return rule

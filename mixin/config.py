@@ -167,11 +167,11 @@ class MixinConfig:
             if option.type is str and not getattr(self, option.name):
                 raise ValueError(f"{flag(option)} must not be empty")
         self._check_thresholds()
-        for name in ("critical_step_share", "skipped_step_share", "starved_part"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most 1")
-        if not 0 < self.stalled_seconds:
-            raise ValueError("--stalled-after must be positive")
+        for name, most in (("critical_step_share", 1.0), ("skipped_step_share", 1.0), ("starved_part", 0.9)):
+            if not 0 < getattr(self, name) <= most:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0 and at most {most}")
+        if self.stalled_seconds < 30:
+            raise ValueError("--stalled-after must be at least 30s: a scrape may take that long to see an update")
         self._check_times()
 
     def _check_thresholds(self) -> None:
@@ -200,6 +200,12 @@ class MixinConfig:
                     f"--keep-firing-for {key} must be above {duration(shortest)}: Grafana's equal alert resolves that "
                     "much later, and would notify a second time"
                 )
+        if self.timing(NONFINITE).hold > 300:
+            raise ValueError(f"--for {NONFINITE} must be at most 5m: a single NaN is seen for 10 minutes only")
+        if self.timing(CRITICAL_STEPS).hold < self.timing(CV_CRITICAL).hold:
+            raise ValueError(
+                f"--for {CRITICAL_STEPS} must not be below that of {CV_CRITICAL}: one long rise would notify twice"
+            )
         # Outliving its critical alert, the warning would no longer be inhibited and notify after everything is well.
         if self.timing(CV_WARNING).keep >= self.timing(CV_CRITICAL).keep:
             raise ValueError(f"--keep-firing-for {CV_WARNING} must be below that of {CV_CRITICAL}")
@@ -216,9 +222,12 @@ class MixinConfig:
 
     def timing(self, key: AlertKey) -> Timing:
         """Times of one alert; what is said of `name/severity` wins over what is said of `name`."""
+        defaults = TIMINGS[key]
+        if key == STALLED:
+            defaults = defaults._replace(keep=self.stalled_seconds + 60)
         hold, keep = (
             next((times[name] for name in (str(key), key.name) if name in times), default)
-            for times, default in zip((self.hold, self.keep), TIMINGS[key], strict=True)
+            for times, default in zip((self.hold, self.keep), defaults, strict=True)
         )
         return Timing(hold, keep)
 

@@ -1,15 +1,12 @@
 """Grafana's file provisioning: data sources, dashboard provider, alert rules and where alerts go."""
 
-from mixin.alerts import Alert, alerts, duration
-from mixin.config import MixinConfig
+from mixin.alerts import GRAFANA, Alert, alerts, grafana_template
+from mixin.config import GRAFANA_EXTRA_HOLD, GRAFANA_GROUP_INTERVAL, GRAFANA_INTERVAL, MixinConfig, duration
 from mixin.dashboards import CV_PANEL_ID, DASHBOARD_UID
 
 PROMETHEUS_UID = "prometheus"
 ALERTMANAGER_UID = "alertmanager"
 CONTACT_POINT = "PPO Alertmanager"
-# Where both evaluators run, Prometheus fires first and lets go last (`keep_firing_for`), so that
-# Alertmanager's inhibition rule covers the Grafana-managed alert from its beginning to its end.
-GRAFANA_EXTRA_HOLD = 60
 
 
 def datasources(config: MixinConfig) -> dict:
@@ -62,18 +59,18 @@ def alerting(config: MixinConfig) -> dict:
     A folder per severity: the alerts carry the same name in both evaluators, and up to
     version 11 Grafana wants rule titles to be unique within a folder.
     """
-    shared = [alert for alert in alerts(config) if alert.grafana_summary]
+    declared = alerts(config)
     return {
         "apiVersion": 1,
         "groups": [
             {
                 "orgId": 1,
                 "name": "ppo",
-                "folder": f"PPO {alert.severity}",
-                "interval": "30s",
-                "rules": [_grafana_rule(alert, config)],
+                "folder": f"PPO {severity}",
+                "interval": duration(GRAFANA_INTERVAL),
+                "rules": [_grafana_rule(alert, config) for alert in declared if alert.severity == severity],
             }
-            for alert in shared
+            for severity in dict.fromkeys(alert.severity for alert in declared)
         ],
         "contactPoints": [
             {
@@ -97,7 +94,7 @@ def alerting(config: MixinConfig) -> dict:
                 # Alertmanager does the grouping that people see. It takes an alert that is not sent
                 # again within its resolve_timeout (5m) for resolved, hence the short repetition.
                 "group_wait": "1s",
-                "group_interval": "30s",
+                "group_interval": duration(GRAFANA_GROUP_INTERVAL),
                 "repeat_interval": "1m",
             }
         ],
@@ -119,7 +116,7 @@ def _grafana_rule(alert: Alert, config: MixinConfig) -> dict:
         "title": alert.name,
         "condition": "C",
         "data": [
-            query("A", PROMETHEUS_UID, expr=alert.value, instant=True, range=False),
+            query("A", PROMETHEUS_UID, expr=alert.raw_value, instant=True, range=False),
             query("B", "__expr__", type="reduce", datasource=expression, expression="A", reducer="last"),
             query("C", "__expr__", type="math", datasource=expression, expression=f"$B {alert.condition}"),
         ],
@@ -130,13 +127,16 @@ def _grafana_rule(alert: Alert, config: MixinConfig) -> dict:
         "execErrState": "Error",
         "for": duration(alert.hold + GRAFANA_EXTRA_HOLD),
         "annotations": {
-            "summary": alert.grafana_summary,
-            "description": f"{alert.grafana_summary}, instance {{{{ .Labels.instance }}}}: {alert.condition} for "
-            f"{duration(alert.hold + GRAFANA_EXTRA_HOLD)}. The dashboard names the head that dominates.",
-            "runbook_url": config.runbook_url(alert.name),
-            "__dashboardUid__": DASHBOARD_UID,
-            "__panelId__": str(CV_PANEL_ID),
+            name: grafana_template(text)
+            for name, text in {
+                "summary": alert.summary,
+                "description": f"{alert.description} The dashboard names the head that dominates.",
+                "dashboard_url": alert.dashboard_url(config),
+                "runbook_url": config.runbook_url(alert.name),
+                "__dashboardUid__": DASHBOARD_UID,
+                "__panelId__": str(CV_PANEL_ID),
+            }.items()
         },
-        "labels": {"severity": alert.severity, "evaluator": "grafana"},
+        "labels": {"severity": alert.severity, "evaluator": GRAFANA},
         "isPaused": False,
     }

@@ -64,8 +64,8 @@ def steps_of_level(level: HealthLevel, matchers: str, window: str, config: Mixin
 
     bounds = [config.warning_threshold, config.critical_threshold, math.inf]
     position = list(HealthLevel).index(level)
-    below = f" - {up_to(bounds[position - 1])}" if position else ""
-    return up_to(bounds[position]) + below
+    steps = up_to(bounds[position])
+    return f"({steps} - {up_to(bounds[position - 1])})" if position else steps
 
 
 def per_run(aggregation: str, expression: str) -> str:
