@@ -51,7 +51,9 @@ def alertmanager_configuration(ports: Ports) -> dict[str, Any]:
     Raises:
         FileNotFoundError: the file is missing.
     """
-    return yaml.safe_load(adapt((ROOT / "alerts/alertmanager.yml").read_text(), ports))
+    configuration = yaml.safe_load(adapt((ROOT / "alerts/alertmanager.yml").read_text(), ports))
+    configuration["templates"] = [str(ROOT / "alerts" / pattern) for pattern in configuration.get("templates", [])]
+    return configuration
 
 
 def write_yaml(path: Path, content: dict[str, Any], source: str) -> Path:
