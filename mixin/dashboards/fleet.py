@@ -12,6 +12,7 @@ from mixin.dashboards.panels import (
     FLEET_DASHBOARD_UID,
     LEVEL_MEANINGS,
     MATCHERS,
+    NEUTRAL,
     PROCESS_MATCHERS,
     RUN_LEGEND,
     Board,
@@ -126,6 +127,8 @@ def _all_runs(board: Board, config: MixinConfig) -> None:
             "Value #G": "up",
             "instance": "instance",
             "job": "job",
+            # Its name where this query alone has a result: every run is down.
+            "Value": "up",
         },
         sort_by=[("level", True), ("CV", True)],
         decimals=2,
@@ -200,20 +203,20 @@ def _over_time(board: Board, config: MixinConfig) -> None:
         Query(f"topk(10, {per_run('max', CV)})", RUN_LEGEND, Shape.NOW),
     )
 
+    # One query: of two, one without a result would change the name of the other's column.
     silent = table_panel(
         "Down or stalled",
         "Runs that cannot be scraped, and runs that answer but have not completed an update in "
-        f"{duration(config.stalled_seconds)}. Good: an empty table. Bad: any row; a click opens the run's dashboard.",
-        {RUN_LABEL: RUN_LABEL, "Value #A": "up", "Value #B": "last update", "instance": "instance", "job": "job"},
+        f"{duration(config.stalled_seconds)}, with the age of the last one. Good: an empty table. Bad: any row; a "
+        "click opens the run's dashboard.",
+        {RUN_LABEL: RUN_LABEL, "problem": "problem", "Value": "last update", "instance": "instance", "job": "job"},
+        unit="s",
         no_value="none",
     )
     silent.override_by_name(RUN_LABEL, override(links=run_link("__data.fields")))
-    silent.override_by_name("up", override(mappings=words(UP_MEANINGS), custom__cellOptions={"type": "color-text"}))
-    silent.override_by_name("last update", override(unit="s"))
-    board.add(
-        22,
-        (17, 14, 7, 8),
-        silent,
-        Query(DOWN, shape=Shape.TABLE),
-        Query(_stalled(config), shape=Shape.TABLE),
+    silent.override_by_name("last update", override(mappings=words({0: ("unknown", NEUTRAL)})))
+    problems = " or ".join(
+        f'label_replace({expression}, "problem", "{problem}", "", "")'
+        for problem, expression in (("down", DOWN), ("stalled", _stalled(config)))
     )
+    board.add(22, (17, 14, 7, 8), silent, Query(problems, shape=Shape.TABLE))

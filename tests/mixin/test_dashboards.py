@@ -1,103 +1,167 @@
-"""Dashboards hold to the rules that make them readable at night and importable anywhere."""
+"""What an operator sees first, in which words and colours, and where a click leads."""
 
 import json
+import re
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from test_dashboard_lint import BOARDS, panels
+from test_promql import RECORDED, matchers, parse, walk
 
-from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
-from mixin.__main__ import REPOSITORY
-from mixin.dashboards import CV_PANEL_ID, DASHBOARD_UID
+from exporter.health import HealthLevel
+from mixin.config import MixinConfig
+from mixin.dashboards import CV_PANEL_ID, DASHBOARD_UID, FLEET_DASHBOARD_UID, dashboards
 
-CORE_PANELS = {"stat", "timeseries", "table", "bargauge", "state-timeline", "row"}
-BOARDS = {
-    path.stem: json.loads(path.read_text()) for path in sorted((REPOSITORY / "grafana/dashboards").glob("*.json"))
-}
-BOARD = BOARDS[DASHBOARD_UID]
-PANELS = [panel for board in BOARDS.values() for panel in board["panels"] if panel["type"] != "row"]
-
-
-@pytest.fixture(params=BOARDS.values(), ids=BOARDS.keys())
-def board(request) -> dict:
-    return request.param
+CORE_PANELS = {"stat", "timeseries", "table", "bargauge", "state-timeline", "heatmap"}
+SCREEN = 21  # grid units that a browser shows of 1080 lines: 38 pixels each, below Grafana's own bars
+RUN, FLEET = BOARDS[DASHBOARD_UID], BOARDS[FLEET_DASHBOARD_UID]
+PANELS = [panel for board in BOARDS.values() for panel in panels(board)]
+LEVEL_COLORS = {level.color for level in HealthLevel}
 
 
 def panel_titled(title: str) -> dict:
-    return next(panel for panel in BOARD["panels"] if panel["title"] == title)
+    return next(panel for panel in PANELS if panel["title"] == title)
 
 
-def threshold_steps(panel: dict) -> list[tuple]:
-    steps = panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
-    return [(step["value"], step["color"]) for step in steps]
+def properties(panel: dict) -> dict[str, dict]:
+    """What overrides set, by the field that they match."""
+    return {
+        override["matcher"]["options"]: {entry["id"]: entry["value"] for entry in override["properties"]}
+        for override in panel["fieldConfig"]["overrides"]
+    }
 
 
-def test_dashboard_can_be_provisioned_and_found_again(board):
-    assert board["uid"] in BOARDS and board["id"] is None
-    assert board["editable"] is False
-    assert board["schemaVersion"] <= 38
+def threshold_steps(thresholds: dict) -> list[tuple]:
+    return [(step["value"], step["color"]) for step in thresholds["steps"]]
 
 
-def test_panel_ids_are_unique(board):
-    ids = [panel["id"] for panel in board["panels"]]
-    assert len(set(ids)) == len(ids) and all(ids)
+def words(mappings: list[dict]) -> dict[str, tuple[str, str]]:
+    return {value: (shown["text"], shown["color"]) for value, shown in mappings[0]["options"].items()}
 
 
-def test_panels_neither_overlap_nor_leave_the_grid(board):
-    taken = set()
-    for panel in board["panels"]:
-        position = panel["gridPos"]
-        assert position["x"] + position["w"] <= 24
-        cells = {
-            (position["x"] + column, position["y"] + line)
-            for column in range(position["w"])
-            for line in range(position["h"])
-        }
-        assert not cells & taken, panel["title"]
-        taken |= cells
-
-
-def test_variables_choose_source_job_run_and_instance(board):
-    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
-    assert list(variables) == ["datasource", "job", "run", "instance"]
-    assert variables["datasource"]["query"] == "prometheus"
-    for name in ("job", "run", "instance"):
-        variable = variables[name]
-        assert variable["multi"] and variable["includeAll"] and variable["allValue"] == ".+"
-        assert variable["refresh"] == 2, "on change of the time range"
-        assert variable["query"].startswith("label_values(")
-        assert variable["datasource"]["uid"] == "${datasource}"
+@pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS.keys())
+def test_the_oldest_supported_grafana_can_read_it(board):
+    assert board["schemaVersion"] == 38
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=[panel["title"] for panel in PANELS])
 def test_panel_says_what_it_shows(panel):
     defaults = panel["fieldConfig"]["defaults"]
     assert panel["type"] in CORE_PANELS
-    assert panel["title"] and len(panel["description"]) > 40
-    assert defaults["unit"] and "decimals" in defaults and defaults["noValue"]
-    assert panel["datasource"]["uid"] == "${datasource}"
+    assert "Good: " in panel["description"]
+    assert "decimals" in defaults and defaults["noValue"]
     references = [target["refId"] for target in panel["targets"]]
-    assert references and all(references) and len(set(references)) == len(references)
+    assert all(references) and len(set(references)) == len(references)
     for target in panel["targets"]:
-        assert target["datasource"]["uid"] == "${datasource}"
-        assert panel["type"] == "table" or "{{" in target["legendFormat"], "a legend, not the whole label set"
+        labels = re.findall(r"{{(\w+)}}", target["legendFormat"])
+        assert panel["type"] == "table" or (target["legendFormat"] and set(labels) <= {"run", "head", "le"})
 
 
-def test_cv_panel_draws_both_thresholds_as_lines():
-    panel = next(panel for panel in BOARD["panels"] if panel["id"] == CV_PANEL_ID)
-    assert threshold_steps(panel) == [(None, "green"), (WARNING_THRESHOLD, "yellow"), (CRITICAL_THRESHOLD, "red")]
-    assert panel["fieldConfig"]["defaults"]["custom"]["thresholdsStyle"]["mode"] == "line"
-    assert panel["fieldConfig"]["defaults"]["decimals"] == 3
+@pytest.mark.parametrize("panel", PANELS, ids=[panel["title"] for panel in PANELS])
+def test_lines_without_a_level_do_not_take_the_colours_of_levels(panel):
+    color = panel["fieldConfig"]["defaults"].get("color", {})
+    if panel["type"] == "timeseries":
+        assert color["mode"] == "thresholds" or color["fixedColor"] not in LEVEL_COLORS
+
+
+def test_the_cv_has_three_decimals_wherever_it_stands():
+    for title in ("Gradient CV now", "CV ceiling", "Gradient CV", "The ten worst runs now"):
+        assert panel_titled(title)["fieldConfig"]["defaults"]["decimals"] == 3
+    assert properties(panel_titled("All runs"))["CV"]["decimals"] == 3
+
+
+def test_first_screen_answers_without_scrolling():
+    titles = {panel["title"] for panel in panels(RUN) if panel["gridPos"]["y"] + panel["gridPos"]["h"] <= SCREEN}
+    assert titles == {
+        *("Level now", "Gradient CV now", "CV ceiling", "At this level for", "Dominating head", "Most starved head"),
+        *("Gradient CV", "Level over time", "Time in each level", "Firing alerts"),
+        *("Share of gradient steps by level", "Gradient norm per head", "Share of the gradient per head"),
+    }
 
 
 def test_level_is_shown_in_the_operators_words_and_colours():
-    mappings = panel_titled("Level now")["fieldConfig"]["defaults"]["mappings"][0]["options"]
-    assert [(mappings[str(index)]["text"], mappings[str(index)]["color"]) for index in range(3)] == [
-        ("stable", "green"),
-        ("warn", "yellow"),
-        ("BAD", "red"),
-    ]
+    expected = {"0": ("stable", "green"), "1": ("warn", "yellow"), "2": ("BAD", "red")}
+    for title in ("Level now", "Level over time"):
+        assert words(panel_titled(title)["fieldConfig"]["defaults"]["mappings"]) == expected
+    assert words(properties(panel_titled("All runs"))["level"]["mappings"]) == expected
 
 
-def test_share_of_steps_is_coloured_by_level():
-    overrides = panel_titled("Share of gradient steps by level")["fieldConfig"]["overrides"]
-    colors = {entry["matcher"]["options"]: entry["properties"][0]["value"]["fixedColor"] for entry in overrides}
+@pytest.mark.parametrize(
+    "title", ["Share of gradient steps by level", "Time in each level", "Runs by level", "Runs by level now"]
+)
+def test_what_is_counted_by_level_has_the_levels_colours(title):
+    colors = {name: change["color"]["fixedColor"] for name, change in properties(panel_titled(title)).items()}
     assert colors == {str(level): level.color for level in HealthLevel}
+
+
+def test_alerts_are_marked_on_the_cv_panel_alone():
+    annotations = RUN["annotations"]["list"]
+    assert {annotation["iconColor"] for annotation in annotations} == {"red", "yellow"}
+    for annotation in annotations:
+        assert annotation["filter"] == {"ids": [CV_PANEL_ID], "exclude": False}
+
+
+def test_a_sites_thresholds_are_in_every_panel_that_shows_levels():
+    run, fleet = dashboards(MixinConfig(warning_threshold=0.8, critical_threshold=1.5))
+    steps = [(None, "green"), (0.8, "yellow"), (1.5, "red")]
+    by_title = {panel["title"]: panel for board in (run, fleet) for panel in panels(board)}
+    for title in ("Gradient CV now", "Gradient CV", "The ten worst runs now"):
+        assert threshold_steps(by_title[title]["fieldConfig"]["defaults"]["thresholds"]) == steps
+    assert threshold_steps(properties(by_title["All runs"])["CV"]["thresholds"]) == steps
+    assert by_title["Gradient CV"]["fieldConfig"]["defaults"]["custom"]["thresholdsStyle"]["mode"] == "line"
+    ceiling = threshold_steps(by_title["CV ceiling"]["fieldConfig"]["defaults"]["thresholds"])
+    assert ceiling[1][0] == pytest.approx(1.5) and ceiling[1][0] > 1.5
+    for title in ("Level now", "Level over time", "At this level for", "Time in each level"):
+        for target in by_title[title]["targets"]:
+            assert set(re.findall(r">= bool ([\d.]+)", target["expr"])) == {"0.8", "1.5"}
+    # The exporter labels its counter by thresholds of its own; the histogram knows others.
+    assert 'le="0.8"' in json.dumps(by_title["Share of gradient steps by level"]).replace("\\", "")
+    texts = " ".join(panel["description"] for panel in by_title.values())
+    assert not re.search(r"(below|from|at|above) (0\.5|2\.0)\b", texts)
+
+
+def test_a_click_on_a_run_opens_its_dashboard_with_its_variables_and_the_time_range():
+    links = [
+        (title, link)
+        for title in ("All runs", "Down or stalled", "The ten worst runs now")
+        for change in properties(panel_titled(title)).values()
+        for link in change.get("links", [])
+    ]
+    assert [title for title, _ in links] == ["All runs", "Down or stalled", "The ten worst runs now"]
+    known = {variable["name"] for variable in RUN["templating"]["list"]}
+    for title, link in links:
+        address = urlsplit(link["url"])
+        parameters = parse_qs(address.query)
+        assert address.path == f"/d/{RUN['uid']}" and link["url"].endswith("&${__url_time_range}")
+        assert {f"var-{name}" for name in known} == parameters.keys()
+        assert all(value.endswith(":percentencode}") for (value,) in parameters.values())
+        # Labels that the link refers to are columns of the table.
+        fields = re.findall(r"__data\.fields\.(\w+)", link["url"])
+        organize = panel_titled(title).get("transformations", [{}])[-1].get("options", {})
+        assert not set(fields) & (organize.get("excludeByName", {}).keys() | organize.get("renameByName", {}).keys())
+        assert set(fields) <= organize.get("indexByName", {}).keys()
+
+
+def test_rows_of_the_table_are_told_apart_by_the_same_labels_in_every_query():
+    for target in panel_titled("All runs")["targets"]:
+        assert re.search(r"by \(job, instance, run(, head)?\) \(", target["expr"])
+
+
+def test_fleet_reads_what_is_recorded_instead_of_every_series():
+    per_head_or_level = {"ppo_gradient_cv", "ppo_head_gradient_share", "ppo_environment_steps_total"}
+    names = {s.name for panel in panels(FLEET) for target in panel["targets"] for s, _ in walk(parse(target["expr"]))}
+    assert not names & per_head_or_level
+    assert names & set(RECORDED)
+
+
+def test_the_run_dashboard_works_without_recording_rules():
+    for panel in panels(RUN):
+        for target in panel["targets"]:
+            assert not {selector.name for selector, _ in walk(parse(target["expr"]))} & set(RECORDED)
+
+
+def test_everything_can_be_narrowed_to_one_instance():
+    for panel in PANELS:
+        for target in panel["targets"]:
+            for selector, _ in walk(parse(target["expr"])):
+                assert "instance" in matchers(selector)

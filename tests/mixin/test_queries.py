@@ -1,22 +1,19 @@
-"""Every query of the dashboard returns something from a real Prometheus that scrapes a real run."""
+"""Every query has a result from a real Prometheus that scrapes a real run: in health all that must have one,
+with a drill, a dead and a stalled run also those that are empty in health."""
 
 import sys
+import time
 from collections.abc import Callable
 
-from conftest import wait_until
-from test_promql import PANELS, VARIABLES
+from conftest import free_ports, wait_until
+from test_promql import GRAFANA_RULES, RECORDED, VARIABLES, dashboard_files, with_values
 
-from exporter.metrics import GRADIENT_NORM
-
-# Empty in health.
-MAY_BE_EMPTY = [expression for expression in PANELS if "ALERTS" in expression]
-
-
-def with_values(expression: str) -> str:
-    for variable, value in {"$__rate_interval": "15s", "$job": "ppo", "$run": ".+", "$instance": ".+"}.items():
-        expression = expression.replace(variable, value)
-    return expression
-
+from exporter.aggregator import RunAggregator
+from exporter.discovery import TargetFile
+from exporter.server import MetricsServer
+from exporter.telemetry import PPOUpdatePayload
+from mixin.config import MixinConfig
+from mixin.dashboards import EMPTY_IN_HEALTH
 
 SB3_RUN = """
 import sys
@@ -32,23 +29,94 @@ PPO("MlpPolicy", env, n_steps=128, seed=1).learn(
 """
 
 
-def check(observability, may_be_empty: list[str]) -> None:
-    for expression in [*PANELS, *VARIABLES]:
-        if expression not in may_be_empty:
-            wait_until(lambda: observability.query(with_values(expression)), f"a result of {expression}")
-    for expression in may_be_empty:
-        observability.query(with_values(expression))  # fails where the expression is wrong
+def queries() -> dict[str, list[str]]:
+    """Expressions by the title of their panel or annotation."""
+    by_title: dict[str, list[str]] = {}
+    for board in dashboard_files():
+        for panel in board["panels"]:
+            by_title.setdefault(panel["title"], []).extend(target["expr"] for target in panel.get("targets", []))
+        for annotation in board["annotations"]["list"]:
+            by_title.setdefault(annotation["name"], []).append(annotation["expr"])
+    return by_title
+
+
+def check(observability, titles: set[str]) -> None:
+    """Each query of these panels has a result, and so have variables and recording rules; the others are valid."""
+    for title, expressions in queries().items():
+        for expression in map(with_values, expressions):
+            if title in titles:
+                wait_until(lambda: observability.query(expression), f"{title}: a result of {expression}")
+            else:
+                observability.query(expression)  # fails where the expression is wrong
+    for expression in (*map(with_values, VARIABLES), *RECORDED):
+        wait_until(lambda: observability.query(expression), f"a result of {expression}")
+    for expression in GRAFANA_RULES:
+        observability.query(expression)
 
     rules = observability.rules()
     assert rules and {rule["health"] for rule in rules} == {"ok"}, [rule.get("lastError") for rule in rules]
 
 
-def test_every_query_has_a_result_and_every_rule_is_healthy(start: Callable, start_observability: Callable):
-    observability = start_observability()
+def start_trainer(start: Callable, observability, *options: str) -> None:
     port = observability.ports.metrics
-    options = ["--metrics-port", str(port), "--targets-dir", observability.targets, "--run", "demo"]
-    start("trainer", [sys.executable, "-m", "trainer", *options], f"http://127.0.0.1:{port}/metrics")
-    check(observability, MAY_BE_EMPTY)
+    command = [sys.executable, "-m", "trainer", "--metrics-port", str(port), "--targets-dir", observability.targets]
+    start("trainer", [*command, "--run", "demo", *options], f"http://127.0.0.1:{port}/metrics")
+
+
+def test_only_panels_and_annotations_that_exist_are_declared_empty_in_health():
+    assert EMPTY_IN_HEALTH.keys() < queries().keys() and all(EMPTY_IN_HEALTH.values())
+
+
+def test_a_healthy_run_gives_every_query_a_result(start: Callable, start_observability: Callable):
+    observability = start_observability()
+    start_trainer(start, observability)
+    check(observability, queries().keys() - EMPTY_IN_HEALTH.keys())
+
+
+def test_what_is_empty_in_health_shows_a_drill_a_dead_run_and_a_stalled_one(
+    start: Callable, start_observability: Callable
+):
+    observability = start_observability()
+    start_trainer(start, observability, "--drill", "nan:op:3-1000000")
+    TargetFile(observability.targets, f"127.0.0.1:{free_ports().metrics}", "dead")
+
+    last_update = time.time() - MixinConfig().stalled_seconds - 1
+    aggregator = RunAggregator()
+    aggregator.handle_ppo_update(PPOUpdatePayload(run="stalled", timestamp_seconds=last_update))
+    with MetricsServer(aggregator, port=0) as server:
+        TargetFile(observability.targets, f"127.0.0.1:{server.port}", "stalled")
+        check(observability, set(queries()))
+        (silent,) = map(with_values, queries()["Down or stalled"])
+        problems = {"dead": "down", "stalled": "stalled"}
+        wait_until(
+            lambda: (
+                problems
+                == {found["metric"]["run"]: found["metric"]["problem"] for found in observability.query(silent)}
+            ),
+            "both are in the table, each with its problem",
+        )
+
+
+def test_the_time_at_a_level_begins_when_the_level_does(start_observability: Callable):
+    observability = start_observability()
+    aggregator = RunAggregator()
+    (expression,) = map(with_values, queries()["At this level for"])
+
+    def seconds() -> dict[str, float]:
+        return {sample["metric"]["run"]: float(sample["value"][1]) for sample in observability.query(expression)}
+
+    with MetricsServer(aggregator, port=0) as server:
+        TargetFile(observability.targets, f"127.0.0.1:{server.port}", "changing", "steady")
+        for run in ("changing", "steady"):
+            aggregator.handle_ppo_update(PPOUpdatePayload(run=run, gradient_cv=0.1))
+        wait_until(lambda: seconds().get("steady", 0) > 12, "12 seconds at one level")
+        aggregator.handle_ppo_update(PPOUpdatePayload(run="changing", gradient_cv=3.0))
+
+        def is_counted_anew() -> bool:
+            now = seconds()  # to the five seconds that are the resolution here
+            return now["changing"] < now["steady"] - 5
+
+        wait_until(is_counted_anew, "the new level counts from its beginning, the other from its own")
 
 
 def test_the_same_queries_show_a_stable_baselines3_run(start: Callable, start_observability: Callable):
@@ -57,6 +125,4 @@ def test_the_same_queries_show_a_stable_baselines3_run(start: Callable, start_ob
     command = [sys.executable, "-c", SB3_RUN, str(port), str(observability.targets)]
     start("trainer", command, f"http://127.0.0.1:{port}/metrics")
     # A monitor measures the global norm on demand only.
-    global_norm = [expression for expression in PANELS if f"{GRADIENT_NORM.name}{{" in expression]
-    assert global_norm
-    check(observability, [*MAY_BE_EMPTY, *global_norm])
+    check(observability, queries().keys() - EMPTY_IN_HEALTH.keys() - {"Global gradient norm"})
