@@ -205,7 +205,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        transport.set_write_buffer_limits(0)
+        transport.set_write_buffer_limits(high=1, low=0)  # TLS would call an empty buffer full at 0
         is_given_up = self not in self._server.connections
         if is_given_up or not self._server.admits(transport.get_extra_info("peercert")):
             self.abort()
@@ -289,18 +289,20 @@ class _Connection(asyncio.Protocol):
             data += self._http.send(h11.Data(data=response.body))
         data += self._http.send(h11.EndOfMessage())
         self._transport.write(data)
-        if self._is_flushed:
-            self._sent()
+        self._sent_when_flushed()
 
     def pause_writing(self) -> None:
         self._is_flushed = False
 
     def resume_writing(self) -> None:
         self._is_flushed = True
-        if self._is_answering:
-            self._sent()
+        self._sent_when_flushed()
 
-    def _sent(self) -> None:
+    def _sent_when_flushed(self) -> None:
+        # TLS has messages of its own to flush, before a response and during its write.
+        is_written = self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY)
+        if not (self._is_answering and is_written and self._is_flushed):
+            return
         self._is_answering = False
         self._server.in_flight -= 1
         if self._http.our_state is not h11.DONE:

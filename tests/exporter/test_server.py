@@ -1,0 +1,297 @@
+"""The endpoint as its clients see it: what they get, and how little they can do to it."""
+
+import gzip
+import os
+import select
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import wait_until
+from endpoint import UPDATE, ask, client_context, hold, make_certificate, resources, trained_aggregator
+
+from exporter import MetricsServer, RunAggregator, emit_ppo_update
+from exporter.health import STALLED_SECONDS
+from exporter.snapshot import Snapshot
+from exporter.web import connections
+
+TEXT = "text/plain; version=0.0.4; charset=utf-8"
+TEXT_1 = "text/plain; version=1.0.0; charset=utf-8; escaping=underscores"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8; escaping=underscores"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with MetricsServer(trained_aggregator(), port=0) as server:
+        yield server.url
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/metrics", 200),
+        ("HEAD", "/metrics", 200),
+        ("GET", "/-/healthy", 200),
+        ("GET", "/-/ready", 200),
+        ("HEAD", "/-/ready", 200),
+        ("GET", "/metrics?x=%FF&name[", 200),
+        ("GET", "http://somewhere/-/healthy", 200),
+        ("GET", "/healthy", 404),
+        ("GET", "/metrics/", 404),
+        ("POST", "/nowhere", 404),
+        ("POST", "/metrics", 405),
+        ("DELETE", "/-/healthy", 405),
+    ],
+)
+def test_each_path_says_what_it_is(url, method, path, status):
+    answer = ask(url, path, method)
+    assert answer.status == status
+    assert (answer.headers["Allow"] == "GET, HEAD") == (status == 405)
+    assert "Server" not in answer.headers
+    assert bool(answer.body) == (method != "HEAD")
+    assert int(answer.headers["Content-Length"]) > 0
+
+
+def test_ready_from_the_first_update_until_updates_stall():
+    aggregator = RunAggregator()
+    with MetricsServer(aggregator, port=0) as server:
+
+        def ready() -> tuple[int, str]:
+            answer = ask(server.url, "/-/ready")
+            return answer.status, answer.text
+
+        assert ready() == (503, "Not ready.\nno run yet\n")
+        aggregator.register_run("r", ["op", "slot"])
+        assert ready() == (503, "Not ready.\nrun r: no update yet\n")
+        emit_ppo_update(UPDATE, run="r", handler=aggregator)
+        assert ready() == (200, "Ready.\n")
+        emit_ppo_update(UPDATE, run="r", handler=aggregator, timestamp_seconds=time.time() - STALLED_SECONDS - 20)
+        status, text = ready()
+        assert status == 503
+        assert "run r: no update for 32" in text
+        assert ask(server.url, "/-/healthy").status == 200
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ("", TEXT),
+        ("*/*", TEXT),
+        ("text/html,application/xhtml+xml,*/*;q=0.8", TEXT),
+        ("application/openmetrics-text", OPENMETRICS),
+        ("application/openmetrics-text;version=1.0.0;escaping=allow-utf-8", OPENMETRICS.replace("underscores", "allow-utf-8")),
+        ("application/openmetrics-text;version=0.0.1", "application/openmetrics-text; version=0.0.1; charset=utf-8"),
+        ("text/plain;version=1.0.0", TEXT_1),
+        ("Application/OpenMetrics-Text; Version=1.0.0;q=0.5, text/plain;q=0.4", OPENMETRICS),
+        ("application/openmetrics-text;version=1.0.0;q=0.2, text/plain;version=0.0.4;q=0.3, */*;q=0.1", TEXT),
+        ("*/*, application/openmetrics-text;version=1.0.0", OPENMETRICS),
+        ("application/openmetrics-text;q=0", TEXT),
+        # Whatever else a header says, it is an answer that is due.
+        ("application/openmetrics-text;version=abc", TEXT),
+        ("application/openmetrics-text;version=9.9.9, text/plain;version=1.0.0;q=0.1", TEXT_1),
+        ("application/openmetrics-text;q=high", TEXT),
+        ("application/openmetrics-text;q=nan", TEXT),
+        (";;;,,=;q=,/;\"", TEXT),
+        ("text/plain;version=1.0.0;escaping=\"nonsense\"", TEXT_1),
+    ],
+)  # fmt: skip
+def test_the_format_that_is_liked_best_is_sent(url, accept, content_type):
+    answer = ask(url, Accept=accept)
+    assert (answer.status, answer.headers["Content-Type"]) == (200, content_type)
+    assert answer.text.endswith("# EOF\n") == ("openmetrics" in content_type)
+    assert answer.text.count("# EOF") == ("openmetrics" in content_type)
+
+
+@pytest.mark.parametrize(
+    ("accept_encoding", "is_compressed"),
+    [
+        ("gzip", True),
+        ("deflate, GZIP;q=0.5", True),
+        ("*", True),
+        ("gzip;q=1.0, identity;q=0.5", True),
+        ("gzip;q=0.4, identity;q=0.5", False),
+        ("gzip;q=0", False),
+        ("gzip;q=0, *", False),
+        ("gzip;q=often", False),
+        ("identity", False),
+        ("br", False),
+        ("", False),
+    ],
+)
+def test_gzip_is_sent_to_those_who_want_it(url, accept_encoding, is_compressed):
+    answer = ask(url, Accept_Encoding=accept_encoding)
+    assert (answer.headers["Content-Encoding"] == "gzip") == is_compressed
+    text = gzip.decompress(answer.body) if is_compressed else answer.body
+    assert b"ppo_gradient_cv{" in text
+
+
+@pytest.mark.parametrize("accept", ["text/plain", "application/openmetrics-text"])
+def test_names_choose_samples(url, accept):
+    query = (
+        "?name[]=ppo_gradient_cv&name[]=ppo_updates_total&name[]=ppo_gradient_cv_per_step_count&name%5B%5D=python_info"
+    )
+    lines = ask(url, f"/metrics{query}", Accept=accept).text.splitlines()
+    samples = {line.partition("{")[0] for line in lines if not line.startswith("#")}
+    assert samples == {"ppo_gradient_cv", "ppo_updates_total", "ppo_gradient_cv_per_step_count", "python_info"}
+    whole = ask(url, "/metrics?name[]=ppo_gradient_cv_per_step", Accept=accept).text
+    assert 'ppo_gradient_cv_per_step_bucket{le="+Inf",run="r"} 1.0' in whole
+    assert ask(url, "/metrics?name[]=nothing", Accept=accept).text.strip() in ("", "# EOF")
+
+
+def test_a_collector_that_fails_takes_only_its_own_metrics_with_it(caplog):
+    aggregator = trained_aggregator()
+    intact = aggregator.snapshot
+    with MetricsServer(aggregator, port=0) as server:
+        aggregator.snapshot = Snapshot(runs={"r": None})
+        for _ in range(2):
+            answer = ask(server.url)
+            assert answer.status == 200
+            assert "ppo_gradient_cv{" not in answer.text
+            assert "process_cpu_seconds_total" in answer.text
+            assert 'ppo_exporter_collector_success{collector="run"} 0.0' in answer.text
+            assert 'ppo_exporter_collector_success{collector="process"} 1.0' in answer.text
+            assert 'ppo_exporter_collector_duration_seconds{collector="run"} ' in answer.text
+        assert [record.message for record in caplog.records].count(
+            "collector run failed; its metrics are missing until it works again"
+        ) == 1
+        aggregator.snapshot = intact
+        answer = ask(server.url)
+        assert "ppo_gradient_cv{" in answer.text
+        assert 'ppo_exporter_collector_success{collector="run"} 1.0' in answer.text
+
+
+def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(url):
+    client = hold(int(url.split(":")[2].split("/")[0]), b"HEAD /a HTTP/1.1\r\nHost: x\r\n\r\n" * 3, None)
+    with client:
+        client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answers = b"".join(iter(lambda: client.recv(65536), b""))
+    assert [line for line in answers.split(b"\r\n") if line.startswith(b"HTTP/")] == [
+        *[b"HTTP/1.1 404 Not Found"] * 3,
+        b"HTTP/1.1 200 OK",
+    ]
+    assert answers.endswith(b"Healthy.\n")
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello from TLS\r\n\r\n", 400),
+        (b"GET /metrics HTTP/1.1\r\n\r\n", 400),  # no Host
+        (b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 40_000, 431),
+        (b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n" + b"a" * 50_000, 413),
+        (b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\nExpect: 100-continue\r\n\r\n", 405),
+        (b"GET /metrics?" + b"&name[]=a" * 1500 + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /metrics HTTP/1.0\r\n\r\n", 200),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_and_ends_the_connection(url, request_, status):
+    with hold(int(url.split(":")[2].split("/")[0]), request_, None) as client:
+        answer = b""
+        try:
+            while part := client.recv(65536):
+                answer += part
+        except ConnectionResetError:
+            pass  # of what was not read
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert ask(url).status == 200
+
+
+def slow_reader(port: int) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.connect(("127.0.0.1", port))
+    client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
+    return client
+
+
+def test_scrapes_beyond_the_limit_are_sent_away():
+    with MetricsServer(trained_aggregator(), port=0, max_requests=3) as server:
+        readers = [slow_reader(server.port) for _ in range(3)]
+        answer = wait_until(lambda: (a := ask(server.url)).status == 503 and a, "the limit is reached")
+        assert answer.headers["Retry-After"] == "1"
+        assert ask(server.url, "/-/healthy").status == 200
+        for reader in readers:
+            reader.close()
+        wait_until(lambda: ask(server.url).status == 200, "the limit is free again")
+
+
+def held_connections(port: int, client: ssl.SSLContext | None) -> list[socket.socket]:
+    """Five hundred, of every kind; those that send a byte a second are fed by the test."""
+    half = b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: te"
+    if client is None:
+        return [hold(port, request, None) for request in [b"", half, b"G"] for _ in range(167)]
+    never_finished = [hold(port, request, None) for request in (b"", b"\x16\x03\x01\x02\x00\x01") for _ in range(150)]
+    return never_finished + [hold(port, request, client) for request in (b"", half) for _ in range(100)]
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_held_connections_are_closed_and_keep_nobody_from_scraping(tmp_path, scheme):
+    tls, file = None, None
+    if scheme == "https":
+        certificate = make_certificate(tmp_path / "server.pem")
+        tls, file = client_context(certificate), tmp_path / "web.yml"
+        file.write_text("tls_server_config: {cert_file: server.pem, key_file: server.key}\n")
+    with MetricsServer(trained_aggregator(), port=0, web_config_file=file) as server:
+        assert ask(server.url, tls=tls).status == 200
+        threads, descriptors = resources()
+        held = held_connections(server.port, tls)
+        closed: set[socket.socket] = set()
+
+        def all_are_closed() -> bool:
+            for client in held:
+                if client not in closed:
+                    try:
+                        if select.select([client], [], [], 0)[0] and not client.recv(1024):
+                            closed.add(client)
+                        elif client in held[-100:]:
+                            client.sendall(b"x")
+                    except OSError:
+                        closed.add(client)
+            assert ask(server.url, tls=tls).status == 200
+            now_threads, now_descriptors = resources()
+            assert now_threads <= threads + 1
+            assert now_descriptors - len(held) <= descriptors + connections.MAX_CONNECTIONS + 2
+            return len(closed) == len(held)
+
+        wait_until(all_are_closed, "all held connections are closed", 30)
+        for client in held:
+            client.close()
+        wait_until(lambda: resources()[1] <= descriptors, "their descriptors are free")
+
+
+def test_a_forked_child_does_not_hold_the_port_or_the_clients():
+    server = MetricsServer(trained_aggregator(), port=0)
+    client = hold(server.port, b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n", None)
+    assert client.recv(1024).startswith(b"HTTP/1.1 200")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        server.close()
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        assert ask(server.url).status == 200
+        server.close()
+        assert client.recv(1024) == b""
+        MetricsServer(RunAggregator(), port=server.port).close()
+    finally:
+        os.write(writing, b"x")
+        os.waitpid(child, 0)
+        client.close()
+        os.close(reading)
+        os.close(writing)
+
+
+def test_closing_ends_thread_and_descriptors(tmp_path: Path):
+    MetricsServer(RunAggregator(), port=0).close()
+    before = resources()
+    for _ in range(5):
+        server = MetricsServer(trained_aggregator(), port=0)
+        with hold(server.port, b"GET /me", None):
+            assert ask(server.url).status == 200
+            server.close()
+            server.close()
+    assert resources() == before
