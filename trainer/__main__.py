@@ -1,4 +1,4 @@
-"""`python -m trainer`."""
+"""`python -m trainer`, and its commands `evaluate` and `inspect`."""
 
 import sys
 
@@ -7,27 +7,48 @@ from trainer.stop import StopRequest
 
 def main() -> int:
     with StopRequest().listening() as stop:
-        # After the handlers, for these imports take seconds; torch comes when the settings are known to be good.
-        from trainer.config import ConfigError, parse_config
-
         try:
-            config = parse_config()
-        except ConfigError as error:
-            return _failed(error, 2)
-        if stop():
-            return stop.exit_code
-
-        from trainer.agent import NonFiniteGradientError
-        from trainer.training import StartError, train
-
-        try:
-            return train(config, stop)
-        except ConfigError as error:
-            return _failed(error, 2)
-        except (StartError, NonFiniteGradientError) as error:
-            return _failed(error, 1)
+            match sys.argv[1:]:
+                case ["evaluate" | "inspect" as command, *arguments]:
+                    return _examine(command, arguments, stop)
+                case _:
+                    return _train(stop)
         except KeyboardInterrupt:
             return stop.exit_code
+
+
+def _train(stop: StopRequest) -> int:
+    # After the handlers, for these imports take seconds; torch comes when the settings are known to be good.
+    from trainer.config import ConfigError, parse_config
+
+    try:
+        config = parse_config()
+    except ConfigError as error:
+        return _failed(error, 2)
+    if stop():
+        return stop.exit_code
+
+    from trainer.agent import NonFiniteGradientError
+    from trainer.training import StartError, train
+
+    try:
+        return train(config, stop)
+    except ConfigError as error:
+        return _failed(error, 2)
+    except (StartError, NonFiniteGradientError) as error:
+        return _failed(error, 1)
+
+
+def _examine(command: str, arguments: list[str], stop: StopRequest) -> int:
+    from trainer.config import ConfigError
+    from trainer.evaluation import CheckpointError, evaluate, inspect
+
+    try:
+        return evaluate(arguments, stop) if command == "evaluate" else inspect(arguments)
+    except ConfigError as error:
+        return _failed(error, 2)
+    except CheckpointError as error:
+        return _failed(error, 1)
 
 
 def _failed(error: Exception, code: int) -> int:

@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,15 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def is_readable(path: Path) -> bool:
+    """Whether `load` takes it."""
+    try:
+        load(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def update_of(path: Path) -> int | None:
     """The update that a checkpoint's name says, None if it is no such name."""
     match = re.fullmatch(r"update-(\d+)\.pt", path.name)
@@ -142,11 +151,8 @@ def resolve(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, An
         except CheckpointError as error:
             number = update_of(path)
             before = [other for other in checkpoints_in(path.parent) if number is None or update_of(other) < number]
-            for other in before:
-                with contextlib.suppress(CheckpointError):
-                    load(other)
-                    raise CheckpointError(f"{error}; the one before is {other}") from error
-            raise
+            offered = next((other for other in before if is_readable(other)), None)
+            raise CheckpointError(f"{error}" + (f"; the one before is {offered}" if offered else "")) from error
     found = checkpoints_in(path)
     for checkpoint in found:
         try:
@@ -224,11 +230,8 @@ class RunFolder:
     @classmethod
     def of_resumed_run(cls, checkpoint: Path, run: str, keep: int) -> "RunFolder":
         """The checkpoint's folder; a new one beside it where newer ones follow, which are not to be overwritten."""
-        for newer in checkpoints_in(checkpoint.parent):
-            if newer.name == checkpoint.name:
-                break
-            with contextlib.suppress(CheckpointError):
-                load(newer)
+        for newer in takewhile(lambda other: other.name != checkpoint.name, checkpoints_in(checkpoint.parent)):
+            if is_readable(newer):
                 return cls.of_new_run(checkpoint.parent.parent, run, keep)
         return cls(checkpoint.parent, keep)
 

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -206,6 +206,25 @@ def settings_of_run(config: TrainerConfig) -> dict[str, Any]:
     return {**kept, "run": config.run_name}
 
 
+def config_of_run(path: Path, content: Mapping[str, Any]) -> TrainerConfig:
+    """The settings that the checkpoint at `path` keeps; the others are the defaults.
+
+    Raises:
+        ConfigError: they are not those of this version, or impossible.
+    """
+    return _config(_saved(path, content))
+
+
+def _saved(path: Path, content: Mapping[str, Any]) -> dict[str, _Setting]:
+    saved = {}
+    for name, value in content["config"].items():
+        if name not in _FIELDS or _FIELDS[name].metadata.get("local"):
+            raise ConfigError(f"{path}: it has a setting {name!r} that this version does not know")
+        saved[name] = _Setting(_of_type(name, value, str(path)), f"{path}: {name}")
+        _check(name, saved[name])
+    return saved
+
+
 def _resumed(settings: dict[str, _Setting]) -> dict[str, _Setting]:
     """`settings` over those of the checkpoint that they name."""
     # Not before it is needed, for it imports torch.
@@ -219,12 +238,7 @@ def _resumed(settings: dict[str, _Setting]) -> dict[str, _Setting]:
         path, content = resolve(Path(asked), lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
     except CheckpointError as error:
         raise ConfigError(f"{place}: {error}") from error
-    saved = {}
-    for name, value in content["config"].items():
-        if name not in _FIELDS or _FIELDS[name].metadata.get("local"):
-            raise ConfigError(f"{place}: {path}: it has a setting {name!r} that this version does not know")
-        saved[name] = _Setting(_of_type(name, value, f"{place}: {path}"), f"{path}: {name}")
-        _check(name, saved[name])
+    saved = _saved(path, content)
     for name, setting in settings.items():
         if _FIELDS[name].metadata.get("fixed") and name in saved and setting.value != saved[name].value:
             raise ConfigError(

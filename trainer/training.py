@@ -34,6 +34,11 @@ class StartError(Exception):
     """The run cannot start here and now: an address or a folder is not to be had."""
 
 
+def make_policy(config: TrainerConfig, environment: TrainingEnvironment) -> ActorCritic:
+    """The network that `config` trains on this environment, on the CPU, with new weights."""
+    return ActorCritic(environment.observation_size, environment.heads, config.hidden_size)
+
+
 @dataclass
 class Training:
     """One run: everything it is made of, built from its settings, or from the checkpoint that they name.
@@ -67,7 +72,7 @@ class Training:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         try:
-            policy = ActorCritic(self.environment.observation_size, heads, config.hidden_size).to(config.device)
+            policy = make_policy(config, self.environment).to(config.device)
             sampling = torch.Generator(config.device).manual_seed(config.seed)
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device {config.device!r}: {str(error).splitlines()[0]}") from error
