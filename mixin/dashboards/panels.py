@@ -34,6 +34,7 @@ from exporter.health import HealthLevel
 from exporter.metrics import HEAD_LABEL, RUN_LABEL, MetricFamily
 from mixin.config import MixinConfig
 from mixin.promql import select
+from trainer.environments.host_growth import ACTION_HEADS
 
 RUN_DASHBOARD_UID = "ppo-gradient-health"
 FLEET_DASHBOARD_UID = "ppo-fleet"
@@ -53,6 +54,10 @@ NEUTRAL = "text"
 
 SERIES_COLOR = "blue"
 """For lines, in shades of it, and for cells, from faint to strong."""
+HEAD_COLORS = dict(
+    zip(ACTION_HEADS, ("#8AB8FF", "#1F60C4", "#37B7C3", "#B877D9", "#FF85D0", "#7C6BE0", "#C7D0D9"), strict=True)
+)
+"""For the heads of the trainer's own environment, too many for shades: no green, yellow or red among them."""
 
 
 class Shape(StrEnum):
@@ -236,6 +241,13 @@ def colored(panel, **colors: str):
 def colored_by_level(panel):
     """`panel`, whose legends are the levels, in their colours."""
     return colored(panel, **{str(level): level.color for level in HealthLevel})
+
+
+def colored_by_head(panel):
+    """`panel`, whose legends begin with a head, in the head's colour where it has one."""
+    for head, color in HEAD_COLORS.items():
+        panel.override_by_regexp(f"/^{head} /", override(color={"mode": "fixed", "fixedColor": color}))
+    return panel
 
 
 def _described(panel, title: str, description: str, unit: str, decimals: int, no_value: str):

@@ -23,6 +23,7 @@ from mixin.dashboards.panels import (
     Shape,
     bars_panel,
     by_run,
+    colored_by_head,
     colored_by_level,
     cv_thresholds,
     filled,
@@ -133,7 +134,7 @@ def _first_screen(board: Board, config: MixinConfig) -> None:
         3,
     )
     chart.axis_soft_min(0).axis_soft_max(critical).override_by_regexp(
-        "^ceiling",
+        "/^ceiling/",
         override(color={"mode": "fixed", "fixedColor": NEUTRAL}, custom__lineStyle={"fill": "dash", "dash": [10, 10]}),
     )
     board.add(
@@ -222,7 +223,7 @@ def _first_screen(board: Board, config: MixinConfig) -> None:
         3,
     )
     norm = select(metrics.HEAD_GRADIENT_NORM, MATCHERS)
-    board.add(15, (8, 13, 8, 7), log_scale(norms), Query(norm, HEAD_LEGEND))
+    board.add(15, (8, 13, 8, 7), colored_by_head(log_scale(norms)), Query(norm, HEAD_LEGEND))
 
     shares = series_panel(
         "Share of the gradient per head",
@@ -232,7 +233,7 @@ def _first_screen(board: Board, config: MixinConfig) -> None:
         1,
         stacked=True,
     )
-    board.add(16, (16, 13, 8, 7), shares.min(0), Query(share, HEAD_LEGEND))
+    board.add(16, (16, 13, 8, 7), colored_by_head(shares.min(0)), Query(share, HEAD_LEGEND))
 
 
 def _time_at_level(level: str) -> str:
@@ -270,7 +271,7 @@ def _steps(board: Board) -> None:
     board.add(
         22,
         (12, 0, 6, 8),
-        nonfinite,
+        colored_by_head(nonfinite),
         Query(increase(metrics.NONFINITE_GRADIENTS), HEAD_LEGEND),
         Query(increase(metrics.SKIPPED_GRADIENT_STEPS), f"skipped · {RUN_LEGEND}"),
     )

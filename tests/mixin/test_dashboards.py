@@ -11,6 +11,7 @@ from test_promql import RECORDED, matchers, parse, walk
 from exporter.health import HealthLevel
 from mixin.config import MixinConfig
 from mixin.dashboards import CV_PANEL_ID, DASHBOARD_UID, FLEET_DASHBOARD_UID, dashboards
+from trainer.environments.host_growth import ACTION_HEADS
 
 CORE_PANELS = {"stat", "timeseries", "table", "bargauge", "state-timeline", "heatmap"}
 SCREEN = 21  # grid units that a browser shows of 1080 lines: 38 pixels each, below Grafana's own bars
@@ -62,6 +63,29 @@ def test_lines_without_a_level_do_not_take_the_colours_of_levels(panel):
     color = panel["fieldConfig"]["defaults"].get("color", {})
     if panel["type"] == "timeseries":
         assert color["mode"] == "thresholds" or color["fixedColor"] not in LEVEL_COLORS
+
+
+def test_a_head_has_one_colour_everywhere_and_none_of_a_level():
+    titles = ("Gradient norm per head", "Share of the gradient per head", "Non-finite and skipped gradient steps")
+    colors = [
+        {name: change["color"]["fixedColor"] for name, change in properties(panel_titled(title)).items()}
+        for title in titles
+    ]
+    assert colors[0] == colors[1] == colors[2]
+    assert colors[0].keys() == {f"/^{head} /" for head in ACTION_HEADS}
+    assert len(set(colors[0].values())) == len(ACTION_HEADS)
+    assert not LEVEL_COLORS & set(colors[0].values())
+
+
+def test_patterns_are_written_as_grafana_reads_them():
+    # Without slashes it wants the whole name to match.
+    patterns = [
+        override["matcher"]["options"]
+        for panel in PANELS
+        for override in panel["fieldConfig"]["overrides"]
+        if override["matcher"]["id"] == "byRegexp"
+    ]
+    assert patterns and all(re.fullmatch(r"/.+/|\.\*", pattern) for pattern in patterns)
 
 
 def test_the_cv_has_three_decimals_wherever_it_stands():
