@@ -13,19 +13,22 @@ TEMPLATES = """\
 {{ .GroupLabels.alertname }}{{ with .GroupLabels.run }} in run {{ . }}{{ end }}
 {{- end }}
 
-{{ define "ppo.text" -}}
-{{ range $index, $alert := .Alerts }}{{ if $index }}{{ "\\n" }}{{ end -}}
-{{ if eq .Status "resolved" }}resolved, was {{ end }}{{ .Labels.severity }}: {{ .Annotations.description }}
+{{ define "ppo.line" -}}
+{{ .Labels.severity }}: {{ .Annotations.description }}
 {{- with .Labels.instance }} Instance: {{ . }}.{{ end }}
 {{- with .Annotations.dashboard_url }} Dashboard: {{ . }}{{ end }}
 {{- with .Annotations.runbook_url }} Runbook: {{ . }}{{ end }}
-{{- end }}
-{{- end }}
+{{ end }}
+
+{{ define "ppo.text" -}}
+{{ range .Alerts.Firing }}{{ template "ppo.line" . }}{{ end -}}
+{{ range .Alerts.Resolved }}resolved, was {{ template "ppo.line" . }}{{ end -}}
+{{ end }}
 """
 
 
 def templates(config: MixinConfig) -> str:
-    """Content of the template file: `ppo.title`, and `ppo.text` with one line for each alert."""
+    """Content of the template file: `ppo.title`, and `ppo.text` with one line for each alert, firing ones first."""
     return TEMPLATES
 
 

@@ -57,15 +57,15 @@ def desk(start_receiver: Callable, start_alertmanager: Callable) -> Desk:
     ports = free_ports()
     content = configuration.alertmanager_configuration(ports)
     content["route"].update(group_wait=f"{GROUP_WAIT}s", group_interval=f"{GROUP_INTERVAL}s")
-    (grafana,) = content["route"]["routes"]
+    (grafana,) = (route for route in content["route"]["routes"] if "group_wait" in route)
     grafana["group_wait"] = f"{GRAFANA_GROUP_WAIT}s"
     _, jsonl = start_receiver(ports.receiver)
     start_alertmanager(ports.alertmanager, content)
     return Desk(ports.url("alertmanager"), jsonl)
 
 
-def alert(name: str, severity: str, run: str, evaluator: str = "prometheus") -> dict[str, str]:
-    labels = {"alertname": name, "severity": severity, "job": "ppo", "instance": "127.0.0.1:9842", "run": run}
+def alert(name: str, severity: str, run: str, evaluator: str = "prometheus", **more: str) -> dict[str, str]:
+    labels = {"alertname": name, "severity": severity, "job": "ppo", "instance": "127.0.0.1:9842", "run": run, **more}
     # Grafana adds the folder of the rule, so that the two are never the same alert to Alertmanager.
     extra = {"grafana_folder": f"PPO {severity}"} if evaluator == "grafana" else {}
     return {**labels, "evaluator": evaluator, **extra}
@@ -117,3 +117,24 @@ def test_alerts_of_other_systems_without_a_run_do_not_silence_each_other(desk: D
     desk.send({"alertname": "Disk", "severity": "critical"}, {"alertname": "Fan", "severity": "warning"})
     desk.wait_for("firing", "Disk", "critical", "")
     desk.wait_for("firing", "Fan", "warning", "")
+
+
+def test_a_warning_that_was_told_is_not_told_again_after_the_critical_alert(desk: Desk):
+    desk.send(alert("PPONonFiniteGradients", "warning", "nan", head="op"))
+    desk.wait_for("firing", "PPONonFiniteGradients", "warning", "nan")
+    desk.send(alert("PPONonFiniteGradients", "critical", "nan"))
+    desk.wait_for("firing", "PPONonFiniteGradients", "critical", "nan")
+    desk.send(alert("PPONonFiniteGradients", "critical", "nan"), resolved=True)
+    desk.wait_for("resolved", "PPONonFiniteGradients", "critical", "nan")
+    desk.settle("one")
+    assert [each[:3:2] for each in desk.about("nan")] == [
+        ("firing", "warning"),
+        ("firing", "critical"),
+        ("resolved", "critical"),
+    ]
+
+
+def test_an_alert_about_one_head_does_not_hide_grafanas_about_another(desk: Desk):
+    desk.send(alert("PPOHeadStarved", "warning", "heads", head="op"))
+    desk.send(alert("PPOHeadStarved", "warning", "heads", "grafana", head="slot"))
+    wait_until(lambda: len(desk.about("heads")) >= 2, "both heads")

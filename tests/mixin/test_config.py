@@ -1,6 +1,7 @@
 """A site's own settings: checked, and carried into every file."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,22 +19,22 @@ critical-threshold: 1.5
 critical-step-share: 0.03
 skipped-step-share: 0.9
 starved-part: 0.35
-stalled-after: 17m
+stalled-after: 7m
 grafana-url: https://grafana.example/ops/
 pager-webhook-url: https://pager.example/hook
 for:
-  PPOGradientCVHigh/warning: 20m
+  PPOGradientCVHigh/warning: 8m
   PPOGradientCVHigh/critical: 45s
   PPOCriticalGradientSteps: 1m
   PPONonFiniteGradients: 2m
   PPOHeadStarved: 0
-  PPOTrainerDown: 10m
+  PPOTrainerDown: 4m
   PPOTrainingStalled: 3m
   PPOCriticalThresholdUnreachable: 0
 keep-firing-for:
   PPOGradientCVHigh/critical: 11m
   PPONonFiniteGradients: 70s
-  PPOTrainerDown: 1h
+  PPOTrainerDown: 15m
 """
 
 
@@ -57,24 +58,20 @@ def test_the_files_of_a_site_pass_the_servers_own_checks(site: Path, servers):
         [servers.promtool, "test", "rules", "ppo.rules.test.yml"],
         [servers.amtool, "check-config", "alertmanager.yml"],
     ):
-        done = subprocess.run(command, cwd=alerts, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=alerts, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_rule_tests_notice_a_rule_that_is_not_what_the_site_asked_for(site: Path, servers):
-    rules = site / "alerts/ppo.rules.yml"
-    text = rules.read_text()
-    for right, wrong in (
-        ("for: 20m", "for: 21m"),
-        ("keep_firing_for: 11m", "keep_firing_for: 10m"),
-        (">= 0.8\n", "> 0.8\n"),
-        ('le="1.5"', 'le="1.75"'),
-        ("> 1020 or", "> 1080 or"),
-    ):
-        assert right in text
-        rules.write_text(text.replace(right, wrong))
+    text = (site / "alerts/ppo.rules.yml").read_text()
+    running = {}
+    for right, wrong in (("for: 8m", "for: 9m"), ("keep_firing_for: 11m", "keep_firing_for: 10m"), ("1.5", "1.75")):
+        folder = shutil.copytree(site / "alerts", site / wrong.replace(" ", ""))
+        (folder / "ppo.rules.yml").write_text(text.replace(right, wrong))
+        assert text != text.replace(right, wrong)
         command = [servers.promtool, "test", "rules", "ppo.rules.test.yml"]
-        assert subprocess.run(command, cwd=rules.parent, capture_output=True).returncode == 1, wrong
+        running[wrong] = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert {wrong: process.wait() for wrong, process in running.items()} == dict.fromkeys(running, 1)
 
 
 def test_one_setting_reaches_both_evaluators_the_dashboards_and_alertmanager(site: Path):
@@ -90,7 +87,7 @@ def test_one_setting_reaches_both_evaluators_the_dashboards_and_alertmanager(sit
     assert grafana["PPOTrainerDown", "critical"]["for"] == "8m"
     assert "for" not in prometheus["PPOHeadStarved", "warning"]
     # Longer than the limit without being told so.
-    assert prometheus[STALLED]["keep_firing_for"] == "18m"
+    assert prometheus[STALLED]["keep_firing_for"] == "8m"
     link = prometheus[CV_CRITICAL]["annotations"]["dashboard_url"]
     assert link.startswith("https://grafana.example/ops/d/ppo-gradient-health?viewPanel=10&var-job=")
 
