@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from exporter.server import DEFAULT_ADDRESS, DEFAULT_PORT
+from exporter.server import DEFAULT_ADDRESS, DEFAULT_MAX_REQUESTS, DEFAULT_PORT
 from trainer.drill import KINDS, Drill
 from trainer.environments import DEFAULT_ENVIRONMENT
 
@@ -25,8 +25,9 @@ class ConfigError(ValueError):
 def _option(default: Any, description: str, *, group: str, **limits: Any) -> Any:
     """A setting.
 
-    `limits`: `minimum` and `maximum` (inclusive), `above` (exclusive), `choices`. On resume a setting comes from the
-    checkpoint; one that is `fixed` cannot differ from it, and one that is `local` is no part of it.
+    `limits`: `minimum` and `maximum` (inclusive), `above` (exclusive), `choices`. `flag` is one that does not follow
+    from the field's name. On resume a setting comes from the checkpoint; one that is `fixed` cannot differ from it, and
+    one that is `local` is no part of it.
     """
     return field(default=default, metadata={"description": description, "group": group, **limits})
 
@@ -122,6 +123,21 @@ class TrainerConfig:
         local=True,
         minimum=0,
         maximum=65535,
+    )
+    web_config_file: str | None = _option(
+        None,
+        "file with TLS, users, headers and a rate limit for /metrics, in the format of Prometheus' exporter-toolkit",
+        group=_TELEMETRY,
+        local=True,
+        flag="--web.config.file",
+    )
+    web_max_requests: int = _option(
+        DEFAULT_MAX_REQUESTS,
+        "scrapes at a time, above which they get 503; 0 for no limit",
+        group=_TELEMETRY,
+        minimum=0,
+        local=True,
+        flag="--web.max-requests",
     )
     metrics_target: str | None = _option(
         None,
@@ -249,7 +265,7 @@ def _resumed(settings: dict[str, _Setting]) -> dict[str, _Setting]:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return _FIELDS[name].metadata.get("flag", "--" + name.replace("_", "-"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -288,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             group.add_argument(
                 _flag(name),
+                dest=name,
                 type=_TYPES[name],
                 choices=option.metadata.get("choices"),
                 metavar=None if "choices" in option.metadata else _TYPES[name].__name__.upper(),
@@ -313,7 +330,7 @@ def _read_file(path: Path) -> dict[str, _Setting]:
         for key_node, value_node in root.value:
             line = key_node.start_mark.line + 1
             key = loader.construct_object(key_node, deep=True)
-            name = str(key).replace("-", "_")
+            name = str(key).replace("-", "_").replace(".", "_")
             if name not in _FIELDS:
                 raise ConfigError(f"{path}:{line}: unknown key {str(key)!r}{_suggestion(name, list(_FIELDS))}")
             if name in settings:

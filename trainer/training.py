@@ -16,7 +16,7 @@ import torch
 from exporter.aggregator import RunAggregator
 from exporter.discovery import TargetFile
 from exporter.gradient_cv import unreachable_critical_warning
-from exporter.server import MetricsServer, host_and_port
+from exporter.server import MetricsServer, WebConfigError, host_and_port
 from exporter.snapshot import RunSnapshot
 from exporter.telemetry import PPOUpdateMetrics, emit_ppo_update
 from trainer.agent import NonFiniteGradientError, PPOAgent, PPOHyperparameters
@@ -302,7 +302,15 @@ def train(config: TrainerConfig, stop: StopRequest) -> int:
     for note in training.notes:
         print(f"warning: {note}", file=sys.stderr, flush=True)
     try:
-        server = MetricsServer(training.aggregator, config.metrics_address, config.metrics_port)
+        server = MetricsServer(
+            training.aggregator,
+            config.metrics_address,
+            config.metrics_port,
+            web_config_file=config.web_config_file,
+            max_requests=config.web_max_requests,
+        )
+    except WebConfigError as error:
+        raise ConfigError(str(error)) from error
     except OSError as error:
         raise StartError(f"{error}; --metrics-address and --metrics-port choose another one") from error
     with server, Checkpoints(training) as checkpoints:
