@@ -181,7 +181,7 @@ def read_web_config(path: Path) -> WebConfig:
         settings |= _http(root["http_server_config"])
     if "basic_auth_users" in root:
         settings["users"] = MappingProxyType(
-            {name: key.bcrypt_hash() for name, key in root["basic_auth_users"].items()}
+            {name: key.bcrypt_hash() for name, key in dict(root["basic_auth_users"].items()).items()}
         )
     if "rate_limit" in root:
         settings["rate_limit"] = _rate_limit(root["rate_limit"])
