@@ -1,6 +1,7 @@
 """Grafana's provisioning files hold only keys that Grafana reads, and point at things that exist.
 
-Grafana silently ignores a key that it does not know, so a wrong one would go unnoticed.
+Grafana silently ignores a key that it does not know, so a wrong one would go unnoticed. Grafana itself does not
+run here: the keys are those that its documentation of file provisioning lists.
 """
 
 import json
@@ -43,6 +44,12 @@ def load(path: str) -> dict:
 
 ALERTING = load("alerting/ppo.yml")
 RULES = [rule for group in ALERTING["groups"] for rule in group["rules"]]
+PROMETHEUS_RULES = {
+    (rule["alert"], rule["labels"]["severity"]): rule
+    for group in yaml.safe_load((REPOSITORY / "alerts/ppo.rules.yml").read_text())["groups"]
+    for rule in group["rules"]
+    if "alert" in rule
+}
 UIDS = {datasource["uid"]: datasource for datasource in load("datasources/ppo.yml")["datasources"]}
 
 
@@ -70,6 +77,7 @@ def test_the_two_thresholds_are_those_of_the_exporter():
     conditions = {
         rule["labels"]["severity"]: next(query for query in rule["data"] if query["refId"] == rule["condition"])
         for rule in RULES
+        if rule["title"] == "PPOGradientCVHigh"
     }
     assert {severity: query["model"]["expression"] for severity, query in conditions.items()} == {
         "warning": f"$B >= {WARNING_THRESHOLD}",
@@ -77,11 +85,39 @@ def test_the_two_thresholds_are_those_of_the_exporter():
     }
 
 
-def test_rule_titles_are_unique_in_their_folder_and_equal_to_the_prometheus_alert():
+def test_every_alert_of_prometheus_is_there_once_with_its_condition():
+    assert {(rule["title"], rule["labels"]["severity"]) for rule in RULES} == set(PROMETHEUS_RULES)
+    assert len(RULES) == len(PROMETHEUS_RULES)
+    for rule in RULES:
+        (condition,) = (query["model"] for query in rule["data"] if query["refId"] == rule["condition"])
+        expression = PROMETHEUS_RULES[rule["title"], rule["labels"]["severity"]]["expr"]
+        assert expression.endswith(condition["expression"].removeprefix("$B"))
+
+
+def test_rules_need_nothing_that_prometheus_records():
+    for rule in RULES:
+        (expression,) = (query["model"]["expr"] for query in rule["data"] if "expr" in query["model"])
+        assert ":" not in re.sub(r"\[\w+:\w+\]", "", expression) and "ALERTS" not in expression
+
+
+def test_rule_titles_are_unique_in_their_folder():
     places = [(group["folder"], rule["title"]) for group in ALERTING["groups"] for rule in group["rules"]]
     assert len(set(places)) == len(places)
-    assert {title for _, title in places} == {"PPOGradientCVHigh"}
-    assert len({rule["uid"] for rule in RULES}) == len(RULES) and all(len(rule["uid"]) <= 40 for rule in RULES)
+    assert len({(group["folder"], group["name"]) for group in ALERTING["groups"]}) == len(ALERTING["groups"])
+    assert len({rule["uid"] for rule in RULES}) == len(RULES)
+    assert all(re.fullmatch(r"[a-z0-9-]{1,40}", rule["uid"]) for rule in RULES)
+
+
+def test_states_and_references_are_those_that_grafana_knows():
+    for rule in RULES:
+        assert rule["noDataState"] in ("Alerting", "NoData", "OK", "KeepLast")
+        assert rule["execErrState"] in ("Alerting", "Error", "OK", "KeepLast")
+        references = [query["refId"] for query in rule["data"]]
+        assert len(set(references)) == len(references) and rule["condition"] in references
+        for query in rule["data"]:
+            assert query["model"]["refId"] == query["refId"]
+            if query["model"].get("type") == "reduce":
+                assert query["model"]["expression"] in references
 
 
 def test_rules_point_at_a_data_source_a_panel_and_a_runbook_that_exist():
@@ -92,11 +128,26 @@ def test_rules_point_at_a_data_source_a_panel_and_a_runbook_that_exist():
         assert rule["annotations"]["__dashboardUid__"] == rule["dashboardUid"]
         assert rule["annotations"]["__panelId__"] == str(rule["panelId"])
         assert (REPOSITORY / rule["annotations"]["runbook_url"]).is_file()
+        assert f"/d/{rule['dashboardUid']}?" in rule["annotations"]["dashboard_url"]
 
 
 def test_annotations_hold_no_dollar_that_grafana_would_expand_as_environment():
     for rule in RULES:
-        assert not [text for text in rule["annotations"].values() if "$" in text]
+        assert not [text for text in (*rule["annotations"].values(), *rule["labels"].values()) if "$" in text]
+
+
+def test_templates_use_only_what_grafana_offers():
+    """`query`, which Prometheus' templates have, is not there; values go by the reference of a query."""
+    words = {"if", "else", "end", "printf", "humanizeDuration", "urlquery"}
+    for rule in RULES:
+        references = {query["refId"] for query in rule["data"]}
+        for text in rule["annotations"].values():
+            for action in re.findall(r"{{(.+?)}}", text):
+                fields = re.findall(r"\.[A-Z][\w.]*", action)
+                assert all(re.fullmatch(r"\.Labels\.\w+|\.Values\.[A-Z]\.Value", field) for field in fields)
+                assert {field.split(".")[2] for field in fields if "Values" in field} <= references
+                rest = re.sub(r'"[^"]*"|\.[A-Z][\w.]*', "", action)
+                assert set(re.findall(r"\w+", rest)) <= words
 
 
 def test_policy_sends_to_the_alertmanager_and_again_before_it_forgets():
@@ -110,15 +161,13 @@ def test_policy_sends_to_the_alertmanager_and_again_before_it_forgets():
 
 def test_grafana_managed_alerts_begin_after_and_end_before_those_of_prometheus():
     """Otherwise the inhibition rule of Alertmanager would leave a gap, and a second notification."""
-    rules = yaml.safe_load((REPOSITORY / "alerts/ppo.rules.yml").read_text())["groups"][0]["rules"]
-    prometheus = {(rule["alert"], rule["labels"]["severity"]): rule for rule in rules}
     interval = max(seconds(group["interval"]) for group in ALERTING["groups"])
     (policy,) = ALERTING["policies"]
     for rule in RULES:
-        twin = prometheus[rule["title"], rule["labels"]["severity"]]
-        assert seconds(rule["for"]) >= seconds(twin["for"]) + interval
+        twin = PROMETHEUS_RULES[rule["title"], rule["labels"]["severity"]]
+        assert seconds(rule["for"]) >= seconds(twin.get("for", "0s")) + interval
         assert seconds(twin["keep_firing_for"]) > interval + seconds(policy["group_interval"])
-        assert not re.search("keep", " ".join(rule)), "it would outlast Prometheus' alert"
+        assert not {key for key in rule if "keep" in key.lower()}, "it would outlast Prometheus' alert"
 
 
 def test_grafana_knows_the_scrape_interval_from_which_it_derives_the_rate_interval():
