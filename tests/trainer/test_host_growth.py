@@ -232,7 +232,8 @@ def test_gradients_agree_with_autograd():
     levels_ = torch.rand(n, slots, points, dtype=torch.float64)
     x, y = torch.randn(n, points, 2, dtype=torch.float64), torch.randint(0, 2, (n, points)).double()
     with torch.no_grad():
-        logits, saved = host_growth.forward(host, seeds, blueprint, combination, levels_, x)
+        with_ones = torch.cat((x.mT, torch.ones(n, 1, points, dtype=torch.float64)), dim=1)
+        logits, saved = host_growth.forward(host, seeds, blueprint, combination, levels_, with_ones)
         by_host, by_seeds = host_growth.backward(host, seeds, (torch.sigmoid(logits) - y) / points, saved)
 
     def hosts_one_by_one():
@@ -240,11 +241,13 @@ def test_gradients_agree_with_autograd():
         d, m = host_growth._WIDTH, host_growth._UNITS
         loss = 0.0
         for i in range(n):
-            inward, bias, outward, offset = host[i].split(host_growth._HOST_SIZES)
-            h = torch.tanh(x[i] @ inward.view(2, d) + bias)
+            inward, outward = host[i].split(host_growth._HOST_SIZES)
+            inward = inward.view(d, 3)
+            h = torch.tanh(x[i] @ inward[:, :2].T + inward[:, 2])
             for s in range(slots):
-                seed_in, seed_bias, seed_out = seeds[i, s].split(host_growth._SEED_SIZES)
-                u = h @ seed_in.view(d, m) + seed_bias
+                seed_in, seed_out = seeds[i, s].split(host_growth._SEED_SIZES)
+                seed_in = seed_in.view(m, d + 1)
+                u = h @ seed_in[:, :d].T + seed_in[:, d]
                 half = m // 2
                 z = {
                     Blueprint.BOTTLENECK: lambda: u,
@@ -252,13 +255,13 @@ def test_gradients_agree_with_autograd():
                     Blueprint.SINE: lambda: u.sin(),
                     Blueprint.GATED: lambda: torch.cat((u[:, :half] * u[:, half:].sigmoid(), 0 * u[:, half:]), dim=1),
                 }[Blueprint(int(blueprint[i, s]))]()
-                f, a = z @ seed_out.view(m, d), levels_[i, s, :, None]
+                f, a = z @ seed_out.view(d, m).T, levels_[i, s, :, None]
                 h = {
                     Alpha.ADD: lambda: h + a * f,
                     Alpha.MULTIPLY: lambda: h * (1 + a * f),
                     Alpha.INTERPOLATE: lambda: (1 - a) * h + a * f,
                 }[Alpha(int(combination[i, s]))]()
-            loss = loss + binary_cross_entropy_with_logits((h @ outward.view(d, 1))[:, 0] + offset, y[i])
+            loss = loss + binary_cross_entropy_with_logits(h @ outward[:d] + outward[d], y[i])
         return loss
 
     expected_host, expected_seeds = torch.autograd.grad(hosts_one_by_one(), (host, seeds))
@@ -285,12 +288,12 @@ def test_an_adam_step_agrees_with_torch():
     optimizer = torch.optim.Adam(
         [reference], lr=host_growth._LEARNING_RATE, betas=(host_growth._BETA1, host_growth._BETA2), eps=0
     )
-    moments = torch.zeros(2, 2, 5)
+    first, second = torch.zeros(2, 5), torch.zeros(2, 5)
     for count in range(1, 6):
         gradient = torch.rand(2, 5) - 0.5
         reference.grad = gradient.clone()
         optimizer.step()
-        host_growth._adam(weights, moments, gradient, torch.full((2,), count), torch.ones(2))
+        host_growth._adam(weights, first, second, gradient, torch.full((2,), count), torch.ones(2))
     torch.testing.assert_close(weights, reference.detach(), rtol=1e-4, atol=1e-5)
 
 

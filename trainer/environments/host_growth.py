@@ -15,7 +15,9 @@ FOSSILIZED freezes its weights for the rest of the episode: it can no longer be 
 no longer cost an optimizer's state.
 
 The networks are batched tensors, and the backward pass is written by hand: the environment does not depend
-on the caller's gradient mode, nor on global random state.
+on the caller's gradient mode, nor on global random state. Points run along the last axis and units along the one
+before it, where torch's kernels work on whole vectors, whether a factor differs by host or by point; and biases
+are columns of the weights, which meet a row of ones.
 """
 
 import math
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
-from torch.nn.functional import one_hot, softplus
+from torch.nn.functional import softplus
 
 
 class Stage(IntEnum):
@@ -96,8 +98,9 @@ ACTION_HEADS: dict[str, int] = {
 _WIDTH = 12  # features of the host
 _UNITS = 12  # hidden units of the widest blueprint
 _GATE = _UNITS // 2
-_HOST_SIZES = (2 * _WIDTH, _WIDTH, _WIDTH, 1)
-_SEED_SIZES = (_WIDTH * _UNITS, _UNITS, _UNITS * _WIDTH)
+# Into the features and out of them, with the biases; into a seed's units, with theirs, and back.
+_HOST_SIZES = (_WIDTH * 3, _WIDTH + 1)
+_SEED_SIZES = (_UNITS * (_WIDTH + 1), _WIDTH * _UNITS)
 # Units that lead into and out of each blueprint's hidden layer; the rest of _UNITS stays exactly zero.
 _UNITS_IN = {Blueprint.BOTTLENECK: 4, Blueprint.MLP: _UNITS, Blueprint.SINE: 6, Blueprint.GATED: _UNITS}
 _UNITS_OUT = {**_UNITS_IN, Blueprint.GATED: _GATE}
@@ -126,16 +129,18 @@ class _State:
     seed: Tensor  # [N] int64
     episode: Tensor  # [N] int64: episodes begun since seeding
     step: Tensor  # [N] int64: steps taken in this episode
-    train_x: Tensor  # [N, P, 2]
+    train_x: Tensor  # [N, 3, P]: two coordinates and a one
     train_y: Tensor  # [N, P] labels, 0 or 1
-    valid_x: Tensor  # [N, V, 2]
+    valid_x: Tensor  # [N, 3, V]
     valid_y: Tensor  # [N, V]
     seed_draws: Tensor  # [N, _SEED_DRAWS, seed parameters]: normal draws for the seeds to come
     germinations: Tensor  # [N] int64: in this episode
     host: Tensor  # [N, host parameters]
-    host_moments: Tensor  # [N, 2, host parameters]: Adam's
+    host_first: Tensor  # as `host`: Adam's moments
+    host_second: Tensor
     seeds: Tensor  # [N, S, seed parameters]
-    seed_moments: Tensor  # [N, S, 2, seed parameters]
+    seed_first: Tensor  # as `seeds`: Adam's moments
+    seed_second: Tensor
     seed_updates: Tensor  # [N, S] int64: Adam steps taken
     stage: Tensor  # [N, S] int64
     age: Tensor  # [N, S] int64: steps in this stage
@@ -358,16 +363,18 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
             seed=seed + self._rows,
             episode=integers(),
             step=integers(),
-            train_x=numbers(_POINTS, 2),
+            train_x=numbers(3, _POINTS),
             train_y=numbers(_POINTS),
-            valid_x=numbers(self.validation_points, 2),
+            valid_x=numbers(3, self.validation_points),
             valid_y=numbers(self.validation_points),
             seed_draws=numbers(_SEED_DRAWS, grown),
             germinations=integers(),
             host=numbers(host),
-            host_moments=numbers(2, host),
+            host_first=numbers(host),
+            host_second=numbers(host),
             seeds=numbers(NUM_SLOTS, grown),
-            seed_moments=numbers(NUM_SLOTS, 2, grown),
+            seed_first=numbers(NUM_SLOTS, grown),
+            seed_second=numbers(NUM_SLOTS, grown),
             seed_updates=integers(NUM_SLOTS),
             stage=integers(NUM_SLOTS),
             age=integers(NUM_SLOTS),
@@ -399,7 +406,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         for name, values in zip(names, zip(*drawn)):
             getattr(state, name)[rows] = torch.from_numpy(np.stack(values)).to(self.device)
         # Computed for all, kept for those that begin: a reset is rare, and mostly one of all.
-        logits, _ = self._forward(state.train_x[:, : self.batch_size], state.level.unsqueeze(-1))
+        logits, _ = self._forward(state.train_x[..., : self.batch_size], state.level.unsqueeze(-1))
         measured = torch.stack((*_score(logits, state.train_y[:, : self.batch_size]), *self._validate()), dim=1)
         state.measured[rows] = measured[rows]
 
@@ -438,7 +445,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         state.stage[where], state.age[where] = Stage.PRUNED, 0
         state.level[where] = 0.0
         state.seeds[where] = 0.0
-        state.seed_moments[where] = 0.0
+        state.seed_first[where] = state.seed_second[where] = 0.0
         state.seed_updates[where] = 0
 
         where = choose((op == Op.FOSSILIZE) & holding)
@@ -466,17 +473,18 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         for update in range(self.train_steps):
             taken = state.step * self.train_steps + update
             batch = (taken.unsqueeze(1) * self.batch_size + self._batch) % _POINTS
-            rows = self._rows.unsqueeze(1)
-            x, y = state.train_x[rows, batch], state.train_y[rows, batch]
+            x = state.train_x.gather(2, batch.unsqueeze(1).expand(-1, 3, -1))
+            y = state.train_y.gather(1, batch)
             logits, saved = self._forward(x, levels)
             loss, accuracy = _score(logits[:, seen:], y[:, seen:])
             losses.append(loss)
             accuracies.append(accuracy)
             host_gradient, seed_gradient = self._backward((torch.sigmoid(logits) - y) / self.batch_size, saved)
             one = taken.unsqueeze(1) + 1
-            _adam(state.host, state.host_moments, host_gradient, one, torch.ones_like(one))
+            _adam(state.host, state.host_first, state.host_second, host_gradient, one, torch.ones_like(one))
             state.seed_updates += trained
-            _adam(state.seeds, state.seed_moments, seed_gradient, state.seed_updates.clamp(min=1), trained)
+            updates = state.seed_updates.clamp(min=1)
+            _adam(state.seeds, state.seed_first, state.seed_second, seed_gradient, updates, trained)
         return sum(losses) / len(losses), sum(accuracies) / len(accuracies)
 
     def _validate(self) -> tuple[Tensor, Tensor]:
@@ -511,10 +519,10 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         largest = NUM_SLOTS * self._sizes.max()
         slots = torch.cat(
             (
-                one_hot(state.stage, len(Stage)),
+                _one_hot(state.stage, Stage, torch.float32),
                 (state.age / horizon).unsqueeze(-1),
                 state.level.unsqueeze(-1),
-                one_hot(state.blueprint, len(Blueprint)) * self._occupied().unsqueeze(-1),
+                _one_hot(state.blueprint, Blueprint, torch.float32) * self._occupied().unsqueeze(-1),
             ),
             dim=-1,
         )
@@ -567,22 +575,22 @@ class _Saved:
     """What the forward pass leaves for the backward pass."""
 
     x: Tensor
-    features: Tensor
+    features: Tensor  # [N, D + 1, B]
+    kinds: Tensor  # [N, S, blueprints, 1, 1]
+    ways: Tensor  # [N, S, combinations, 1, 1]
     slots: list[tuple[Tensor, ...]]
 
 
-def _host_weights(host: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views [N, 2, D], [N, 1, D], [N, D, 1], [N, 1, 1] into [N, host parameters]."""
-    inward, bias, outward, offset = host.split(_HOST_SIZES, dim=1)
-    n = len(host)
-    return inward.view(n, 2, _WIDTH), bias.view(n, 1, _WIDTH), outward.view(n, _WIDTH, 1), offset.view(n, 1, 1)
+def _host_weights(host: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [N, D, 3] and [N, 1, D + 1] into [N, host parameters]; the last column of each is the bias."""
+    inward, outward = host.split(_HOST_SIZES, dim=1)
+    return inward.view(-1, _WIDTH, 3), outward.view(-1, 1, _WIDTH + 1)
 
 
-def _slot_weights(seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [N, D, M], [N, 1, M], [N, M, D] into one slot's [N, seed parameters]."""
-    inward, bias, outward = seed.split(_SEED_SIZES, dim=1)
-    n = len(seed)
-    return inward.view(n, _WIDTH, _UNITS), bias.view(n, 1, _UNITS), outward.view(n, _UNITS, _WIDTH)
+def _slot_weights(seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Views [N, M, D + 1], the last column the bias, and [N, D, M] into one slot's [N, seed parameters]."""
+    inward, outward = seed.split(_SEED_SIZES, dim=1)
+    return inward.view(-1, _UNITS, _WIDTH + 1), outward.view(-1, _WIDTH, _UNITS)
 
 
 def forward(
@@ -594,100 +602,93 @@ def forward(
         host: [N, host parameters]; seeds: [N, S, seed parameters].
         blueprint, combination: [N, S].
         levels: [N, S, B], or [N, S, 1] for all points alike.
-        x: points [N, B, 2].
+        x: points [N, 3, B]: two coordinates and a one.
 
     Returns:
         Logits [N, B], and what `backward` needs.
     """
-    inward, bias, outward, offset = _host_weights(host)
-    h = torch.tanh(torch.baddbmm(bias, x, inward))
-    saved = _Saved(x, h, [])
-    is_blueprint = one_hot(blueprint, len(Blueprint)).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
-    multiplies = (combination == Alpha.MULTIPLY).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
-    interpolates = (combination == Alpha.INTERPOLATE).to(x.dtype).unsqueeze(-1).unsqueeze(-1)
+    n, points = len(x), x.shape[-1]
+    inward, outward = _host_weights(host)
+    features = x.new_ones(n, _WIDTH + 1, points)
+    torch.tanh(torch.bmm(inward, x), out=features[:, :_WIDTH])
+    kinds, ways = (
+        _one_hot(chosen, choices, x.dtype)[..., None, None]
+        for chosen, choices in ((blueprint, Blueprint), (combination, Alpha))
+    )
+    slots = []
     for slot in range(seeds.shape[1]):
-        seed_in, seed_bias, seed_out = _slot_weights(seeds[:, slot])
-        kinds = is_blueprint[:, slot].unbind(1)
-        level = levels[:, slot].unsqueeze(-1)
-        # Twice as fast as baddbmm at these sizes, and as a sigmoid of half the columns.
-        u = torch.bmm(h, seed_in).add_(seed_bias)
-        gate = torch.sigmoid(u)[..., _GATE:]
-        z = u * kinds[Blueprint.BOTTLENECK]
-        z.addcmul_(u.relu(), kinds[Blueprint.MLP])
-        z.addcmul_(u.sin(), kinds[Blueprint.SINE])
-        z[..., :_GATE].addcmul_(u[..., :_GATE] * kinds[Blueprint.GATED], gate)
-        f = torch.bmm(z, seed_out)
-        by_h = level * multiplies[:, slot]
-        into = torch.addcmul(level - by_h, by_h, h)  # df of the output
-        kept = 1 - level * interpolates[:, slot]
-        saved.slots.append((h, u, gate, z, f, kinds, by_h, into, kept))
-        h = torch.addcmul(kept * h, into, f)
-    logits = torch.baddbmm(offset, h, outward)
-    saved.features = h
-    return logits.squeeze(-1), saved
+        h = features[:, :_WIDTH]
+        seed_in, seed_out = _slot_weights(seeds[:, slot])
+        bottleneck, mlp, sine, gated = kinds[:, slot].unbind(1)
+        _, multiplies, interpolates = ways[:, slot].unbind(1)
+        level = levels[:, slot].unsqueeze(1)
+        u = torch.bmm(seed_in, features)
+        gate = torch.sigmoid(u[:, _GATE:])
+        z = u * bottleneck
+        z.addcmul_(u.relu(), mlp)
+        z.addcmul_(u.sin(), sine)
+        z[:, :_GATE].addcmul_(u[:, :_GATE] * gate, gated)
+        f = torch.bmm(seed_out, z)
+        # The output is h + level * (f * factor - h * interpolates), with a factor of h or of 1.
+        factor = (h * multiplies).add_(1 - multiplies)
+        joined = x.new_ones(n, _WIDTH + 1, points)
+        torch.addcmul(h, (f * factor).addcmul_(h, -interpolates), level, out=joined[:, :_WIDTH])
+        slots.append((features, u, gate, z, f, level, factor))
+        features = joined
+    return torch.bmm(outward, features).squeeze(1), _Saved(x, features, kinds, ways, slots)
 
 
 def backward(host: Tensor, seeds: Tensor, logit_gradient: Tensor, saved: _Saved) -> tuple[Tensor, Tensor]:
     """Gradients in the layout of `host` and `seeds`, of a scalar whose gradient by the logits is [N, B]."""
-    inward, _, outward, _ = _host_weights(host)
-    by_logits = logit_gradient.unsqueeze(-1)
-    outward_gradient = torch.bmm(saved.features.mT, by_logits)
-    g = by_logits * outward.mT
+    _, outward = _host_weights(host)
+    by_logits = logit_gradient.unsqueeze(1)
+    outward_gradient = torch.bmm(by_logits, saved.features.mT)
+    g = torch.bmm(outward[..., :_WIDTH].mT, by_logits)
     seed_gradients = []
     for slot in reversed(range(seeds.shape[1])):
-        h, u, gate, z, f, kinds, by_h, into, kept = saved.slots[slot]
-        seed_in, _, seed_out = _slot_weights(seeds[:, slot])
-        by_f = g * into
-        by_z = torch.bmm(by_f, seed_out.mT)
-        slope = torch.addcmul(kinds[Blueprint.BOTTLENECK], u.relu().sign_(), kinds[Blueprint.MLP])
-        slope.addcmul_(u.cos(), kinds[Blueprint.SINE])
+        features, u, gate, z, f, level, factor = saved.slots[slot]
+        seed_in, seed_out = _slot_weights(seeds[:, slot])
+        bottleneck, mlp, sine, gated = saved.kinds[:, slot].unbind(1)
+        _, multiplies, interpolates = saved.ways[:, slot].unbind(1)
+        by_change = g * level
+        by_f = by_change * factor
+        by_z = torch.bmm(seed_out.mT, by_f)
+        slope = (u.cos() * sine).add_(bottleneck).addcmul_(u.relu().sign_(), mlp)
         by_u = by_z * slope
-        gated = by_z[..., :_GATE] * gate * kinds[Blueprint.GATED]
-        by_u[..., :_GATE] += gated
-        by_u[..., _GATE:].addcmul_(gated * u[..., :_GATE], 1 - gate)
-        seed_gradients.append(
-            torch.cat(
-                (
-                    torch.bmm(h.mT, by_u).flatten(1),
-                    by_u.sum(1),
-                    torch.bmm(z.mT, by_f).flatten(1),
-                ),
-                dim=1,
-            )
-        )
-        g = torch.baddbmm(g * torch.addcmul(kept, by_h, f), by_u, seed_in.mT)
-    first = saved.slots[0][0] if saved.slots else saved.features
-    by_input = g * (1 - first * first)
-    host_gradient = torch.cat(
-        (
-            torch.bmm(saved.x.mT, by_input).flatten(1),
-            by_input.sum(1),
-            outward_gradient.flatten(1),
-            logit_gradient.sum(1, keepdim=True),
-        ),
-        dim=1,
-    )
-    return host_gradient, torch.stack(seed_gradients[::-1], dim=1)
+        by_gated = (by_z[:, :_GATE] * gated).mul_(gate)
+        by_u[:, :_GATE] += by_gated
+        by_u[:, _GATE:].addcmul_(by_gated.mul_(u[:, :_GATE]), 1 - gate)
+        seed_gradients.append(torch.bmm(by_f, z.mT).flatten(1))
+        seed_gradients.append(torch.bmm(by_u, features.mT).flatten(1))
+        g.addcmul_(by_change, (f * multiplies).sub_(interpolates))
+        g += torch.bmm(seed_in[..., :_WIDTH].mT, by_u)
+    first = (saved.slots[0][0] if saved.slots else saved.features)[:, :_WIDTH]
+    inward_gradient = torch.bmm(g.addcmul_(g * first, first, value=-1), saved.x.mT)
+    host_gradient = torch.cat((inward_gradient.flatten(1), outward_gradient.flatten(1)), dim=1)
+    return host_gradient, torch.cat(seed_gradients[::-1], dim=1).view_as(seeds)
 
 
-def _adam(weights: Tensor, moments: Tensor, gradient: Tensor, updates: Tensor, trained: Tensor) -> None:
+def _one_hot(chosen: Tensor, choices: type[IntEnum], dtype: torch.dtype) -> Tensor:
+    """[..., choices]; torch's own looks for wrong choices first, which takes four times as long here."""
+    return (chosen.unsqueeze(-1) == torch.arange(len(choices), device=chosen.device)).to(dtype)
+
+
+def _adam(weights: Tensor, first: Tensor, second: Tensor, gradient: Tensor, updates: Tensor, trained: Tensor) -> None:
     """One Adam step in place (Kingma and Ba 2015, algorithm 1 in the order of the end of its section 2).
 
-    `weights` and `gradient` are [..., P], `moments` [..., 2, P], `updates` (counted from 1) and `trained` [...]
-    up to a trailing axis of 1.
+    `weights`, the moments and `gradient` are [..., P], `updates` (counted from 1) and `trained` [...] up to a
+    trailing axis of 1.
     """
-    shape = weights.shape[:-1] + (1,)
-    first, second = moments.unbind(-2)
     gradient = gradient.clamp(-_GRADIENT_LIMIT, _GRADIENT_LIMIT)
     first.lerp_(gradient, 1 - _BETA1)
     second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
     rate = -_LEARNING_RATE * torch.sqrt(1 - _BETA2**updates) / (1 - _BETA1**updates) * trained
-    weights.addcmul_(first / second.sqrt().add_(_EPSILON), rate.view(shape))
+    weights.addcmul_(first / second.sqrt().add_(_EPSILON), rate.view(*weights.shape[:-1], 1))
 
 
 def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats, cut at _MAX_LOSS, and accuracy: both [N], of logits and labels [N, B]."""
-    loss = softplus(torch.where(labels > 0.5, -logits, logits)).mean(1).clamp(max=_MAX_LOSS)
+    loss = softplus(logits * (1 - 2 * labels)).mean(1).clamp(max=_MAX_LOSS)
     return loss, ((logits > 0) == (labels > 0.5)).float().mean(1)
 
 
@@ -697,11 +698,11 @@ def _seed_weights(draws: Tensor, blueprint: Tensor) -> Tensor:
     entering = torch.tensor([_UNITS_IN[b] for b in Blueprint], device=draws.device)[blueprint, None] > units
     leaving = torch.tensor([_UNITS_OUT[b] for b in Blueprint], device=draws.device)[blueprint, None] > units
     weights = draws.clone()
-    seed_in, bias, seed_out = _slot_weights(weights)
-    seed_in.mul_(entering.unsqueeze(1) * math.sqrt(2 / _WIDTH))
-    bias.zero_()
+    seed_in, seed_out = _slot_weights(weights)
+    seed_in.mul_(entering.unsqueeze(-1) * math.sqrt(2 / _WIDTH))
+    seed_in[..., -1] = 0.0
     # Small, so that a new seed hardly disturbs the host.
-    seed_out.mul_(leaving.unsqueeze(-1) * 0.1)
+    seed_out.mul_(leaving.unsqueeze(1) * 0.1)
     return weights
 
 
@@ -716,8 +717,8 @@ def _draw_episode(random: np.random.Generator, validation_points: int) -> tuple[
     angle = phase + handed * 2 * math.pi * turns * radius + math.pi * label
     points = radius[:, None] * np.stack((np.cos(angle), np.sin(angle)), axis=1)
     points = _POINT_SCALE * (points + _NOISE * random.standard_normal((count, 2)))
-    points, label = points.astype(np.float32), label.astype(np.float32)
-    scales = (1.0, 0.5, 1 / math.sqrt(_WIDTH), 0.0)
-    host = random.standard_normal(sum(_HOST_SIZES), np.float32) * np.repeat(scales, _HOST_SIZES).astype(np.float32)
+    points, label = np.vstack((points.T, np.ones(count))).astype(np.float32), label.astype(np.float32)
+    scales = np.array([*(1.0, 1.0, 0.5) * _WIDTH, *[1 / math.sqrt(_WIDTH)] * _WIDTH, 0.0], np.float32)
+    host = random.standard_normal(sum(_HOST_SIZES), np.float32) * scales
     seeds = random.standard_normal((_SEED_DRAWS, sum(_SEED_SIZES)), np.float32)
-    return points[:_POINTS], label[:_POINTS], points[_POINTS:], label[_POINTS:], host, seeds
+    return points[:, :_POINTS], label[:_POINTS], points[:, _POINTS:], label[_POINTS:], host, seeds
