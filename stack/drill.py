@@ -6,7 +6,6 @@ drilled trainer: `make drill ARGS="-- --device cuda"`.
 """
 
 import argparse
-import itertools
 import json
 import re
 import signal
@@ -52,10 +51,6 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 class DrillError(Exception):
     """What keeps the drill from starting or from going on."""
-
-
-class StepMissed(DrillError):
-    """A step did not come within the time that it may take; the message says what to check."""
 
 
 class StopRequested(Exception):
@@ -156,7 +151,7 @@ class Alertmanager:
     def waits(self, labels: Mapping[str, str]) -> tuple[float, float]:
         """How long the first notification of an alert with `labels` waits, and every later one, in seconds.
 
-        Where a route asks for a label that is not among them, the alert may or may not take it; the longest wait counts.
+        A route that asks for further labels may be taken or not: the longest wait counts.
         """
         configuration = yaml.safe_load(_json(f"{self.url}/api/v2/status")["config"]["original"])
         # What Alertmanager takes where its configuration is silent.
@@ -177,10 +172,10 @@ class Alertmanager:
         return f"{identifier} by {silence['createdBy']} until {silence['endsAt']}: {silence['comment']}"
 
     def failed_notifications(self) -> dict[str, float]:
-        """Deliveries that failed since it started, by integration, such as webhook."""
+        """Attempts to deliver that failed since it started, by integration, such as webhook."""
         failed: dict[str, float] = {}
         for sample in _samples(f"{self.url}/metrics"):
-            if sample.name == "alertmanager_notifications_failed_total" and sample.value:
+            if sample.name == "alertmanager_notification_requests_failed_total" and sample.value:
                 integration = sample.labels["integration"]
                 failed[integration] = failed.get(integration, 0) + sample.value
         return failed
@@ -194,17 +189,13 @@ class Notifications:
         self._read = path.stat().st_size if path.exists() else 0
         self._alerts: list[tuple[float, dict[str, Any]]] = []
 
-    def find(self, status: str, labels: Mapping[str, str]) -> float | None:
-        """When the first alert with this status and these labels was written, Unix time."""
+    def find(self, status: str, labels: Mapping[str, str]) -> Event | None:
+        """The first alert with this status and these labels: when it was written, and its summary."""
         self._poll()
-        return next(
-            (
-                when
-                for when, alert in self._alerts
-                if alert.get("status") == status and labels.items() <= alert.get("labels", {}).items()
-            ),
-            None,
-        )
+        for when, alert in self._alerts:
+            if alert.get("status") == status and labels.items() <= alert.get("labels", {}).items():
+                return Event(when, f"{status.upper()} {alert.get('annotations', {}).get('summary', '')}")
+        return None
 
     def _poll(self) -> None:
         with self.path.open("rb") as file:
@@ -233,10 +224,11 @@ class DrilledRun:
         self.started: Event | None = None
         self.crossed: Event | None = None
         self.recovered: Event | None = None
+        self.trouble = "It has not said where it serves its metrics."
         self._targets = targets
         self._updates = 0
         command = [sys.executable, "-m", "trainer", "--metrics-port", "0", *TRAINER_FLAGS]
-        command += ["--total-timesteps", str(10**9), "--no-anneal-learning-rate", *arguments]
+        command += ["--total-timesteps", str(10**9), "--no-anneal-learning-rate", "--checkpoint-every", "0", *arguments]
         command += ["--run", run, "--targets-dir", targets.resolve(), "--drill", drill]
         self.process = ChildProcess("trainer", command, "", output=log, directory=ROOT)
 
@@ -260,13 +252,16 @@ class DrilledRun:
             raise DrillError(
                 f"the drilled trainer has ended with exit code {self.process.exit_code}:\n{self.process.log_tail()}"
             )
-        path = self.target_file()
-        if path is None:
+        # The target file may name an address that only Prometheus can reach.
+        address = re.search(r"metrics at (\S+)", self.process.log.read_text(errors="replace"))
+        if address is None:
             return
         try:
-            samples = list(_samples(f"http://{json.loads(path.read_text())[0]['targets'][0]}/metrics"))
-        except (OSError, ValueError):
+            samples = list(_samples(address[1]))
+        except (OSError, ValueError) as error:
+            self.trouble = f"Its metrics cannot be read from {address[1]}: {_reason(error)}."
             return
+        self.trouble = ""
         values = {sample.name: sample for sample in samples if sample.labels.get(RUN_LABEL) == self.run}
         if LAST_UPDATE_TIMESTAMP.name not in values:
             return
@@ -363,17 +358,15 @@ class FireDrill:
             )
         try:
             rule = self.prometheus.critical_rule()
+            if rule is None:
+                raise DrillError(
+                    f"Prometheus at {self.prometheus.url} has no rule {CV_CRITICAL.name} with severity "
+                    f"{CV_CRITICAL.severity}: load alerts/ppo.rules.yml (`rule_files`)"
+                )
             jobs = self.prometheus.target_jobs()
-            self.group_wait, self.group_interval = self.alertmanager.waits(
-                {**(rule.labels if rule else {}), **self.labels}
-            )
+            self.group_wait, self.group_interval = self.alertmanager.waits({**rule.labels, **self.labels})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise DrillError(f"cannot read the configuration of the servers: {_reason(error)}") from error
-        if rule is None:
-            raise DrillError(
-                f"Prometheus at {self.prometheus.url} has no rule {CV_CRITICAL.name} with severity {CV_CRITICAL.severity}: "
-                "load alerts/ppo.rules.yml (`rule_files`)"
-            )
         if not jobs:
             raise DrillError(
                 f"no scrape job of Prometheus at {self.prometheus.url} reads target files: "
@@ -447,14 +440,13 @@ class FireDrill:
             # The evaluation that found it resolved left no sample; it came one interval after the last that did.
             return None if prometheus.has(firing) else Event(times(firing)[-1] + rule.interval)
 
-        def received(status: str) -> Callable[[], Event | None]:
-            def look() -> Event | None:
-                when = notifications.find(status, labels)
-                return Event(when) if when is not None else None
-
-            return look
-
-        yield Step("training", "the first update", START_TIMEOUT, lambda: drilled.started, drilled.process.log_tail)
+        yield Step(
+            "training",
+            "the first update",
+            START_TIMEOUT,
+            lambda: drilled.started,
+            lambda: f"{drilled.trouble} The trainer's last lines:\n{drilled.process.log_tail()}",
+        )
         yield Step(
             "Prometheus scrapes the run",
             "Prometheus to find and scrape the run",
@@ -505,7 +497,7 @@ class FireDrill:
             NOTIFIED,
             f"the notification, which Alertmanager may hold back for {self.group_wait:g} s",
             self.group_wait,
-            received("firing"),
+            lambda: notifications.find("firing", labels),
             self._why_not_notified,
         )
         yield Step(
@@ -526,7 +518,7 @@ class FireDrill:
             TOLD_OVER,
             f"the resolved notification, which Alertmanager may hold back for {self.group_interval:g} s",
             self.group_interval + rule.interval,
-            received("resolved"),
+            lambda: notifications.find("resolved", labels),
             lambda: f"Is `send_resolved` on for the receiver? {self._why_not_notified()}",
         )
 
@@ -534,8 +526,7 @@ class FireDrill:
         """Wait for `step`.
 
         Raises:
-            StepMissed: it did not come in time.
-            DrillError: the trainer has ended.
+            DrillError: it did not come in time, and what to check; or the trainer has ended.
             StopRequested: a signal came.
         """
         started, trouble = time.monotonic(), ""
@@ -554,7 +545,7 @@ class FireDrill:
                     break
                 waited = time.monotonic() - started
                 if waited > allowed:
-                    raise StepMissed(
+                    raise DrillError(
                         f"this step did not come within {allowed:.0f} s: {step.name}{trouble}\n{self._advice(step)}"
                     )
                 status.update(escape(f"waiting for {step.waiting}: {waited:.0f} s of at most {allowed:.0f} s{trouble}"))
@@ -619,9 +610,9 @@ class FireDrill:
             return f"The alert is muted by the time intervals {', '.join(status['mutedBy'])}."
         to = ", ".join(receiver["name"] for receiver in alert["receivers"]) if alert else "its receivers"
         failed = self.alertmanager.failed_notifications()
-        deliveries = "; ".join(f"{count:.0f} by {integration}" for integration, count in failed.items()) or "none"
+        attempts = "; ".join(f"{count:.0f} by {integration}" for integration, count in failed.items()) or "none"
         return (
-            f"Alertmanager routes the alert to {to}; deliveries that failed since it started: {deliveries}. "
+            f"Alertmanager routes the alert to {to}; attempts to deliver that failed since it started: {attempts}. "
             f"Does this receiver's webhook lead to the one that writes {self._receiver()}, and does that run? "
             "Has its route `mute_time_intervals`?"
         )
@@ -636,24 +627,24 @@ class FireDrill:
         for column, justify in (("step", "left"), ("time", "left"), ("at [s]", "right"), ("delta [s]", "right")):
             table.add_column(escape(column), justify=justify, no_wrap=True)
         table.add_column("seen", overflow="fold")
+        seen = {step.name: event for step, event in self.timeline}
         before = self.began
-        for step, event in [(None, Event(self.began)), *self.timeline]:
+        for name, event in {"drill started": Event(self.began), **seen}.items():
             table.add_row(
-                step.name if step else "drill started",
-                datetime.fromtimestamp(event.time).strftime("%H:%M:%S.%f")[:-3],
+                name,
+                datetime.fromtimestamp(event.time).strftime("%H:%M:%S"),
                 f"{event.time - self.began:.1f}",
                 f"{event.time - before:+.1f}",
-                escape(event.note),
+                escape(event.note) if name not in (NOTIFIED, TOLD_OVER) else "",
             )
             before = event.time
         self.console.print(table)
-        at = {step.name: event.time for step, event in self.timeline}
-        for effect, cause, text in (
-            (NOTIFIED, CROSSED, "Paged {:.1f} s after the gradient crossed the threshold."),
-            (TOLD_OVER, RECOVERED, "Told that it is over {:.1f} s after the gradient was healthy again."),
+        for told, cause, after in (
+            (NOTIFIED, CROSSED, "after the gradient crossed the threshold"),
+            (TOLD_OVER, RECOVERED, "after the gradient was healthy again"),
         ):
-            if effect in at:
-                self._say(text.format(at[effect] - at[cause]))
+            if told in seen:
+                self._say(f"Told {seen[told].time - seen[cause].time:.1f} s {after}: {seen[told].note}")
 
 
 def _json(url: str) -> Any:
@@ -664,11 +655,13 @@ def _json(url: str) -> Any:
 def _samples(url: str) -> Iterator[Any]:
     with _opener.open(url, timeout=5) as answer:
         text = answer.read().decode()
-    return itertools.chain.from_iterable(family.samples for family in text_string_to_metric_families(text))
+    for family in text_string_to_metric_families(text):
+        yield from family.samples
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error or type(error).__name__)
+    reason = getattr(error, "reason", None) or error
+    return str(getattr(reason, "strerror", None) or reason) or type(error).__name__
 
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31536000}
@@ -784,6 +777,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments[:split], argparse.Namespace(receiver_port=None, hold=None, run=None))
     options.run = options.run or time.strftime("fire-drill-%Y%m%d-%H%M%S")
     options.trainer_arguments = arguments[split + 1 :]
+    for flag, instead in (("--run", "--run"), ("--targets-dir", "--targets-dir"), ("--drill", "--head and --hold")):
+        if any(argument.split("=")[0] == flag for argument in options.trainer_arguments):
+            parser.error(f"the trainer's {flag} is set by the drill: use {instead} before the --")
     return FireDrill(options, Console()).run()
 
 

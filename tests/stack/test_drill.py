@@ -1,17 +1,16 @@
 """`python -m stack.drill` against real servers."""
 
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import fetch, wait_until
+from conftest import fetch, free_ports, wait_until
 
+from stack.drill import Alertmanager
 from stack.servers import ROOT
 
 STEPS = [
@@ -68,7 +67,7 @@ def output(tmp_path):
 
 def timeline(text: str) -> dict[str, tuple[float, float]]:
     """Seconds and delta of each row of the table."""
-    rows = re.findall(r"^ +(\S.*?) +\d\d:\d\d:\d\d\.\d{3} +(-?[\d.]+) +([+-][\d.]+)", text, re.MULTILINE)
+    rows = re.findall(r"^ +(\S.*?) +\d\d:\d\d:\d\d +(-?[\d.]+) +([+-][\d.]+)", text, re.MULTILINE)
     return {name: (float(at), float(delta)) for name, at, delta in rows}
 
 
@@ -92,7 +91,9 @@ def test_a_drill_sees_every_step_in_its_order_and_says_when(start_observability,
     assert sum(delta for _, delta in seen.values()) == pytest.approx(at[-1], abs=0.05 * len(seen))
     at = dict(zip(seen, at, strict=True))
     assert at["alert firing"] - at["alert pending"] == pytest.approx(2, abs=0.2), "`for` of the rule"
-    paged, over = re.findall(r"([\d.]+) s after the gradient", output())
+    (paged, text), (over, end) = re.findall(r"Told ([\d.]+) s after the gradient .*?: (.*)", output())
+    assert re.fullmatch(rf"FIRING Gradient CV 2\.\d{{3}} is BAD in run {RUN}", text)
+    assert end == text.replace("FIRING", "RESOLVED")
     assert float(paged) == pytest.approx(at["notification received"] - at["gradient crossed the threshold"], abs=0.11)
     assert float(over) == pytest.approx(at["resolved notification received"] - at["gradient healthy again"], abs=0.11)
 
@@ -110,18 +111,11 @@ def test_a_drill_sees_every_step_in_its_order_and_says_when(start_observability,
     assert nothing_is_left(observability, set())
 
 
-def test_a_silence_fails_the_drill_which_names_it_and_leaves_nothing(start_observability, drill, output):
+def test_a_silence_fails_the_drill_which_names_it_and_leaves_nothing(start_observability, servers, drill, output):
     observability = start_observability()
-    now = datetime.now(UTC)
-    silence = {
-        "matchers": [{"name": "run", "value": "fire-drill-.*", "isRegex": True}],
-        "startsAt": now.isoformat(),
-        "endsAt": (now + timedelta(hours=1)).isoformat(),
-        "createdBy": "night shift",
-        "comment": "too loud",
-    }
-    request = [f"{observability.alertmanager_url}/api/v2/silences", json.dumps(silence)]
-    subprocess.run(["curl", "-sf", "-H", "Content-Type: application/json", "-d", request[1], request[0]], check=True)
+    url = f"--alertmanager.url={observability.alertmanager_url}"
+    words = ["--author=night shift", "--comment=too loud", "--duration=1h", "run=~fire-drill-.*"]
+    subprocess.run([servers.amtool, url, "silence", "add", *words], check=True)
     process = drill(observability, "--patience", "4", "--hold", "60")
     assert process.wait(120) == 1, output()
     assert list(timeline(output())) == STEPS[: STEPS.index("notification received")], output()
@@ -164,3 +158,30 @@ def test_a_drill_without_a_stack_or_with_half_of_one_says_what_is_missing(start_
     assert "has no head 'opp'; its heads are slot" in failed_with("--head", "opp")
     observability.processes["alertmanager"].stop()
     assert f"Alertmanager is not ready at {observability.alertmanager_url}: " in failed_with()
+    assert drill(observability, "--", "--run", "other").wait(60) == 2
+    assert "the trainer's --run is set by the drill: use --run before the --" in output()
+
+
+def test_what_a_notification_waits_for_is_read_from_the_routes_that_the_alert_takes(start_alertmanager):
+    port = free_ports().alertmanager
+    route = {
+        "receiver": "all",
+        "group_by": ["alertname", "run"],
+        "group_wait": "5s",
+        "group_interval": "1m30s",
+        "routes": [
+            {"matchers": ['evaluator="grafana"'], "group_wait": "1h"},
+            {"matchers": ['severity=~"crit.*"', 'run!~"other|walker"'], "group_wait": "10s", "continue": True},
+            {"match_re": {"team": ".*"}, "group_wait": "20s"},
+            {"match": {"severity": "critical"}, "group_wait": "15s", "routes": [{"matchers": ["run=a"]}]},
+            {"matchers": [], "group_wait": "2h"},
+        ],
+    }
+    start_alertmanager(port, {"route": route, "receivers": [{"name": "all"}]})
+    alertmanager = Alertmanager(f"http://127.0.0.1:{port}")
+    known = {"evaluator": "prometheus", "severity": "critical"}
+    # Nothing is known of the label `team`: both what asks for it and what comes after may be taken.
+    assert alertmanager.waits({**known, "run": "a"}) == (20, 90)
+    assert alertmanager.waits({**known, "run": "a", "team": "x"}) == (20, 90)
+    assert alertmanager.waits({"evaluator": "grafana", "severity": "critical", "run": "a"}) == (3600, 90)
+    assert alertmanager.waits({"evaluator": "prometheus", "severity": "info", "run": "b"}) == (7200, 90)
