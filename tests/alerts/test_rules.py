@@ -1,16 +1,13 @@
 """The alert rules, checked and tested by promtool, and what they refer to."""
 
-import re
 import subprocess
 
 import yaml
 
 from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD
-from exporter.metrics import METRIC_FAMILIES
 from mixin.__main__ import REPOSITORY
 
 ALERTS = REPOSITORY / "alerts"
-RUNBOOKS = REPOSITORY / "docs/runbooks"
 (GROUP,) = yaml.safe_load((ALERTS / "ppo.rules.yml").read_text())["groups"]
 RULES = [rule for rule in GROUP["rules"] if "alert" in rule]
 RECORDS = [rule for rule in GROUP["rules"] if "record" in rule]
@@ -84,10 +81,6 @@ def test_alerts_about_the_gradient_name_level_and_dominating_head():
             assert "dominates with a share" in description or "$labels.head" in description
 
 
-def test_every_runbook_belongs_to_an_alert():
-    assert {page.stem for page in RUNBOOKS.glob("PPO*.md")} == {rule["alert"] for rule in RULES}
-
-
 def test_alertmanager_configuration_passes_amtool(servers):
     run(servers.amtool, "check-config", "alertmanager.yml")
 
@@ -99,9 +92,3 @@ def test_commented_receivers_are_valid_once_uncommented(servers, tmp_path):
     names = [receiver["name"] for receiver in yaml.safe_load(complete.read_text())["receivers"]]
     assert names == ["pager", "team", "slack", "e-mail"]
     run(servers.amtool, "check-config", complete)
-
-
-def test_runbooks_name_only_metrics_that_exist():
-    exported = {family.name for family in METRIC_FAMILIES}
-    for page in RUNBOOKS.glob("PPO*.md"):
-        assert set(re.findall(r"\bppo_\w+", page.read_text())) <= exported, page.name
