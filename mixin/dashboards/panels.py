@@ -345,12 +345,15 @@ def bars_panel(title: str, description: str, unit: str, decimals: int) -> bargau
 def heatmap_panel(title: str, description: str, unit: str, decimals: int, axis_decimals: int) -> heatmap.Panel:
     """Buckets of a Prometheus histogram over time; `unit` and `decimals` are those of a cell."""
     colors = heatmap.HeatmapColorOptions().mode(heatmap_models.HeatmapColorMode.OPACITY).fill(SERIES_COLOR)
-    colors.scale(heatmap_models.HeatmapColorScale.EXPONENTIAL).exponent(0.5)
+    colors.scale(heatmap_models.HeatmapColorScale.EXPONENTIAL).exponent(0.5).steps(64)  # the SDK's are 0: no colour
     return (
         _described(heatmap.Panel(), title, description, unit, decimals, "no data")
         .calculate(False)
         .color(colors)
-        .y_axis(heatmap.YAxisConfig().unit("none").decimals(axis_decimals))
+        .y_axis(
+            heatmap.YAxisConfig().unit("none").decimals(axis_decimals).axis_placement(common_models.AxisPlacement.LEFT)
+        )
+        .show_value(common_models.VisibilityMode.NEVER)
         .cell_values(heatmap.CellValues().unit(unit).decimals(decimals))
         .filter_values(heatmap.FilterValueRange().le(1e-9))
         .show_legend()

@@ -118,6 +118,11 @@ def test_what_is_counted_by_level_has_the_levels_colours(title):
     assert colors == {str(level): level.color for level in HealthLevel}
 
 
+def test_the_heatmap_has_colours():
+    color = panel_titled("CV per gradient step")["options"]["color"]
+    assert color["mode"] == "opacity" and color["steps"] > 1 and color["fill"] not in LEVEL_COLORS
+
+
 def test_alerts_are_marked_on_the_cv_panel_alone():
     annotations = RUN["annotations"]["list"]
     assert {annotation["iconColor"] for annotation in annotations} == {"red", "yellow"}

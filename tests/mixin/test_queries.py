@@ -119,6 +119,24 @@ def test_the_time_at_a_level_begins_when_the_level_does(start_observability: Cal
         wait_until(is_counted_anew, "the new level counts from its beginning, the other from its own")
 
 
+def test_runs_of_one_process_have_a_row_each(start_observability: Callable):
+    observability = start_observability()
+    aggregator = RunAggregator()
+
+    def runs(expression: str) -> set[str]:
+        return {sample["metric"]["run"] for sample in observability.query(with_values(expression))}
+
+    with MetricsServer(aggregator, port=0) as server:
+        TargetFile(observability.targets, f"127.0.0.1:{server.port}", "one", "other")
+        aggregator.handle_ppo_update(PPOUpdatePayload(run="one"))
+        aggregator.register_run("other", [])  # before its first update
+        for expression in queries()["All runs"]:
+            if "timestamp" in expression or "up{" in expression:
+                wait_until(lambda: runs(expression) == {"one", "other"}, f"a row each from {expression}")
+        (up,) = queries()["Trainer up"]
+        assert runs(up.replace("$run", "one")) == {"one,other"} and not runs(up.replace("$run", "on"))
+
+
 def test_the_same_queries_show_a_stable_baselines3_run(start: Callable, start_observability: Callable):
     observability = start_observability()
     port = observability.ports.metrics
