@@ -392,8 +392,9 @@ class FireDrill:
         self.receiver = ChildProcess(
             "receiver", command, f"{address}/-/healthy", output=work / "receiver.log", directory=ROOT
         )
+        deadline = time.monotonic() + START_TIMEOUT
         while not self.receiver.is_ready:
-            if self.receiver.exit_code is not None:
+            if self.receiver.exit_code is not None or time.monotonic() > deadline:
                 raise DrillError(f"cannot receive notifications:\n{self.receiver.log_tail()}")
             self._pause()
         self._say(f"Listening for notifications on {address}/")
@@ -708,6 +709,12 @@ def _url(text: str) -> str:
     return text.rstrip("/")
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port from 1 to 65535")
+    return int(text)
+
+
 def _positive(text: str) -> float:
     try:
         seconds = float(text)
@@ -747,7 +754,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--receiver-port",
-        type=int,
+        type=_port,
         metavar="PORT",
         help="receive the notifications here instead, where a webhook of Alertmanager leads to this port",
         default=argparse.SUPPRESS,

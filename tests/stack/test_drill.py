@@ -156,6 +156,8 @@ def test_a_drill_without_a_stack_or_with_half_of_one_says_what_is_missing(start_
     assert "there is no folder" in failed_with("--targets-dir", "missing")
     assert "there is no missing.jsonl" in failed_with("--receiver-log", "missing.jsonl")
     assert "has no head 'opp'; its heads are slot" in failed_with("--head", "opp")
+    taken = observability.ports.receiver
+    assert f"cannot listen on 127.0.0.1:{taken}" in failed_with("--receiver-port", str(taken))
     observability.processes["alertmanager"].stop()
     assert f"Alertmanager is not ready at {observability.alertmanager_url}: " in failed_with()
     assert drill(observability, "--", "--run", "other").wait(60) == 2
