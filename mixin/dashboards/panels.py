@@ -344,7 +344,9 @@ def bars_panel(title: str, description: str, unit: str, decimals: int) -> bargau
 
 def heatmap_panel(title: str, description: str, unit: str, decimals: int, axis_decimals: int) -> heatmap.Panel:
     """Buckets of a Prometheus histogram over time; `unit` and `decimals` are those of a cell."""
-    colors = heatmap.HeatmapColorOptions().mode(heatmap_models.HeatmapColorMode.OPACITY).fill(SERIES_COLOR)
+    colors = (
+        heatmap.HeatmapColorOptions().mode(heatmap_models.HeatmapColorMode.OPACITY).fill(SERIES_COLOR).scheme("Blues")
+    )
     colors.scale(heatmap_models.HeatmapColorScale.EXPONENTIAL).exponent(0.5).steps(64)  # the SDK's are 0: no colour
     return (
         _described(heatmap.Panel(), title, description, unit, decimals, "no data")
