@@ -1,0 +1,351 @@
+"""A run that was interrupted goes on as if nothing had happened."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.server import MetricsServer
+from exporter.snapshot import RunSnapshot
+from trainer.agent import NonFiniteGradientError
+from trainer.checkpoint import checkpoints_in, load, resolve
+from trainer.config import ConfigError, TrainerConfig, parse_config
+from trainer.stop import StopRequest
+from trainer.training import Checkpoints, StartError, Training, train
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = TrainerConfig(
+    num_envs=4, rollout_steps=8, minibatch_size=16, hidden_size=8, epochs=2, total_timesteps=32 * 12, metrics_port=0
+)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> TrainerConfig:
+    return replace(TINY, checkpoint_dir=str(tmp_path / "checkpoints"), targets_dir=str(tmp_path / "targets"))
+
+
+class StopAt(StopRequest):
+    """SIGTERM at the k-th time that training asks, which it does after every environment and gradient step."""
+
+    def __init__(self, asked: int | None = None) -> None:
+        super().__init__()
+        self._left = asked
+
+    def __call__(self) -> bool:
+        if self._left is not None:
+            self._left -= 1
+            if self._left <= 0:
+                self.signum = signal.SIGTERM
+        return super().__call__()
+
+
+def trained(training: Training, updates: int) -> list[RunSnapshot]:
+    """The run after each of so many updates."""
+    runs = []
+    for _ in range(updates):
+        assert training.update(StopRequest())
+        runs.append(training.run_snapshot)
+    return runs
+
+
+def cvs(runs: list[RunSnapshot]) -> list[float]:
+    return [run.gradient_quality.gradient_cv for run in runs]
+
+
+def counters(run: RunSnapshot) -> dict:
+    """All that is the same when the same work is done, whenever and however fast."""
+    plain = run.plain()
+    for name in ("update_duration_seconds", "rollout_duration_seconds"):
+        plain[name] = sum(plain[name]["counts"])
+    del plain["last_update_timestamp_seconds"], plain["resumes"]
+    return plain
+
+
+def tensors(state: object) -> list[torch.Tensor]:
+    if isinstance(state, dict):
+        return [tensor for value in state.values() for tensor in tensors(value)]
+    return [state] if isinstance(state, torch.Tensor) else []
+
+
+def assert_same(left: Training, right: Training) -> None:
+    ours, theirs = tensors(left.state_dict()), tensors(right.state_dict())
+    assert len(ours) == len(theirs) > 40
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert counters(left.run_snapshot) == counters(right.run_snapshot)
+
+
+def resumed(config: TrainerConfig, *flags: str) -> TrainerConfig:
+    return parse_config(["--checkpoint-dir", config.checkpoint_dir, "--metrics-port", "0", "--resume", *flags])
+
+
+def test_stopped_halfway_and_resumed_is_bit_identical_to_never_stopped(tiny):
+    straight = Training(tiny)
+    expected = trained(straight, 12)
+    first = Training(tiny)
+    with Checkpoints(first) as checkpoints:
+        for _ in range(6):
+            first.update(StopRequest())
+            checkpoints.updated()
+    second = Training(resumed(tiny))
+    assert second.updates == 6 and second.run_snapshot.resumes == 1 and second.notes == []
+    assert cvs(trained(second, 6)) == cvs(expected[6:])
+    assert_same(straight, second)
+    assert second.run_snapshot.signals == straight.run_snapshot.signals  # the learning rate is among them
+
+
+@pytest.mark.parametrize("asked", [1, 5, 13, 14, 15, 60, 83, 96])
+def test_a_signal_at_any_step_costs_nothing_but_the_update_in_progress(tiny, asked):
+    """In a rollout or in an update, also the first."""
+    code = train(tiny, StopAt(asked))
+    assert code == 128 + signal.SIGTERM
+    straight = Training(tiny)
+    trained(straight, 12)
+    if not checkpoints_in(Path(tiny.checkpoint_dir) / "host-growth-seed1"):
+        assert asked < 15 and not list(Path(tiny.checkpoint_dir).iterdir())
+        return
+    training = Training(resumed(tiny))
+    trained(training, 12 - training.updates)
+    assert_same(straight, training)
+
+
+def test_the_cv_series_is_the_same_with_and_without_checkpoints_and_endpoint(tiny):
+    plain = trained(Training(replace(tiny, checkpoint_every=0)), 12)
+    training, seen = Training(replace(tiny, checkpoint_every=1)), []
+    over = threading.Event()
+    with MetricsServer(training.aggregator, port=0) as server, Checkpoints(training) as checkpoints:
+
+        def scrape() -> None:
+            while not over.is_set():
+                urllib.request.urlopen(server.url, timeout=10).read()
+
+        scraper = threading.Thread(target=scrape)
+        scraper.start()
+        for _ in range(12):
+            seen += trained(training, 1)
+            checkpoints.updated()
+        over.set()
+        scraper.join()
+    assert [run.plain()["gradient_quality"] for run in seen] == [run.plain()["gradient_quality"] for run in plain]
+
+
+def test_counters_on_metrics_never_go_back_though_a_crash_costs_updates(tiny):
+    """For Prometheus a counter that falls has restarted from zero, and all it had counts again."""
+    config = replace(tiny, checkpoint_every=5)
+    crashed = Training(config)
+    checkpoints = Checkpoints(crashed)
+    for _ in range(8):
+        crashed.update(StopRequest())
+        checkpoints.updated()
+    os.close(checkpoints._folder._held)  # as the kernel does with a process that is killed
+    before = crashed.run_snapshot
+    training = Training(resumed(tiny))
+    after = training.run_snapshot
+    assert training.updates == 5
+    assert counters(after) == counters(before) and after.updates == 8
+    assert after.update_duration_seconds == before.update_duration_seconds
+    with MetricsServer(training.aggregator, port=0) as server:
+        text = urllib.request.urlopen(server.url, timeout=10).read().decode()
+    assert 'ppo_resumes_total{run="host-growth-seed1"} 1.0' in text
+    assert 'ppo_updates_total{run="host-growth-seed1"} 8.0' in text
+    assert 'ppo_update_duration_seconds_count{run="host-growth-seed1"} 8.0' in text
+    # A spoiled note is no obstacle: the checkpoint has its own.
+    (Path(training.config.resume).parent / "totals.json").write_text('{"run"')
+    assert Training(training.config).run_snapshot.updates == 5
+
+
+def test_an_error_leaves_a_checkpoint_of_the_last_whole_update(tiny):
+    config = replace(tiny, drill="nan:op:9-12", on_nonfinite="raise")
+    with pytest.raises(NonFiniteGradientError):
+        train(config, StopRequest())
+    training = Training(resumed(tiny, "--on-nonfinite", "skip"))
+    assert training.updates == 8 and training.run_snapshot.gradient_quality.skipped_steps == 1
+    assert training.notes == ["other settings than in the checkpoint: on_nonfinite raise -> skip"]
+
+
+def test_annealing_goes_on_and_a_longer_run_anneals_over_its_whole_length(tiny):
+    train(tiny, StopRequest())
+    done = Training(resumed(tiny))
+    assert done.updates == done.config.updates == 12
+    assert done.notes == ["the run has reached its end, update 12; a larger --total-timesteps takes it further"]
+    longer = Training(resumed(tiny, "--total-timesteps", str(32 * 24)))
+    (run,) = trained(longer, 1)
+    assert run.signals["learning_rate"] == pytest.approx(tiny.learning_rate / 2)
+
+
+def test_what_cannot_be_restored_is_said_and_the_run_goes_on(tiny):
+    config = replace(tiny, env="CartPole-v1", hidden_size=16, checkpoint_every=5)
+    first = Training(config)
+    with Checkpoints(first) as checkpoints:
+        trained(first, 6)
+        checkpoints.updated()
+    second = Training(resumed(tiny, "--env", "CartPole-v1"))
+    (note,) = second.notes
+    assert "CartPole-v1 cannot be saved: its episodes in progress are lost" in note
+    saved = load(Path(second.config.resume))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(second.agent.state_dict()), tensors(saved["agent"])))
+    assert second.collector.recent_returns == first.collector.recent_returns
+    # New episodes, not those with which the run began.
+    assert not torch.equal(
+        torch.from_numpy(second.collector._observations), torch.from_numpy(Training(config).collector._observations)
+    )
+    trained(second, 6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-envs", "8"), r"--num-envs: the run in .*update-00000012.pt has 4, and that cannot change"),
+        (("--hidden-size", "16"), r"--hidden-size: the run in .* has 8"),
+        (("--minibatch-size", "99"), r"--minibatch-size and .*num_envs and .*rollout_steps: a minibatch of 99"),
+        (("--run", "other"), r"--resume: .*other: there is no checkpoint of the run 'other' yet"),
+    ],
+)
+def test_settings_that_cannot_change_are_refused_with_both_values(tiny, flags, message):
+    train(tiny, StopRequest())
+    with pytest.raises(ConfigError, match=message):
+        resumed(tiny, *flags)
+
+
+def test_settings_come_from_the_checkpoint_but_not_places(tiny, tmp_path):
+    train(replace(tiny, gamma=0.9, log_interval=3), StopRequest())
+    config = resumed(tiny, "--epochs", "3")
+    assert (config.gamma, config.log_interval, config.num_envs, config.epochs) == (0.9, 3, 4, 3)
+    assert config.targets_dir == "targets" and config.drill is None
+
+
+def test_two_processes_cannot_continue_one_run(tiny):
+    train(tiny, StopRequest())
+    with Checkpoints(Training(resumed(tiny))), pytest.raises(StartError, match="another process is writing the check"):
+        Checkpoints(Training(resumed(tiny)))
+
+
+def test_a_checkpoint_that_fits_no_network_is_refused(tiny, tmp_path):
+    train(tiny, StopRequest())
+    path = Path(resumed(tiny).resume)
+    content = load(path)
+    content["agent"]["policy"] = {name: torch.ones(3, 3) for name in content["agent"]["policy"]}
+    torch.save(content, path)
+    with pytest.raises(ConfigError, match=r"update-00000012.pt: it does not fit host-growth as this version trains"):
+        Training(resumed(tiny))
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_and_a_checkpoint_that_cannot_a_warning(tiny, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(StartError, match=f"cannot write checkpoints to {tmp_path}/file: .*--checkpoint-every 0"):
+        train(replace(tiny, checkpoint_dir=str(tmp_path / "file")), StopRequest())
+    assert not list(tmp_path.glob("targets/*"))
+    training = Training(tiny)
+    with Checkpoints(training) as checkpoints:
+        checkpoints._folder.path.rename(tmp_path / "gone")
+        trained(training, 1)
+        checkpoints.updated()
+    assert "warning: no checkpoint of update 1 in " in capsys.readouterr().err
+
+
+def test_without_checkpoints_nothing_is_written(tiny):
+    train(replace(tiny, checkpoint_every=0), StopRequest())
+    assert not Path(tiny.checkpoint_dir).exists()
+
+
+def test_from_the_command_line_a_signal_then_resume(tmp_path):
+    """Two real processes; the second has the port, the folders and nothing else."""
+    places = [
+        "--metrics-port",
+        "0",
+        "--targets-dir",
+        tmp_path / "targets",
+        "--checkpoint-dir",
+        tmp_path / "checkpoints",
+    ]
+    small = ["--num-envs", "4", "--rollout-steps", "8", "--minibatch-size", "16", "--total-timesteps", "3200000"]
+    command = [sys.executable, "-m", "trainer", *places]
+    options = {"cwd": REPOSITORY, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, *small, "--log-interval", "1"], **options)
+    while not process.stdout.readline().startswith("update 5/"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == ""
+    update, path = re.search(r"SIGINT after update (\d+) of .*; checkpoint (\S+)$", out).groups()
+    assert path.endswith(f"host-growth-seed1/update-{int(update):08d}.pt")
+    end = 32 * (int(update) + 3)
+    again = subprocess.run([*command, "--resume", "--total-timesteps", str(end)], timeout=60, **options)
+    assert again.returncode == 0, again.stderr
+    assert f"from {path} on, metrics at http" in again.stdout.splitlines()[0]
+    assert re.search(rf"^update {int(update) + 3}/{int(update) + 3} steps {end} ", again.stdout, re.M)
+    assert again.stderr == f"warning: other settings than in the checkpoint: total_timesteps 3200000 -> {end}\n"
+
+
+# 200 times SIGKILL
+
+KILLS = 200
+ENDLESS = replace(
+    TINY,
+    num_envs=2,
+    rollout_steps=2,
+    minibatch_size=2,
+    epochs=1,
+    total_timesteps=10**9,
+    anneal_learning_rate=False,
+    checkpoint_every=1,
+    keep_checkpoints=2,
+)
+
+
+def train_until_killed(folder: str, log: str, ready) -> None:
+    """Starts or resumes the run in `folder` and writes the CV of every update to `log`."""
+    torch.set_num_threads(1)
+    flags = ["--resume", folder] if checkpoints_in(Path(folder)) else []
+    config = parse_config(flags) if flags else replace(ENDLESS, checkpoint_dir=str(Path(folder).parent))
+    training = Training(config)
+    with Checkpoints(training) as checkpoints, open(log, "a") as file:
+        ready.set()
+        while True:
+            training.update(StopRequest())
+            checkpoints.updated()
+            quality = training.run_snapshot.gradient_quality
+            # One write, which a SIGKILL does not cut in two.
+            os.write(file.fileno(), f"{training.updates} {quality.gradient_cv!r}\n".encode())
+
+
+def test_kill_9_at_200_random_moments_never_leaves_a_run_that_cannot_be_resumed(tmp_path):
+    moments = random.Random(0)
+    processes = multiprocessing.get_context("fork")
+    Training(replace(ENDLESS, checkpoint_every=0))  # imports all that the children then need not import
+    folder, log = tmp_path / "host-growth-seed1", tmp_path / "cvs"
+    unfinished = 0
+    for _ in range(KILLS):
+        ready = processes.Event()
+        child = processes.Process(target=train_until_killed, args=(str(folder), str(log), ready))
+        child.start()
+        if moments.random() < 0.9:
+            assert ready.wait(60), f"did not start or resume: exit code {child.exitcode}"
+        time.sleep(moments.uniform(0.0, 0.03))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        unfinished += bool(list(folder.glob(".*.tmp")))
+        if checkpoints_in(folder):
+            path, _ = resolve(folder, lambda text: pytest.fail(text))
+    # Every update of every life has the CV that it has in a life that nobody cut short.
+    seen = [(int(update), float(cv)) for update, cv in (line.split() for line in log.read_text().splitlines())]
+    updates = max(update for update, _ in seen)
+    straight = cvs(trained(Training(replace(ENDLESS, checkpoint_every=0)), updates))
+    assert all(cv == straight[update - 1] for update, cv in seen)
+    assert updates > KILLS / 2 and len(seen) > KILLS / 2
+    # The moments were such that some cut a file in two.
+    assert unfinished > 0
+    totals = json.loads((folder / "totals.json").read_text())
+    assert totals["resumes"] > KILLS / 2 and totals["updates"] >= updates
