@@ -278,7 +278,7 @@ class _Connection(asyncio.Protocol):
             ("Content-Length", str(len(response.body))),
             ("Date", formatdate(usegmt=True)),
         ]
-        if is_last or self._http.their_state is not h11.DONE:
+        if is_last or self._http.their_state not in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL):
             headers.append(("Connection", "close"))
         if self._http.our_state is h11.ERROR:
             return self._transport.abort()
