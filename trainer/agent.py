@@ -12,8 +12,9 @@ from torch import Tensor
 
 from exporter.heads import HeadGradientMeter
 from exporter.telemetry import GradientStep, PPOUpdateMetrics, summarize_gradient_steps
+from trainer.distributed import Ranks
 from trainer.drill import Drill
-from trainer.policy import ActorCritic
+from trainer.policy import ActorCritic, flat_parameters
 from trainer.rollout import Rollout
 
 
@@ -31,6 +32,7 @@ class PPOHyperparameters:
     target_kl: float | None
     adam_eps: float
     on_nonfinite: str
+    normalize_returns: bool = True
 
 
 class NonFiniteGradientError(FloatingPointError):
@@ -57,6 +59,7 @@ class PPOAgent:
         hyperparameters: see `PPOHyperparameters`.
         generator: CPU generator that shuffles the minibatches.
         drill: a fault to inject, for testing alerts.
+        ranks: the processes that train this policy together.
     """
 
     def __init__(
@@ -65,13 +68,16 @@ class PPOAgent:
         hyperparameters: PPOHyperparameters,
         generator: torch.Generator,
         drill: Drill | None = None,
+        ranks: Ranks = Ranks(),
     ) -> None:
         self.policy = policy
         self.updates = 0
         self._hyperparameters = hyperparameters
         self._generator = generator
         self._drill = drill
-        self._optimizer = torch.optim.Adam(policy.parameters(), eps=hyperparameters.adam_eps, fused=True)
+        self._ranks = ranks
+        self._parameters = flat_parameters(policy)
+        self._optimizer = torch.optim.Adam([self._parameters], eps=hyperparameters.adam_eps, fused=True)
         self._meter = HeadGradientMeter(policy.head_rows, policy.parameters())
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,57 +114,66 @@ class PPOAgent:
             NonFiniteGradientError: a gradient was not finite and `on_nonfinite` is `raise`.
         """
         started = time.perf_counter()
-        hp = self._hyperparameters
-        device = next(self.policy.parameters()).device
-        observations, actions, old_log_probs, old_values, advantages, returns = (
-            torch.from_numpy(array).to(device)
-            for array in (
-                rollout.observations,
-                rollout.actions,
-                rollout.log_probs,
-                rollout.values,
-                rollout.advantages,
-                rollout.returns,
-            )
-        )
+        hp, ranks = self._hyperparameters, self._ranks
+        device = self._parameters.device
         self.updates += 1
         self._optimizer.param_groups[0]["lr"] = learning_rate
+
+        # Every rank knows all advantages and shuffles all samples alike; it works on those of its own environments.
+        all_advantages, all_returns, all_values, trained_on = (
+            ranks.gather(array).reshape(-1)
+            for array in (rollout.advantages, rollout.returns, rollout.values, rollout.trained_on)
+        )
+        samples = torch.from_numpy(np.flatnonzero(trained_on))
+        all_advantages = torch.from_numpy(all_advantages).to(device)
+        observations, actions = (
+            torch.from_numpy(array).flatten(0, 1).to(device) for array in (rollout.observations, rollout.actions)
+        )
+        old_values = torch.from_numpy(rollout.values).to(device)
         # Value errors count in standard deviations of the returns, whatever the environment pays. New moments
         # move what the value head's output stands for; the old values move along, so that only learning is clipped.
         moments = self.policy.return_moments
         old_outputs = (old_values - moments.mean) / moments.deviation
-        moments.include(rollout.returns)
+        if hp.normalize_returns:
+            moments.include(all_returns[trained_on])
         scale = moments.deviation
-        old_values = moments.mean + scale * old_outputs
-        minibatches = max(1, len(observations) // hp.minibatch_size)
+        columns = torch.from_numpy(np.stack([rollout.log_probs, rollout.advantages, rollout.returns])).to(device)
+        experience = torch.stack([*columns, moments.mean + scale * old_outputs], dim=-1).flatten(0, 1)
+        minibatches = max(1, len(samples) // hp.minibatch_size)
         statistics: list[Tensor] = []
         stopped = raised = False
 
         for _ in range(hp.epochs):
-            shuffled = torch.randperm(len(observations), generator=self._generator).to(device)
+            shuffled = samples[torch.randperm(len(samples), generator=self._generator)].to(device)
             for batch in shuffled.tensor_split(minibatches):
-                distribution, values = self.policy(observations[batch])
-                entropy = distribution.entropy().mean()
+                own = ranks.own_samples(batch, rollout.num_envs)
+                old_log_probs, advantage, returns, old_values = experience.index_select(0, own).unbind(1)
+                deviation, mean = torch.std_mean(all_advantages.index_select(0, batch))
+                advantage = (advantage - mean) / (deviation + 1e-8)
 
-                log_ratio = distribution.log_prob(actions[batch]) - old_log_probs[batch]
+                distribution, values = self.policy(observations.index_select(0, own))
+                log_probs, entropies = distribution.evaluate(actions.index_select(0, own))
+                # Each mean runs over the samples of all ranks, whose gradients are added up.
+                entropy = entropies.sum() / len(batch)
+
+                log_ratio = log_probs - old_log_probs
                 ratio = log_ratio.exp()
-                advantage = advantages[batch]
-                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
                 clipped_ratio = ratio.clamp(1 - hp.clip_range, 1 + hp.clip_range)
-                policy_loss = -torch.min(ratio * advantage, clipped_ratio * advantage).mean()
+                policy_loss = -torch.min(ratio * advantage, clipped_ratio * advantage).sum() / len(batch)
 
-                squared_error = ((values - returns[batch]) / scale) ** 2
+                squared_error = ((values - returns) / scale) ** 2
                 if hp.value_clip_range is not None:
                     limit = hp.value_clip_range * scale
-                    clipped_values = old_values[batch] + (values - old_values[batch]).clamp(-limit, limit)
-                    squared_error = torch.max(squared_error, ((clipped_values - returns[batch]) / scale) ** 2)
-                value_loss = 0.5 * squared_error.mean()
+                    clipped_values = old_values + (values - old_values).clamp(-limit, limit)
+                    squared_error = torch.max(squared_error, ((clipped_values - returns) / scale) ** 2)
+                value_loss = 0.5 * squared_error.sum() / len(batch)
 
                 loss = policy_loss + hp.value_coef * value_loss - hp.entropy_coef * entropy
-                self._optimizer.zero_grad()
+                self._parameters.grad.zero_()
                 loss.backward()
                 if self._drill is not None:
                     self._drill.bend(self.policy, self.updates)
+                ranks.sum_(self._parameters.grad)
 
                 # The one pass over the gradients: head norms for the metric, global norm for clipping.
                 global_norm = self._meter.measure()
@@ -170,18 +185,22 @@ class PPOAgent:
 
                 with torch.no_grad():
                     # Schulman's low-variance estimator, http://joschu.net/blog/kl-approx.html
-                    approx_kl = (ratio - 1 - log_ratio).mean()
-                    clip_fraction = ((ratio - 1).abs() > hp.clip_range).float().mean()
+                    approx_kl = (ratio - 1 - log_ratio).sum() / len(batch)
+                    clip_fraction = ((ratio - 1).abs() > hp.clip_range).sum() / len(batch)
                     statistics.append(torch.stack([policy_loss, value_loss, entropy, approx_kl, clip_fraction]))
                 stopped = should_stop()
                 raised = hp.on_nonfinite == "raise" and not math.isfinite(global_norm.item())
                 if stopped or raised:
                     break
-            if stopped or raised or (hp.target_kl is not None and statistics[-1][3].item() > hp.target_kl):
+            if stopped or raised:
+                break
+            if hp.target_kl is not None and ranks.sum_(statistics[-1].clone())[3].item() > hp.target_kl:
                 break
 
         steps = self._meter.collect()
-        policy_loss, value_loss, entropy, approx_kl, clip_fraction = torch.stack(statistics).mean(0).tolist()
+        policy_loss, value_loss, entropy, approx_kl, clip_fraction = ranks.sum_(
+            torch.stack(statistics).mean(0)
+        ).tolist()
         metrics = PPOUpdateMetrics(
             **summarize_gradient_steps(steps),
             skipped_gradient_steps=sum(not math.isfinite(step.global_norm) for step in steps),
@@ -190,7 +209,7 @@ class PPOAgent:
             entropy=entropy,
             approx_kl=approx_kl,
             clip_fraction=clip_fraction,
-            explained_variance=explained_variance(rollout.values, rollout.returns),
+            explained_variance=explained_variance(all_values[trained_on], all_returns[trained_on]),
             learning_rate=learning_rate,
             update_duration_seconds=time.perf_counter() - started,
         )

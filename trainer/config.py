@@ -15,7 +15,7 @@ import yaml
 
 from exporter.server import DEFAULT_ADDRESS, DEFAULT_MAX_REQUESTS, DEFAULT_PORT
 from trainer.drill import KINDS, Drill
-from trainer.environments import DEFAULT_ENVIRONMENT
+from trainer.environments import DEFAULT_ENVIRONMENT, VECTORIZATIONS
 
 
 class ConfigError(ValueError):
@@ -69,6 +69,12 @@ class TrainerConfig:
     )
     total_timesteps: int = _option(2_000_000, "environment steps to train for", group=_RUN, minimum=1)
     num_envs: int = _option(64, "parallel environments", group=_RUN, minimum=1, fixed=True)
+    vectorization: str = _option(
+        "sync",
+        "how copies of a Gymnasium environment are stepped: one after the other, or by its own vector class",
+        group=_RUN,
+        choices=VECTORIZATIONS,
+    )
     log_interval: int = _option(10, "updates per line where there is no terminal", group=_RUN, minimum=1)
 
     rollout_steps: int = _option(64, "steps per environment and rollout", group=_PPO, minimum=1, fixed=True)
@@ -81,7 +87,7 @@ class TrainerConfig:
     gae_lambda: float = _option(0.95, "lambda of GAE", group=_PPO, minimum=0.0, maximum=1.0)
     clip_range: float = _option(0.2, "clip range of the probability ratio", group=_PPO, above=0.0)
     value_clip_range: float | None = _option(
-        None, "clip range of the value's change, in standard deviations of the returns", group=_PPO, above=0.0
+        None, "clip range of the value's change, in what the value function thinks in", group=_PPO, above=0.0
     )
     entropy_coef: float = _option(0.01, "weight of the entropy bonus", group=_PPO, minimum=0.0)
     value_coef: float = _option(0.5, "weight of the value loss", group=_PPO, minimum=0.0)
@@ -89,7 +95,11 @@ class TrainerConfig:
     target_kl: float | None = _option(
         None, "end an update after an epoch whose last minibatch had an approx_kl above this", group=_PPO, above=0.0
     )
-    hidden_size: int = _option(128, "width of the two layers of the shared trunk", group=_PPO, minimum=1, fixed=True)
+    hidden_size: int = _option(128, "width of the two layers of a trunk", group=_PPO, minimum=1, fixed=True)
+    separate_critic: bool = _option(False, "give the value function a trunk of its own", group=_PPO, fixed=True)
+    normalize_returns: bool = _option(
+        True, "let the value function think in standard deviations of the returns around their mean", group=_PPO
+    )
     on_nonfinite: str = _option(
         "skip",
         "what to do at a NaN or infinite gradient: skip the gradient step, or raise an error that names the head",

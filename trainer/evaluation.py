@@ -63,7 +63,8 @@ def play(
     observations, _ = environment.vector_env.reset(seed=seed)
     while left.any() and not played(len(done.returns)):
         distribution, _ = policy(torch.from_numpy(np.asarray(observations, np.float32)))
-        choices = distribution.mode() if deterministic else distribution.sample(generator)
+        variates = torch.rand(len(environment.heads), count, generator=generator)
+        choices = distribution.mode() if deterministic else distribution.sample(variates)
         observations, rewards, terminated, truncated, _ = environment.vector_env.step(
             environment.environment_actions(choices.numpy())
         )

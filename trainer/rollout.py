@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
+from trainer.distributed import Ranks
 from trainer.environments import TrainingEnvironment
 from trainer.policy import ActorCritic
 
@@ -19,16 +20,16 @@ _EPISODES = ("observations", "only_resets", "returns", "lengths")
 
 @dataclass(frozen=True)
 class Rollout:
-    """Experience of one rollout, flattened; steps that only reset an environment are left out.
+    """Experience of one rollout.
 
     Attributes:
-        observations: float32 [samples, observation_size].
-        actions: int64 [samples, heads], choices counted from zero.
-        log_probs: float32 [samples], joint log-probability of the action when it was taken.
-        values: float32 [samples], the value function's estimate when the action was taken.
-        advantages: float32 [samples], GAE(lambda), not normalized.
-        returns: float32 [samples], advantages + values, the value function's target.
-        environment_steps: environment steps taken, all environments together, resets left out.
+        observations: float32 [steps, environments, observation_size].
+        actions: int64 [steps, environments, heads], choices counted from zero.
+        log_probs: float32 [steps, environments], joint log-probability of the action when it was taken.
+        values: float32 [steps, environments], the value function's estimate when the action was taken.
+        advantages: float32 [steps, environments], GAE(lambda), not normalized.
+        returns: float32 [steps, environments], advantages + values, the value function's target.
+        trained_on: bool [steps, environments], False for steps that only reset an environment.
         episodes: episodes that ended.
     """
 
@@ -38,8 +39,17 @@ class Rollout:
     values: np.ndarray
     advantages: np.ndarray
     returns: np.ndarray
-    environment_steps: int
+    trained_on: np.ndarray
     episodes: int
+
+    @property
+    def num_envs(self) -> int:
+        return self.advantages.shape[1]
+
+    @property
+    def environment_steps(self) -> int:
+        """Environment steps taken, all environments together, resets left out."""
+        return int(self.trained_on.sum())
 
 
 def generalized_advantages(
@@ -92,7 +102,9 @@ class RolloutCollector:
         gae_lambda: float,
         seed: int,
         generator: torch.Generator,
+        ranks: Ranks = Ranks(),
     ) -> None:
+        self._ranks = ranks
         self._environment = environment
         self._policy = policy
         self._steps = steps
@@ -163,11 +175,18 @@ class RolloutCollector:
         next_values = np.zeros(shape, np.float32)
         ends, trained_on = np.zeros(shape, bool), np.ones(shape, bool)
         episodes = 0
+        variates = self._ranks.own_columns(
+            torch.rand(
+                (self._steps, len(self._environment.heads), self._ranks.size * count),
+                generator=self._generator,
+                device=self._generator.device,
+            )
+        )
 
         for step in range(self._steps):
             observations[step] = self._observations
             trained_on[step] = ~self._only_resets
-            actions[step], log_probs[step], values[step] = self._policy.act(self._observations, self._generator)
+            actions[step], log_probs[step], values[step] = self._policy.act(self._observations, variates[step])
             following, reward, terminated, truncated, infos = self._environment.vector_env.step(
                 self._environment.environment_actions(actions[step])
             )
@@ -186,16 +205,7 @@ class RolloutCollector:
         next_values[:-1][continued[:-1]] = values[1:][continued[:-1]]
         next_values[-1][continued[-1]] = self._policy.values(self._observations)[continued[-1]]
         advantages = generalized_advantages(rewards, values, next_values, ends, self._gamma, self._gae_lambda)
-        return Rollout(
-            observations[trained_on],
-            actions[trained_on],
-            log_probs[trained_on],
-            values[trained_on],
-            advantages[trained_on],
-            (advantages + values)[trained_on],
-            environment_steps=int(trained_on.sum()),
-            episodes=episodes,
-        )
+        return Rollout(observations, actions, log_probs, values, advantages, advantages + values, trained_on, episodes)
 
     def _after_episode_ends(
         self, following: np.ndarray, ended: np.ndarray, infos: dict

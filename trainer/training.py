@@ -36,7 +36,9 @@ class StartError(Exception):
 
 def make_policy(config: TrainerConfig, environment: TrainingEnvironment) -> ActorCritic:
     """The network that `config` trains on this environment, on the CPU, with new weights."""
-    return ActorCritic(environment.observation_size, environment.heads, config.hidden_size)
+    return ActorCritic(
+        environment.observation_size, environment.heads, config.hidden_size, separate_critic=config.separate_critic
+    )
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Training:
     def __post_init__(self) -> None:
         config = self.config
         try:
-            self.environment = make_environment(config.env, config.num_envs)
+            self.environment = make_environment(config.env, config.num_envs, config.vectorization)
         except UnsupportedEnvironment as error:
             raise ConfigError(str(error)) from error
         heads = self.environment.heads

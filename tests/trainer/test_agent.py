@@ -26,13 +26,22 @@ def make_policy() -> ActorCritic:
 
 
 def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
-    """Returns far from zero, as environments pay them."""
+    """Five steps, of which the third only resets; returns far from zero, as environments pay them."""
     rng = np.random.default_rng(seed)
-    observations = rng.normal(size=(SAMPLES, 6)).astype(np.float32)
-    actions, log_probs, values = policy.act(observations, torch.Generator().manual_seed(seed))
-    advantages = rng.normal(50.0, 3.0, size=SAMPLES).astype(np.float32)
-    noise = rng.normal(scale=0.2, size=SAMPLES).astype(np.float32)
-    return Rollout(observations, actions, log_probs + noise, values, advantages, advantages + values, SAMPLES, 0)
+    steps, environments = 5, SAMPLES // 4
+    observations = rng.normal(size=(steps, environments, 6)).astype(np.float32)
+    variates = torch.rand(len(HEADS), steps * environments, generator=torch.Generator().manual_seed(seed))
+    actions, log_probs, values = (
+        array.reshape(steps, environments, *array.shape[1:])
+        for array in policy.act(observations.reshape(-1, 6), variates)
+    )
+    advantages = rng.normal(50.0, 3.0, size=values.shape).astype(np.float32)
+    noise = rng.normal(scale=0.2, size=values.shape).astype(np.float32)
+    trained_on = np.ones(values.shape, bool)
+    trained_on[2] = False
+    for array in (observations, advantages):
+        array[2] = math.nan
+    return Rollout(observations, actions, log_probs + noise, values, advantages, advantages + values, trained_on, 0)
 
 
 def make_agent(policy: ActorCritic, drill: str | None = None, **changes) -> PPOAgent:
@@ -59,15 +68,15 @@ def make_agent(policy: ActorCritic, drill: str | None = None, **changes) -> PPOA
 
 def reference_update(policy: ActorCritic, rollout: Rollout, learning_rate: float) -> dict[str, list]:
     """The same update, written with torch.distributions, clip_grad_norm_ and plain Adam."""
-    outputs = policy.value_layer(policy.trunk(torch.from_numpy(rollout.observations)))[:, 0].detach()
-    policy.return_moments.include(rollout.returns)
+    observations, actions, old_log_probs, advantages, returns = (
+        torch.from_numpy(getattr(rollout, name)[rollout.trained_on])
+        for name in ("observations", "actions", "log_probs", "advantages", "returns")
+    )
+    outputs = policy.value_layer(policy.trunk(observations))[:, 0].detach()
+    policy.return_moments.include(returns.numpy())
     scale = float(policy.return_moments.deviation)
     optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, eps=1e-5)
     generator = torch.Generator().manual_seed(3)
-    observations, actions, old_log_probs, advantages, returns = (
-        torch.from_numpy(getattr(rollout, name))
-        for name in ("observations", "actions", "log_probs", "advantages", "returns")
-    )
     # What the value head said before the update, in the moments with which the update reads it.
     old_values = policy.return_moments.mean + scale * outputs
     seen: dict[str, list] = {"policy_loss": [], "value_loss": [], "entropy": [], "clip_fraction": [], "cv": []}

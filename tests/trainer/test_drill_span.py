@@ -15,7 +15,8 @@ def heads_without_gradient(drill: Drill, update: int) -> set[str]:
     torch.manual_seed(0)
     policy = ActorCritic(6, HEADS, 16)
     distribution, _ = policy(torch.randn(32, 6))
-    distribution.log_prob(torch.zeros(32, len(HEADS), dtype=torch.int64)).mean().backward()
+    log_probs, _ = distribution.evaluate(torch.zeros(32, len(HEADS), dtype=torch.int64))
+    log_probs.mean().backward()
     drill.bend(policy, update)
     return {
         head

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from trainer.policy import ActorCritic, FactoredCategorical, RunningMoments, padded_columns
+from trainer.policy import ActorCritic, FactoredCategorical, HeadLayout, RunningMoments
 
 SIZES = [4, 8, 3, 3, 4, 4, 6]
 
 
 def fused(logits: torch.Tensor) -> FactoredCategorical:
-    return FactoredCategorical(logits, padded_columns(SIZES), len(SIZES))
+    return FactoredCategorical(logits, HeadLayout.of(SIZES))
 
 
 def separate(logits: torch.Tensor) -> list[Categorical]:
@@ -29,22 +29,31 @@ def test_log_probabilities_entropies_and_gradients_agree_with_torch_distribution
     theirs = separate(logits.double())
     log_prob = sum(d.log_prob(actions[:, i]) for i, d in enumerate(theirs))
     entropy = sum(d.entropy() for d in theirs)
-    torch.testing.assert_close(ours.log_prob(actions), log_prob.float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.entropy(), entropy.float(), rtol=1e-5, atol=1e-5)
-    weights = torch.randn(64)
-    (gradient,) = torch.autograd.grad((ours.log_prob(actions) * weights + ours.entropy()).sum(), logits)
-    (expected,) = torch.autograd.grad((log_prob * weights + entropy).sum(), logits)
+    our_log_prob, our_entropy = ours.evaluate(actions)
+    torch.testing.assert_close(our_log_prob, log_prob.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(our_entropy, entropy.float(), rtol=1e-5, atol=1e-5)
+    weights, other_weights = torch.randn(2, 64)
+    (gradient,) = torch.autograd.grad((our_log_prob * weights + our_entropy * other_weights).sum(), logits)
+    (expected,) = torch.autograd.grad((log_prob * weights + entropy * other_weights).sum(), logits)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_samples_follow_the_probabilities_and_never_leave_their_head():
     torch.manual_seed(0)
     logits = torch.randn(1, sum(SIZES))
-    actions = fused(logits.expand(40_000, -1)).sample(torch.Generator().manual_seed(1))
+    actions = fused(logits.expand(40_000, -1)).sample(torch.rand(len(SIZES), 40_000))
     for index, (size, distribution) in enumerate(zip(SIZES, separate(logits))):
         frequencies = torch.bincount(actions[:, index], minlength=size) / len(actions)
         assert len(frequencies) == size
         torch.testing.assert_close(frequencies, distribution.probs[0], rtol=0, atol=0.012)
+
+
+def test_no_variate_leads_to_a_choice_that_a_head_lacks_or_never_takes():
+    logits = torch.zeros(2, sum(SIZES))
+    logits[1, 0] = -200.0  # the first head's first choice
+    largest = torch.full((len(SIZES), 2), 1 - 2**-24)
+    assert fused(logits).sample(torch.zeros(len(SIZES), 2)).tolist() == [[size - 1 for size in SIZES]] * 2
+    assert fused(logits).sample(largest).tolist() == [[0] * len(SIZES), [1] + [0] * (len(SIZES) - 1)]
 
 
 def test_a_fresh_policy_is_near_uniform_in_every_head():
@@ -52,7 +61,8 @@ def test_a_fresh_policy_is_near_uniform_in_every_head():
     policy = ActorCritic(10, {f"h{i}": size for i, size in enumerate(SIZES)}, 32)
     distribution, values = policy(torch.randn(16, 10))
     uniform = sum(torch.log(torch.tensor(float(size))) for size in SIZES)
-    torch.testing.assert_close(distribution.entropy(), uniform.expand(16), rtol=1e-3, atol=0)
+    _, entropies = distribution.evaluate(torch.zeros(16, len(SIZES), dtype=torch.long))
+    torch.testing.assert_close(entropies, uniform.expand(16), rtol=1e-3, atol=0)
     assert values.shape == (16,)
 
 

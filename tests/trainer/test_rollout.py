@@ -93,8 +93,9 @@ def test_truncation_is_bootstrapped_and_no_step_across_a_reset_is_trained_on(mod
             observed.append((clocks[index], textbook_return(policy, clocks[index], length, truncates, steps - step)))
             clocks[index] = (clocks[index] + 1) % length
             waiting[index] = clocks[index] == 0 and mode is AutoresetMode.NEXT_STEP
-    assert rollout.observations[:, 0].tolist() == [clock for clock, _ in observed]
-    np.testing.assert_allclose(rollout.returns, [expected for _, expected in observed], rtol=1e-5)
+    assert rollout.observations[rollout.trained_on, 0].tolist() == [clock for clock, _ in observed]
+    expected_returns = [expected for _, expected in observed]
+    np.testing.assert_allclose(rollout.returns[rollout.trained_on], expected_returns, rtol=1e-5)
     assert rollout.environment_steps == len(observed)
 
 

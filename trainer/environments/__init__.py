@@ -9,6 +9,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 DEFAULT_ENVIRONMENT = "host-growth"
+VECTORIZATIONS = ("sync", "vector_entry_point")
+"""Of Gymnasium's vectorization modes those that stay in this process."""
 
 
 class UnsupportedEnvironment(ValueError):
@@ -41,11 +43,13 @@ class TrainingEnvironment:
         return actions[:, 0] if isinstance(space, spaces.Discrete) else actions
 
 
-def make_environment(name: str, num_envs: int) -> TrainingEnvironment:
+def make_environment(name: str, num_envs: int, vectorization: str = "sync") -> TrainingEnvironment:
     """Build `num_envs` copies of the environment `name`.
 
     Args:
         name: `host-growth` or the id of a registered Gymnasium environment.
+        num_envs: number of copies.
+        vectorization: for Gymnasium's environments, one of `VECTORIZATIONS`.
 
     Raises:
         UnsupportedEnvironment: unknown id, missing dependency, or unsupported spaces.
@@ -56,10 +60,9 @@ def make_environment(name: str, num_envs: int) -> TrainingEnvironment:
         vector_env: VectorEnv = HostGrowthVectorEnv(num_envs)
     else:
         try:
-            # SAME_STEP spends no environment step on the reset itself.
-            vector_env = gym.make_vec(
-                name, num_envs, vectorization_mode="sync", vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}
-            )
+            # SAME_STEP spends no environment step on the reset itself; a vector class has a mode of its own.
+            kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP} if vectorization == "sync" else None
+            vector_env = gym.make_vec(name, num_envs, vectorization_mode=vectorization, vector_kwargs=kwargs)
         except (gym.error.Error, ImportError) as error:
             raise UnsupportedEnvironment(f"environment {name!r}: {error}") from error
     return training_environment(name, vector_env)

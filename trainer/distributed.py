@@ -1,0 +1,88 @@
+"""The processes that train one run together, as torchrun starts them."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """This process among those that train together; alone, every method is the identity.
+
+    Each rank steps as many environments as every other; together they are in the order of the ranks.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    @classmethod
+    def of_torchrun(cls, timeout_seconds: float = 60.0) -> "Ranks":
+        """The ranks that torchrun started, connected; this process alone where it did not.
+
+        gloo carries what lies on CPUs and NCCL what lies on GPUs. A rank that waits for another one for
+        longer than the timeout fails.
+        """
+        if not dist.is_torchelastic_launched():
+            return cls()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @staticmethod
+    def local_rank() -> int:
+        """Number of this process on its machine, which is that of its GPU."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """`tensor`, in place the sum of those of all ranks: the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, array: np.ndarray) -> np.ndarray:
+        """Arrays [steps, environments, ...] of all ranks, side by side along the second axis."""
+        if self.size == 1:
+            return array
+        own = torch.from_numpy(np.ascontiguousarray(array))
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
+        return torch.cat(parts, dim=1).numpy()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """`value` of every rank, in order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def own_columns(self, tensor: Tensor) -> Tensor:
+        """Of a tensor [..., all environments] the columns of this rank's environments."""
+        return tensor.tensor_split(self.size, dim=-1)[self.rank]
+
+    def own_samples(self, samples: Tensor, num_envs: int) -> Tensor:
+        """Those of `samples` that are this rank's, counted in its own flattened [steps, num_envs].
+
+        Args:
+            samples: [n] int64, counted in the flattened [steps, all environments].
+            num_envs: environments of each rank.
+        """
+        if self.size == 1:
+            return samples
+        steps = samples // (self.size * num_envs)
+        environments = samples % (self.size * num_envs) - self.rank * num_envs
+        return (steps * num_envs + environments)[(environments >= 0) & (environments < num_envs)]
+
+    def close(self) -> None:
+        """Part from the others."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
