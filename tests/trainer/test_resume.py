@@ -304,15 +304,14 @@ ENDLESS = replace(
 )
 
 
-def train_until_killed(folder: str, log: str, ready) -> None:
-    """Starts or resumes the run in `folder` and writes the CV of every update to `log`."""
-    torch.set_num_threads(1)
+def train_until_killed(folder: str, log: str, progress) -> None:
+    """Starts or resumes the run in `folder`; writes the CV of every update to `log`, and releases `progress` for it."""
     flags = ["--resume", folder] if checkpoints_in(Path(folder)) else []
     config = parse_config(flags) if flags else replace(ENDLESS, checkpoint_dir=str(Path(folder).parent))
     training = Training(config)
     with Checkpoints(training) as checkpoints, open(log, "a") as file:
-        ready.set()
         while True:
+            progress.release()
             training.update(StopRequest())
             checkpoints.updated()
             quality = training.run_snapshot.gradient_quality
@@ -327,12 +326,12 @@ def test_kill_9_at_200_random_moments_never_leaves_a_run_that_cannot_be_resumed(
     folder, log = tmp_path / "host-growth-seed1", tmp_path / "cvs"
     unfinished = 0
     for _ in range(KILLS):
-        ready = processes.Event()
-        child = processes.Process(target=train_until_killed, args=(str(folder), str(log), ready))
+        progress = processes.Semaphore(0)
+        child = processes.Process(target=train_until_killed, args=(str(folder), str(log), progress))
         child.start()
-        if moments.random() < 0.9:
-            assert ready.wait(60), f"did not start or resume: exit code {child.exitcode}"
-        time.sleep(moments.uniform(0.0, 0.03))
+        for _ in range(moments.randrange(4)):  # 0: while it starts or resumes
+            assert progress.acquire(timeout=60), f"did not start, resume or train: exit code {child.exitcode}"
+        time.sleep(moments.uniform(0.0, 0.02))
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
