@@ -80,6 +80,17 @@ class Op(IntEnum):
     FOSSILIZE = 4  # HOLDING only
 
 
+# The stage that an op leads to; all others stay as they are.
+_TRANSITIONS = {
+    (Stage.DORMANT, Op.GERMINATE): Stage.TRAINING,
+    (Stage.TRAINING, Op.ADVANCE): Stage.BLENDING,
+    (Stage.HOLDING, Op.ADVANCE): Stage.BLENDING,
+    (Stage.TRAINING, Op.PRUNE): Stage.PRUNED,
+    (Stage.BLENDING, Op.PRUNE): Stage.PRUNED,
+    (Stage.HOLDING, Op.PRUNE): Stage.PRUNED,
+    (Stage.HOLDING, Op.FOSSILIZE): Stage.FOSSILIZED,
+}
+
 NUM_SLOTS = 3
 TARGETS = (0.25, 0.5, 0.75, 1.0)  # blending level at the end of a ramp
 SPEEDS = (1, 4, 8, 16)  # environment steps a ramp takes
@@ -219,12 +230,17 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         self.single_observation_space = gymnasium.spaces.Box(-_MAX_LOSS, _MAX_LOSS, (features,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._rows = torch.arange(num_envs, device=self.device)
+        self._slots = torch.arange(NUM_SLOTS, device=self.device)
+        self._transitions = torch.tensor(
+            [[_TRANSITIONS.get((stage, op), stage) for op in Op] for stage in Stage], device=self.device
+        )
         self._batch = torch.arange(batch_size, device=self.device)
         # The first quarter of every minibatch sees the seeds in TRAINING.
         self._drop_path = (self._batch < batch_size // 4).float()
         self._speeds = torch.tensor(SPEEDS, device=self.device)
         self._targets = torch.tensor(TARGETS, device=self.device)
         self._sizes = torch.tensor([parameter_count(b) for b in Blueprint], device=self.device)
+        self._most_parameters = NUM_SLOTS * max(parameter_count(b) for b in Blueprint)
         self._state: _State | None = None
 
     @torch.inference_mode(False)
@@ -413,43 +429,32 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
     def _apply(self, actions: Tensor) -> None:
         """Do each environment's op on its slot, where the slot's stage allows it."""
         state = self._state
-        slot, blueprint, combination, target, speed, curve, op = actions.unbind(1)
-        stage = state.stage[self._rows, slot]
+        slot, *choices, op = actions.unsqueeze(-1).unbind(1)  # each [N, 1]
+        blueprint, combination, target, speed, curve = choices
+        op = torch.where(slot == self._slots, op, Op.WAIT)  # [N, S]
+        stage = self._transitions[state.stage, op]
+        stage.masked_fill_((state.stage == Stage.PRUNED) & (state.age > _PRUNE_COOLDOWN), Stage.DORMANT)
+        entered = stage != state.stage
+        germinated, advanced, pruned = (entered & (stage == s) for s in (Stage.TRAINING, Stage.BLENDING, Stage.PRUNED))
+        state.stage = stage
+        state.age.masked_fill_(entered, 0)
 
-        def choose(allowed: Tensor) -> tuple[Tensor, Tensor]:
-            chosen = self._rows[allowed]
-            return chosen, slot[chosen]
+        state.blueprint = torch.where(germinated, blueprint, state.blueprint)
+        state.combination = torch.where(germinated, combination, state.combination)
+        state.target = torch.where(germinated | advanced, self._targets[target], state.target)
+        state.ramp_start = torch.where(advanced, state.level, state.ramp_start)
+        state.speed = torch.where(advanced, self._speeds[speed], state.speed)
+        state.curve = torch.where(advanced, curve, state.curve)
 
-        training, blending, holding = stage == Stage.TRAINING, stage == Stage.BLENDING, stage == Stage.HOLDING
-        cooled = (state.stage == Stage.PRUNED) & (state.age > _PRUNE_COOLDOWN)
-        state.stage[cooled] = Stage.DORMANT
-        state.age[cooled] = 0
+        rows, _ = where = germinated.nonzero(as_tuple=True)
+        draws = state.seed_draws[rows, state.germinations[rows] % _SEED_DRAWS]
+        state.seeds[where] = _seed_weights(draws, state.blueprint[where])
+        state.germinations += germinated.sum(1)
 
-        rows, slots = where = choose((op == Op.GERMINATE) & (stage == Stage.DORMANT))
-        state.stage[where], state.age[where] = Stage.TRAINING, 0
-        state.blueprint[where], state.combination[where] = blueprint[rows], combination[rows]
-        state.target[where] = self._targets[target[rows]]
-        state.seeds[where] = _seed_weights(
-            state.seed_draws[rows, state.germinations[rows] % _SEED_DRAWS], blueprint[rows]
-        )
-        state.germinations[rows] += 1
-
-        rows, slots = where = choose((op == Op.ADVANCE) & (training | holding))
-        state.stage[where], state.age[where] = Stage.BLENDING, 0
-        state.ramp_start[where] = state.level[where]
-        state.target[where] = self._targets[target[rows]]
-        state.speed[where] = self._speeds[speed[rows]]
-        state.curve[where] = curve[rows]
-
-        where = choose((op == Op.PRUNE) & (training | blending | holding))
-        state.stage[where], state.age[where] = Stage.PRUNED, 0
-        state.level[where] = 0.0
-        state.seeds[where] = 0.0
-        state.seed_first[where] = state.seed_second[where] = 0.0
-        state.seed_updates[where] = 0
-
-        where = choose((op == Op.FOSSILIZE) & holding)
-        state.stage[where], state.age[where] = Stage.FOSSILIZED, 0
+        state.level.masked_fill_(pruned, 0.0)
+        state.seed_updates.masked_fill_(pruned, 0)
+        where = pruned.nonzero(as_tuple=True)
+        state.seeds[where] = state.seed_first[where] = state.seed_second[where] = 0.0
 
     def _ramp(self) -> None:
         """Move the levels of blending seeds along their curves; those at their target hold."""
@@ -516,7 +521,6 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
     def _observe(self, change: Tensor) -> np.ndarray:
         state = self._state
         horizon = self.max_episode_steps
-        largest = NUM_SLOTS * self._sizes.max()
         slots = torch.cat(
             (
                 _one_hot(state.stage, Stage, torch.float32),
@@ -526,7 +530,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
             ),
             dim=-1,
         )
-        whole = torch.stack((state.step / horizon, self._living().sum(1) / largest), dim=1)
+        whole = torch.stack((state.step / horizon, self._living().sum(1) / self._most_parameters), dim=1)
         observation = torch.cat((state.measured, change, whole, slots.flatten(1)), dim=1)
         return observation.clamp(-_MAX_LOSS, _MAX_LOSS).cpu().numpy()
 
@@ -682,14 +686,16 @@ def _adam(weights: Tensor, first: Tensor, second: Tensor, gradient: Tensor, upda
     gradient = gradient.clamp(-_GRADIENT_LIMIT, _GRADIENT_LIMIT)
     first.lerp_(gradient, 1 - _BETA1)
     second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
-    rate = -_LEARNING_RATE * torch.sqrt(1 - _BETA2**updates) / (1 - _BETA1**updates) * trained
+    # 1 - beta**updates; a power of an integer tensor takes five times as long.
+    correction1, correction2 = (-torch.expm1(updates * math.log(beta)) for beta in (_BETA1, _BETA2))
+    rate = -_LEARNING_RATE * correction2.sqrt() / correction1 * trained
     weights.addcmul_(first / second.sqrt().add_(_EPSILON), rate.view(*weights.shape[:-1], 1))
 
 
 def _score(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats, cut at _MAX_LOSS, and accuracy: both [N], of logits and labels [N, B]."""
-    loss = softplus(logits * (1 - 2 * labels)).mean(1).clamp(max=_MAX_LOSS)
-    return loss, ((logits > 0) == (labels > 0.5)).float().mean(1)
+    margin = logits * (2 * labels - 1)
+    return softplus(-margin).mean(1).clamp(max=_MAX_LOSS), (margin > 0).float().mean(1)
 
 
 def _seed_weights(draws: Tensor, blueprint: Tensor) -> Tensor:
