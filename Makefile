@@ -5,15 +5,21 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup run test
+.PHONY: help setup run test dashboards drill
 
 help:  ## list the targets
-	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: .venv/.complete .servers/.complete  ## build .venv and fetch the servers; nothing when nothing changed
 
 run: setup  ## start all and train; options: make run ARGS="--help", trainer's after --: ARGS="-- --help"
 	@.venv/bin/python -m stack $(ARGS)
+
+drill: setup  ## prove that paging works, against what `make run` started; options: make drill ARGS="--help"
+	@.venv/bin/python -m stack.drill $(ARGS)
+
+dashboards: .venv/.complete  ## generate dashboards, rules and alerting again; other settings: ARGS="--help"
+	@.venv/bin/python -m mixin $(ARGS)
 
 test: setup  ## run every test; pytest's options: make test ARGS="-k name"
 	@.venv/bin/python -m pytest $(ARGS)

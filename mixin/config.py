@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD
+from exporter.health import CRITICAL_THRESHOLD, STALLED_SECONDS, WARNING_THRESHOLD
 from exporter.snapshot import CV_BUCKET_BOUNDS
 
 WARNING, CRITICAL, INFO = "warning", "critical", "info"
@@ -151,7 +151,7 @@ class MixinConfig:
     skipped_step_share: float = _option(0.5, "skipped part of the gradient steps of 5 minutes", float, "SHARE")
     starved_part: float = _option(0.1, "below this part of an equal part a head is starved", float, "SHARE")
     stalled_seconds: int = field(
-        default=300,
+        default=STALLED_SECONDS,
         metadata={
             "help": "time without an update after which a run is stalled",
             "parse": parse_duration,

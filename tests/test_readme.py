@@ -4,7 +4,7 @@ import re
 
 from exporter import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
 from exporter.metrics import METRIC_FAMILIES
-from mixin.alerts import CRITICAL_STEP_SHARE, SKIPPED_STEP_SHARE, STALLED_SECONDS, STARVED_PART, alerts
+from mixin.alerts import alerts
 from mixin.config import MixinConfig
 from stack.configuration import Ports
 from stack.servers import ROOT
@@ -38,17 +38,18 @@ def test_the_alert_table_lists_every_alert_with_its_severities_and_runbook():
 
 
 def test_the_alert_table_names_the_numbers_that_the_rules_use():
-    declared = {(alert.name, alert.severity): alert for alert in alerts(MixinConfig())}
+    config = MixinConfig()
+    declared = {(alert.name, alert.severity): alert for alert in alerts(config)}
     said = {re.match(r"\[(\w+)\]", link).group(1): text for link, _, text in rows("alerts")}
     for severity, threshold in (("warning", WARNING_THRESHOLD), ("critical", CRITICAL_THRESHOLD)):
         minutes = declared["PPOGradientCVHigh", severity].hold // 60
         assert re.search(rf"at least {threshold} for {minutes} minute", said["PPOGradientCVHigh"])
-    assert f"{CRITICAL_STEP_SHARE} of the gradient steps of 10 minutes" in said["PPOCriticalGradientSteps"]
+    assert f"{config.critical_step_share} of the gradient steps of 10 minutes" in said["PPOCriticalGradientSteps"]
     assert "[10m]" in declared["PPOCriticalGradientSteps", "warning"].value
-    assert f"{SKIPPED_STEP_SHARE} of the gradient steps" in said["PPONonFiniteGradients"]
+    assert f"{config.skipped_step_share} of the gradient steps" in said["PPONonFiniteGradients"]
     starved = declared["PPOHeadStarved", "warning"].hold // 60
-    assert f"less than {STARVED_PART} of an equal part for {starved} minutes" in said["PPOHeadStarved"]
-    assert f"{STALLED_SECONDS} seconds" in said["PPOTrainingStalled"]
+    assert f"less than {config.starved_part} of an equal part for {starved} minutes" in said["PPOHeadStarved"]
+    assert f"{config.stalled_seconds} seconds" in said["PPOTrainingStalled"]
     assert f"above {CRITICAL_THRESHOLD}" in said["PPOCriticalThresholdUnreachable"]
 
 
