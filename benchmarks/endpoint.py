@@ -285,13 +285,14 @@ def hold(port: int, is_tls: bool, report: multiprocessing.Queue) -> None:
 
 def scrape_for(port: int, is_tls: bool, seconds: float) -> list[float]:
     """Seconds that each of `seconds` scrapes took, one started every second; infinite where it failed or took 10."""
-    took = []
     tls = client_tls() if is_tls else None
-    begin = time.monotonic()
+    begin, took = time.monotonic(), []
     for number in range(round(seconds)):
-        time.sleep(max(0.0, begin + number - time.monotonic()))
+        late = time.monotonic() - begin - number
+        time.sleep(max(0.0, -late))
         started = time.monotonic()
-        took.append(time.monotonic() - started if scrape(port, tls, 10.0) else float("inf"))
+        is_missed = late > 1.0  # for the one before took so long
+        took.append(float("inf") if is_missed or not scrape(port, tls, 10.0) else time.monotonic() - started)
     return took
 
 

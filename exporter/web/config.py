@@ -323,6 +323,7 @@ def _tls(key: _Key) -> dict[str, object]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION
+    context.num_tickets = 0  # scrapers do not resume sessions
     _set_versions(context, keys)
     _set_ciphers(context, keys)
     files = [keys[name].file() for name in ("cert_file", "key_file", "client_ca_file") if name in keys]
