@@ -273,12 +273,12 @@ class RunFolder:
 
 
 def copied(state: Any) -> Any:
-    """`state` with every tensor in it cloned, where it is."""
+    """`state` with every tensor in its dicts cloned, on its device."""
     if isinstance(state, Tensor):
         return state.detach().clone()
     if isinstance(state, Mapping):
         return {key: copied(value) for key, value in state.items()}
-    return [copied(value) for value in state] if isinstance(state, list) else state
+    return state
 
 
 def _folder_name(run: str) -> str:

@@ -239,7 +239,7 @@ class Checkpoints:
             return
         # A copy, because a signal or an error may come in the middle of the next update.
         self._boundary = copied(self._training.state_dict())
-        self._note_totals()
+        self._note_totals(self._boundary["run"])
         if self._training.updates % self._every == 0:
             self._write()
 
@@ -249,17 +249,17 @@ class Checkpoints:
             return
         try:
             if self._training.run_snapshot.updates:
-                self._note_totals()
+                self._note_totals(self._training.run_snapshot.plain())
             if self._boundary is not None:
                 self._write()
         finally:
             self._folder.close()
             self._folder = None
 
-    def _note_totals(self) -> None:
+    def _note_totals(self, run: dict[str, Any]) -> None:
         # What fails here fails for the checkpoint too, which says so.
         with contextlib.suppress(OSError):
-            self._folder.note_totals(self._training.run_snapshot.plain())
+            self._folder.note_totals(run)
 
     def _write(self) -> None:
         try:
