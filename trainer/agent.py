@@ -125,11 +125,11 @@ class PPOAgent:
             for array in (rollout.advantages, rollout.returns, rollout.values, rollout.trained_on)
         )
         samples = torch.from_numpy(np.flatnonzero(trained_on))
-        all_advantages = torch.from_numpy(all_advantages).to(device)
-        observations, actions = (
-            torch.from_numpy(array).flatten(0, 1).to(device) for array in (rollout.observations, rollout.actions)
+        all_advantages, observations, actions, old_values = (
+            torch.from_numpy(array).to(device, non_blocking=True)
+            for array in (all_advantages, rollout.observations, rollout.actions, rollout.values)
         )
-        old_values = torch.from_numpy(rollout.values).to(device)
+        observations, actions = observations.flatten(0, 1), actions.flatten(0, 1)
         # Value errors count in standard deviations of the returns, whatever the environment pays. New moments
         # move what the value head's output stands for; the old values move along, so that only learning is clipped.
         moments = self.policy.return_moments
@@ -137,18 +137,22 @@ class PPOAgent:
         if hp.normalize_returns:
             moments.include(all_returns[trained_on])
         scale = moments.deviation
-        columns = torch.from_numpy(np.stack([rollout.log_probs, rollout.advantages, rollout.returns])).to(device)
-        experience = torch.stack([*columns, moments.mean + scale * old_outputs], dim=-1).flatten(0, 1)
+        log_probs, advantages, returns = torch.from_numpy(
+            np.stack([rollout.log_probs, rollout.advantages, rollout.returns])
+        ).to(device, non_blocking=True)
+        experience = torch.stack(
+            [log_probs, advantages, returns, moments.mean + scale * old_outputs], dim=-1
+        ).flatten(0, 1)
         minibatches = max(1, len(samples) // hp.minibatch_size)
         statistics: list[Tensor] = []
         stopped = raised = False
 
         for _ in range(hp.epochs):
-            shuffled = samples[torch.randperm(len(samples), generator=self._generator)].to(device)
+            shuffled = samples[torch.randperm(len(samples), generator=self._generator)]
             for batch in shuffled.tensor_split(minibatches):
-                own = ranks.own_samples(batch, rollout.num_envs)
+                own = ranks.own_samples(batch, rollout.num_envs).to(device, non_blocking=True)
                 old_log_probs, advantage, returns, old_values = experience.index_select(0, own).unbind(1)
-                deviation, mean = torch.std_mean(all_advantages.index_select(0, batch))
+                deviation, mean = torch.std_mean(all_advantages[batch])
                 advantage = (advantage - mean) / (deviation + 1e-8)
 
                 distribution, values = self.policy(observations.index_select(0, own))

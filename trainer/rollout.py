@@ -30,7 +30,8 @@ class Rollout:
         advantages: float32 [steps, environments], GAE(lambda), not normalized.
         returns: float32 [steps, environments], advantages + values, the value function's target.
         trained_on: bool [steps, environments], False for steps that only reset an environment.
-        episodes: episodes that ended.
+        environment_steps: environment steps taken, all ranks together, resets left out.
+        episodes: episodes that ended, all ranks together.
     """
 
     observations: np.ndarray
@@ -40,16 +41,12 @@ class Rollout:
     advantages: np.ndarray
     returns: np.ndarray
     trained_on: np.ndarray
+    environment_steps: int
     episodes: int
 
     @property
     def num_envs(self) -> int:
         return self.advantages.shape[1]
-
-    @property
-    def environment_steps(self) -> int:
-        """Environment steps taken, all environments together, resets left out."""
-        return int(self.trained_on.sum())
 
 
 def generalized_advantages(
@@ -174,7 +171,7 @@ class RolloutCollector:
         log_probs, values, rewards = (np.empty(shape, np.float32) for _ in range(3))
         next_values = np.zeros(shape, np.float32)
         ends, trained_on = np.zeros(shape, bool), np.ones(shape, bool)
-        episodes = 0
+        finished: list[tuple[float, int]] = []
         variates = self._ranks.own_columns(
             torch.rand(
                 (self._steps, len(self._environment.heads), self._ranks.size * count),
@@ -192,7 +189,7 @@ class RolloutCollector:
             )
             rewards[step] = reward
             ends[step] = terminated | truncated
-            episodes += self._count_episodes(reward, ends[step])
+            finished += self._finished_episodes(reward, ends[step])
             following, final = self._after_episode_ends(_float32(following), ends[step], infos)
             cut_short = truncated & ~terminated
             if cut_short.any():
@@ -205,7 +202,21 @@ class RolloutCollector:
         next_values[:-1][continued[:-1]] = values[1:][continued[:-1]]
         next_values[-1][continued[-1]] = self._policy.values(self._observations)[continued[-1]]
         advantages = generalized_advantages(rewards, values, next_values, ends, self._gamma, self._gae_lambda)
-        return Rollout(observations, actions, log_probs, values, advantages, advantages + values, trained_on, episodes)
+        of_ranks = self._ranks.gather_objects((int(trained_on.sum()), finished))
+        finished = [episode for _, of_rank in of_ranks for episode in of_rank]
+        self.recent_returns.extend(episode_return for episode_return, _ in finished)
+        self.recent_lengths.extend(length for _, length in finished)
+        return Rollout(
+            observations,
+            actions,
+            log_probs,
+            values,
+            advantages,
+            advantages + values,
+            trained_on,
+            environment_steps=sum(steps for steps, _ in of_ranks),
+            episodes=len(finished),
+        )
 
     def _after_episode_ends(
         self, following: np.ndarray, ended: np.ndarray, infos: dict
@@ -224,14 +235,14 @@ class RolloutCollector:
             following = np.where(ended[:, None], _float32(reset), following)
         return following, final
 
-    def _count_episodes(self, reward: np.ndarray, ended: np.ndarray) -> int:
+    def _finished_episodes(self, reward: np.ndarray, ended: np.ndarray) -> list[tuple[float, int]]:
+        """Return and length of the episodes that ended with this step."""
         self._returns += reward
         self._lengths += ~self._only_resets
-        self.recent_returns.extend(self._returns[ended].tolist())
-        self.recent_lengths.extend(self._lengths[ended].tolist())
+        finished = list(zip(self._returns[ended].tolist(), self._lengths[ended].tolist()))
         self._returns[ended] = 0.0
         self._lengths[ended] = 0
-        return int(ended.sum())
+        return finished
 
 
 def _float32(observations: np.ndarray) -> np.ndarray:

@@ -41,7 +41,8 @@ def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
     trained_on[2] = False
     for array in (observations, advantages):
         array[2] = math.nan
-    return Rollout(observations, actions, log_probs + noise, values, advantages, advantages + values, trained_on, 0)
+    returns = advantages + values
+    return Rollout(observations, actions, log_probs + noise, values, advantages, returns, trained_on, SAMPLES, 0)
 
 
 def make_agent(policy: ActorCritic, drill: str | None = None, **changes) -> PPOAgent:
