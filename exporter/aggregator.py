@@ -112,6 +112,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload) -> RunSnapshot
         signals=MappingProxyType({name: value for name, value in signals.items() if value is not None}),
         update_duration_seconds=before.update_duration_seconds.observe(_known(payload.update_duration_seconds)),
         rollout_duration_seconds=before.rollout_duration_seconds.observe(_known(payload.rollout_duration_seconds)),
+        rank_rollout_seconds=payload.rank_rollout_seconds,
         last_update_timestamp_seconds=payload.timestamp_seconds,
     )
 

@@ -23,6 +23,7 @@ RUN_LABEL = "run"
 HEALTH_LABEL = "health"
 HEAD_LABEL = "head"
 COLLECTOR_LABEL = "collector"
+RANK_LABEL = "rank"
 
 # (label values beside `run`, value); a value is a Histogram for histograms, a dict for info.
 Sample = tuple[tuple[str, ...], object]
@@ -193,6 +194,13 @@ ROLLOUT_DURATION = MetricFamily(
     "Wall time of collecting the rollout of an update.",
     (),
     _one(lambda run: run.rollout_duration_seconds),
+)
+RANK_ROLLOUT = MetricFamily(
+    "ppo_rank_rollout_seconds",
+    "gauge",
+    "Wall time that the rank took for its part of the last rollout; absent where one process trains alone.",
+    (RANK_LABEL,),
+    lambda run: [((str(rank),), seconds) for rank, seconds in enumerate(run.rank_rollout_seconds)],
 )
 LAST_UPDATE_TIMESTAMP = MetricFamily(
     "ppo_last_update_timestamp_seconds",

@@ -18,6 +18,7 @@ from exporter.aggregator import RunAggregator
 from exporter.discovery import TargetFile
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import Head, HeadGradientMeter, PendingGradientSteps
+from exporter.metrics import RANK_LABEL
 from exporter.server import DEFAULT_ADDRESS, DEFAULT_PORT, MetricsServer, host_and_port
 from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update, summarize_gradient_steps
 
@@ -196,7 +197,7 @@ class GradientMonitor:
             rank = torch.distributed.get_rank()
             if every_rank:
                 port += int(os.environ.get("LOCAL_RANK", rank)) if port else 0
-                labels = {"rank": str(rank)}
+                labels = {RANK_LABEL: str(rank)}
             elif rank != 0:
                 return None
         served = _SharedServer.join(self._aggregator, address, port, labels)

@@ -110,6 +110,7 @@ class RunSnapshot:
     signals: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     update_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
     rollout_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
+    rank_rollout_seconds: tuple[float, ...] = ()
     last_update_timestamp_seconds: float | None = None
     exporter_errors: int = 0
     resumes: int = 0

@@ -110,6 +110,7 @@ class PPOUpdatePayload:
         policy_loss ... episode_length_mean: training signals, None where not known (yet).
         update_duration_seconds: wall time of the update, >= 0.
         rollout_duration_seconds: wall time of collecting its experience, >= 0.
+        rank_rollout_seconds: the same for every rank, in order; empty where one process trains alone.
         timestamp_seconds: Unix time at which the update ended.
 
     Raises:
@@ -138,6 +139,7 @@ class PPOUpdatePayload:
     episode_length_mean: float | None = None
     update_duration_seconds: float | None = None
     rollout_duration_seconds: float | None = None
+    rank_rollout_seconds: tuple[float, ...] = ()
     timestamp_seconds: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -161,15 +163,15 @@ class PPOUpdatePayload:
         for name in TRAINING_SIGNALS + ("gradient_norm",):
             if getattr(self, name) is not None:
                 _require_number(name, getattr(self, name))
-        for name in ("update_duration_seconds", "rollout_duration_seconds", "timestamp_seconds"):
-            value = getattr(self, name)
-            if value is None and name != "timestamp_seconds":
-                continue
-            _require_number(name, value)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+        for name in ("update_duration_seconds", "rollout_duration_seconds"):
+            if getattr(self, name) is not None:
+                _require_seconds(name, getattr(self, name))
+        for seconds in self.rank_rollout_seconds:
+            _require_seconds("rank_rollout_seconds", seconds)
+        _require_seconds("timestamp_seconds", self.timestamp_seconds)
         # Copies, so that what was validated cannot change under a reader.
-        object.__setattr__(self, "gradient_cv_per_step", tuple(self.gradient_cv_per_step))
+        for name in ("gradient_cv_per_step", "rank_rollout_seconds"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("head_gradient_norms", "nonfinite_gradient_steps"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
@@ -203,6 +205,12 @@ def require_label_value(name: str, value: object) -> None:
 def _require_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's scalars are real numbers too
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _require_seconds(name: str, value: object) -> None:
+    _require_number(name, value)
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
 
 
 def _require_count(name: str, value: object) -> None:

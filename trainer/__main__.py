@@ -29,13 +29,13 @@ def _train(stop: StopRequest) -> int:
         return stop.exit_code
 
     from trainer.agent import NonFiniteGradientError
-    from trainer.training import StartError, train
+    from trainer.training import LostRankError, StartError, train
 
     try:
         return train(config, stop)
     except ConfigError as error:
         return _failed(error, 2)
-    except (StartError, NonFiniteGradientError) as error:
+    except (StartError, LostRankError, NonFiniteGradientError) as error:
         return _failed(error, 1)
 
 

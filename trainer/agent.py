@@ -140,9 +140,9 @@ class PPOAgent:
         log_probs, advantages, returns = torch.from_numpy(
             np.stack([rollout.log_probs, rollout.advantages, rollout.returns])
         ).to(device, non_blocking=True)
-        experience = torch.stack(
-            [log_probs, advantages, returns, moments.mean + scale * old_outputs], dim=-1
-        ).flatten(0, 1)
+        experience = torch.stack([log_probs, advantages, returns, moments.mean + scale * old_outputs], dim=-1).flatten(
+            0, 1
+        )
         minibatches = max(1, len(samples) // hp.minibatch_size)
         statistics: list[Tensor] = []
         stopped = raised = False

@@ -1,6 +1,7 @@
 """The processes that train one run together, as torchrun starts them."""
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -37,10 +38,22 @@ class Ranks:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         return cls(dist.get_rank(), dist.get_world_size())
 
-    @staticmethod
-    def local_rank() -> int:
-        """Number of this process on its machine, which is that of its GPU."""
-        return int(os.environ.get("LOCAL_RANK", "0"))
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that serves, shows and writes."""
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The torch device for this rank: of several GPUs, `cuda` is the one with its number on this machine."""
+        return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and self.size > 1 else name
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank."""
+        return any(self.gather_objects(flag))
+
+    def is_lost_rank(self, error: RuntimeError) -> bool:
+        """Whether `error` came from waiting for another rank."""
+        return self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, in place the sum of those of all ranks: the same bits on each."""
@@ -64,6 +77,17 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def gather_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors [environments, ...] of all ranks by name, one below the other."""
+        of_ranks = self.gather_objects(dict(tensors))
+        if self.size == 1:
+            return of_ranks[0]
+        return {name: torch.cat([of_rank[name] for of_rank in of_ranks]) for name in tensors}
+
+    def own_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of tensors [all environments, ...] by name the rows of this rank's environments."""
+        return {name: tensor.tensor_split(self.size)[self.rank] for name, tensor in tensors.items()}
 
     def own_columns(self, tensor: Tensor) -> Tensor:
         """Of a tensor [..., all environments] the columns of this rank's environments."""

@@ -108,8 +108,8 @@ class RolloutCollector:
         self._gamma = gamma
         self._gae_lambda = gae_lambda
         self._generator = generator
-        observations, _ = environment.vector_env.reset(seed=seed)
         count = environment.vector_env.num_envs
+        observations, _ = environment.vector_env.reset(seed=seed + ranks.rank * count)
         self._observations = _float32(observations)
         self._only_resets = np.zeros(count, dtype=bool)
         self._returns = np.zeros(count)
@@ -123,9 +123,9 @@ class RolloutCollector:
         return hasattr(self._environment.vector_env, "load_state_dict")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next rollout starts; the environment is the first axis of each of its tensors.
+        """Where the next rollout of all ranks starts; the environment is the first axis of each of its tensors.
 
-        Only valid between two rollouts. Tensors are not copied.
+        Only valid between two rollouts, and all ranks have to call it. Tensors are not copied.
         """
         state = {
             "generator": self._generator.get_state(),
@@ -133,12 +133,13 @@ class RolloutCollector:
             "recent_lengths": list(self.recent_lengths),
         }
         if self.environment_can_be_saved:
-            state["environment"] = self._environment.vector_env.state_dict()
-            state["episodes"] = {name: torch.from_numpy(getattr(self, f"_{name}")) for name in _EPISODES}
+            episodes = {name: torch.from_numpy(getattr(self, f"_{name}")) for name in _EPISODES}
+            state["environment"] = self._ranks.gather_rows(self._environment.vector_env.state_dict())
+            state["episodes"] = self._ranks.gather_rows(episodes)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
-        """Go on from `state_dict()` of a collector with as many environments.
+        """Go on from `state_dict()` of collectors with as many environments in all, whatever the number of ranks.
 
         An environment that cannot be saved begins new episodes.
 
@@ -153,11 +154,13 @@ class RolloutCollector:
         self.recent_returns.extend(state["recent_returns"])
         self.recent_lengths.extend(state["recent_lengths"])
         if not self.environment_can_be_saved:
+            seed += self._ranks.rank * len(self._observations)
             self._observations = _float32(self._environment.vector_env.reset(seed=seed)[0])
             return
-        self._environment.vector_env.load_state_dict(state["environment"])
+        self._environment.vector_env.load_state_dict(self._ranks.own_rows(state["environment"]))
+        episodes = self._ranks.own_rows(state["episodes"])
         for name in _EPISODES:
-            own, saved = getattr(self, f"_{name}"), state["episodes"][name].numpy()
+            own, saved = getattr(self, f"_{name}"), episodes[name].numpy()
             if (own.shape, own.dtype) != (saved.shape, saved.dtype):
                 raise ValueError(f"{name} must be {own.dtype} {list(own.shape)}, got {saved.dtype} {list(saved.shape)}")
             own[...] = saved

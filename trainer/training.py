@@ -4,6 +4,8 @@ import contextlib
 import signal
 import sys
 import time
+import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,11 +25,16 @@ from trainer.agent import NonFiniteGradientError, PPOAgent, PPOHyperparameters
 from trainer.checkpoint import CheckpointError, RunFolder, copied, load, totals
 from trainer.config import ConfigError, TrainerConfig, settings_of_run
 from trainer.display import open_display
+from trainer.distributed import Ranks
 from trainer.drill import Drill
 from trainer.environments import TrainingEnvironment, UnsupportedEnvironment, make_environment
 from trainer.policy import ActorCritic
 from trainer.rollout import Rollout, RolloutCollector
 from trainer.stop import StopRequest
+
+
+class LostRankError(Exception):
+    """Another rank of the run has failed, and this one cannot go on without it."""
 
 
 class StartError(Exception):
@@ -46,6 +53,8 @@ class Training:
     """One run: everything it is made of, built from its settings, or from the checkpoint that they name.
 
     Attributes:
+        config: its settings; `num_envs` counts the environments of all ranks.
+        ranks: the processes that train it together; each builds a `Training` and calls its methods alike.
         updates: completed since the run began; a resume goes back to those of the checkpoint.
         notes: what a person should know of a resume.
 
@@ -54,6 +63,7 @@ class Training:
     """
 
     config: TrainerConfig
+    ranks: Ranks = field(default_factory=Ranks)
     environment: TrainingEnvironment = field(init=False)
     agent: PPOAgent = field(init=False)
     collector: RolloutCollector = field(init=False)
@@ -62,9 +72,12 @@ class Training:
     notes: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        config = self.config
+        config, ranks = self.config, self.ranks
+        if config.num_envs % ranks.size:
+            raise ConfigError(f"num-envs must be a multiple of the {ranks.size} ranks, got {config.num_envs}")
+        device = ranks.device(config.device)
         try:
-            self.environment = make_environment(config.env, config.num_envs, config.vectorization)
+            self.environment = make_environment(config.env, config.num_envs // ranks.size, config.vectorization)
         except UnsupportedEnvironment as error:
             raise ConfigError(str(error)) from error
         heads = self.environment.heads
@@ -74,14 +87,14 @@ class Training:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         try:
-            policy = make_policy(config, self.environment).to(config.device)
-            sampling = torch.Generator(config.device).manual_seed(config.seed)
+            policy = make_policy(config, self.environment).to(device)
+            sampling = torch.Generator(device).manual_seed(config.seed)
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device {config.device!r}: {str(error).splitlines()[0]}") from error
         hyperparameters = PPOHyperparameters(
             **{name: getattr(config, name) for name in PPOHyperparameters.__dataclass_fields__}
         )
-        self.agent = PPOAgent(policy, hyperparameters, torch.Generator().manual_seed(config.seed), drill)
+        self.agent = PPOAgent(policy, hyperparameters, torch.Generator().manual_seed(config.seed), drill, ranks)
         self.collector = RolloutCollector(
             self.environment,
             policy,
@@ -90,6 +103,7 @@ class Training:
             gae_lambda=config.gae_lambda,
             seed=config.seed,
             generator=sampling,
+            ranks=ranks,
         )
         self.aggregator.register_run(
             config.run_name,
@@ -106,7 +120,7 @@ class Training:
             self._resume(Path(config.resume))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the run's future depends on, between two updates; tensors are not copied.
+        """All that the run's future depends on, between two updates; all ranks have to call it. Tensors are not copied.
 
         Tensors and plain values, as `trainer.checkpoint.save` wants them.
         """
@@ -159,6 +173,16 @@ class Training:
                 f"the run has reached its end, update {self.updates}; a larger --total-timesteps takes it further"
             )
 
+    def run(self, stop: StopRequest) -> Iterator[int]:
+        """Train until the end, or until a signal reaches any rank; the number of every completed update.
+
+        Raises:
+            NonFiniteGradientError: as `update`.
+        """
+        while self.updates < self.config.updates and not self.ranks.any(stop()):
+            if self.update(stop):
+                yield self.updates
+
     def update(self, stop: StopRequest) -> bool:
         """One rollout and one PPO update, emitted to the aggregator; False if a signal came before its end.
 
@@ -167,19 +191,21 @@ class Training:
         Raises:
             NonFiniteGradientError: as `PPOAgent.update`; the update was emitted before.
         """
+        # Ranks that stopped at different places would wait for each other for ever.
+        should_stop = stop if self.ranks.size == 1 else lambda: False
         started = time.perf_counter()
-        rollout = self.collector.collect(stop)
+        rollout = self.collector.collect(should_stop)
         if rollout is None:
             return False
         rollout_duration = time.perf_counter() - started
         done = self.updates / self.config.updates
         learning_rate = self.config.learning_rate * (1 - done if self.config.anneal_learning_rate else 1)
         try:
-            metrics = self.agent.update(rollout, learning_rate=learning_rate, should_stop=stop)
+            metrics = self.agent.update(rollout, learning_rate=learning_rate, should_stop=should_stop)
         except NonFiniteGradientError as error:
             self._emit(error.metrics, rollout, rollout_duration)
             raise
-        if stop():
+        if should_stop():
             return False
         self.updates += 1
         self._emit(metrics, rollout, rollout_duration)
@@ -187,6 +213,7 @@ class Training:
 
     def _emit(self, metrics: PPOUpdateMetrics, rollout: Rollout, rollout_duration: float) -> None:
         returns, lengths = self.collector.recent_returns, self.collector.recent_lengths
+        of_ranks = self.ranks.gather_objects(rollout_duration)
         emit_ppo_update(
             metrics,
             run=self.config.run_name,
@@ -195,7 +222,9 @@ class Training:
             episodes=rollout.episodes,
             episode_return_mean=fmean(returns) if returns else None,
             episode_length_mean=fmean(lengths) if lengths else None,
-            rollout_duration_seconds=rollout_duration,
+            # The others wait for the slowest.
+            rollout_duration_seconds=max(of_ranks),
+            rank_rollout_seconds=of_ranks if self.ranks.size > 1 else (),
         )
 
 
@@ -203,7 +232,7 @@ class Checkpoints:
     """Keeps what a run needs to go on from the last completed update, and writes it every so often and at the end.
 
     Everything is inert where the settings want no checkpoints. A checkpoint that cannot be written is a warning:
-    training goes on.
+    training goes on. Of several ranks the first one writes; all have to call `updated` and `finish`.
 
     Raises:
         StartError: the folder cannot be had.
@@ -215,7 +244,7 @@ class Checkpoints:
         self._boundary: dict[str, Any] | None = None
         self.last: Path | None = Path(training.config.resume) if training.config.resume else None
         self._folder: RunFolder | None = None
-        if not self._every:
+        if not self._every or not training.ranks.is_first:
             return
         config = training.config
         try:
@@ -235,13 +264,22 @@ class Checkpoints:
 
     def updated(self) -> None:
         """An update is complete."""
-        if self._folder is None:
+        if not self._every:
             return
-        # A copy, because a signal or an error may come in the middle of the next update.
-        self._boundary = copied(self._training.state_dict())
-        self._note_totals(self._boundary["run"])
-        if self._training.updates % self._every == 0:
-            self._write()
+        is_due = self._training.updates % self._every == 0
+        # A copy, because a signal or an error may come in the middle of the next update. Of several ranks none
+        # ends there, and gathering their states takes time.
+        if is_due or self._training.ranks.size == 1:
+            self._boundary = copied(self._training.state_dict())
+        if self._folder is not None:
+            self._note_totals(self._training.run_snapshot.plain())
+            if is_due:
+                self._write()
+
+    def finish(self) -> None:
+        """The run has ended after a completed update, on every rank."""
+        if self._every and self._training.ranks.size > 1 and self._training.updates % self._every:
+            self._boundary = self._training.state_dict()
 
     def close(self) -> None:
         """Write the last completed update, and let go of the folder; nothing the second time."""
@@ -294,9 +332,31 @@ def train(config: TrainerConfig, stop: StopRequest) -> int:
         ConfigError: the run cannot start as configured.
         StartError: the port is taken, or the target file or checkpoints cannot be written.
         NonFiniteGradientError: a gradient was not finite and `on_nonfinite` is `raise`.
+        LostRankError: another rank has failed.
         KeyboardInterrupt: a second signal came.
     """
-    training = Training(config)
+    ranks = Ranks.of_torchrun()
+    try:
+        training = Training(config, ranks)
+        if ranks.is_first:
+            return _lead(training, stop)
+        with Checkpoints(training) as checkpoints:
+            for _ in training.run(stop):
+                checkpoints.updated()
+            checkpoints.finish()
+        return stop.exit_code
+    except RuntimeError as error:
+        if not ranks.is_lost_rank(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise LostRankError(f"rank {ranks.rank} cannot go on without the others: {reason}") from error
+    finally:
+        ranks.close()
+
+
+def _lead(training: Training, stop: StopRequest) -> int:
+    """Train, and serve, write and show what there is of it: the part of the first rank."""
+    config = training.config
 
     def read_run() -> RunSnapshot:
         return training.run_snapshot
@@ -332,13 +392,14 @@ def train(config: TrainerConfig, stop: StopRequest) -> int:
         how = "failed"
         try:
             with open_display(read_run, training.updates, config.updates, config.log_interval, follow) as display:
-                while training.updates < config.updates and not stop():
-                    if training.update(stop):
-                        checkpoints.updated()
-                        display.updated(training.updates)
+                for update in training.run(stop):
+                    checkpoints.updated()
+                    display.updated(update)
+            checkpoints.finish()
             how = "finished"
         finally:
-            if stop():
+            # With an error it is no clean end: torchrun sends SIGTERM to all ranks when one of them fails.
+            if stop() and isinstance(sys.exception(), (KeyboardInterrupt, types.NoneType)):
                 how = f"stopped by {signal.Signals(stop.signum).name}"
             if how != "failed":
                 target_file.discard(config.run_name)

@@ -8,6 +8,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import selectors
 import socket
 import ssl
@@ -22,12 +23,13 @@ from http import HTTPStatus
 
 import h11
 
-REQUEST_SECONDS = 6.0
+REQUEST_SECONDS = 8.0
 """A connection has this long for its TLS handshake and a whole request, and again after each response."""
-RESPONSE_SECONDS = 6.0
+RESPONSE_SECONDS = 8.0
 """A client has this long to take its response."""
-MAX_CONNECTIONS = 256
-"""Where there are more, the one that has waited longest with its request is closed."""
+MAX_CONNECTIONS = 600
+"""Or as many as half of the descriptors that the process may have. Where there are more, the one that has waited
+longest with its request is closed."""
 MAX_HEADER_BYTES = 16 * 1024
 MAX_BODY_BYTES = 16 * 1024  # of requests, where it is read only to be thrown away
 CPU_SHARE = 0.05
@@ -91,6 +93,7 @@ class HttpServer:
         self.in_flight = 0
         self.connections: set[_Connection] = set()
         self.waiting: dict[_Connection, None] = {}  # for a request, the longest first
+        self._max_connections = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._listener = listener
         self._selector = _PacedSelector()
         self.loop = asyncio.SelectorEventLoop(self._selector)
@@ -134,7 +137,7 @@ class HttpServer:
                     _log.warning("cannot accept a connection: %s", error.strerror)
                     await asyncio.sleep(1.0)
                 continue
-            if len(self.connections) >= MAX_CONNECTIONS:
+            if len(self.connections) >= self._max_connections:
                 if not self.waiting:
                     sock.close()
                     continue
