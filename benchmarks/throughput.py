@@ -10,7 +10,7 @@ which is scraped once a second while it trains.
 """
 
 import argparse
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -83,12 +84,10 @@ class TrainerFailed(Exception):
 
 def work(entry: Entry, threads: int, pipe: Connection) -> None:
     """A trainer's process: builds it, then trains for as many seconds as it is told, again and again."""
-    # Ctrl-C reaches the whole process group; the parent decides, and its end of the pipe closing ends this.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
-
-    torch.set_num_threads(threads)
     try:
+        import torch
+
+        torch.set_num_threads(threads)
         contestant = importlib.import_module(f"benchmarks.peers.{entry.module}").start(entry.setting)
         contestant.update()  # the first one allocates, and compiles what wants to be compiled
         pipe.send(contestant.metrics_url)
@@ -99,8 +98,6 @@ def work(entry: Entry, threads: int, pipe: Connection) -> None:
                 contestant.update()
                 updates += 1
             pipe.send(updates * entry.setting.steps_per_update / elapsed)
-    except (EOFError, BrokenPipeError):
-        pass
     except Exception:
         pipe.send(TrainerFailed(traceback.format_exc()))
 
@@ -112,7 +109,14 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(entry, threads, theirs), daemon=True)
-        self._process.start()
+        # Ctrl-C reaches the whole process group. The child inherits the mask and leaves the decision to its parent;
+        # the tracker, which would lift it, is started before.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
 
     def ready(self) -> None:
@@ -127,18 +131,17 @@ class Worker:
     def _receive(self) -> object:
         try:
             answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
+            self._process.join()
             raise TrainerFailed(f"its process ended with exit code {self._process.exitcode}") from None
         if isinstance(answer, TrainerFailed):
             raise answer
         return answer
 
     def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
         self._pipe.close()
-        self._process.join(timeout=5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
 
 
 @contextmanager
