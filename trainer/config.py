@@ -48,7 +48,12 @@ class TrainerConfig:
         fixed=True,
     )
     run: str | None = _option(
-        None, "name of the run, its label on /metrics (default: ENV-seedSEED)", group=_RUN, fixed=True
+        None,
+        "name of the run, its label on /metrics (default: ENV-seedSEED); the longer name is for torchrun, which takes "
+        "the shorter one for its own",
+        group=_RUN,
+        fixed=True,
+        alias="--run-name",
     )
     seed: int = _option(
         1,
@@ -313,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
             group.add_argument(_flag(name), nargs="?", const=LATEST, metavar="PATH", help=text)
         else:
             group.add_argument(
-                _flag(name),
+                *filter(None, (option.metadata.get("alias"), _flag(name))),
                 dest=name,
                 type=_TYPES[name],
                 choices=option.metadata.get("choices"),

@@ -85,7 +85,7 @@ def test_help_shows_every_option_with_its_default():
     text = " ".join(text.split())
     options = text.split(" --config FILE YAML")[1].split(" --")
     assert len(options) > len(TrainerConfig.__dataclass_fields__)
-    for name in TrainerConfig.__dataclass_fields__:
-        flag = name.replace("_", "-")
+    for name, option in TrainerConfig.__dataclass_fields__.items():
+        flag = option.metadata.get("flag", "--" + name.replace("_", "-"))[2:]
         (described,) = [part for part in options if part.split(" ")[0] == flag and "(default: " in part] or [None]
         assert described or f"--no-{flag}" in text, flag

@@ -1,0 +1,113 @@
+"""Several processes train one run: the same as one process would, until one of them dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fetch, wait_until
+
+from stack.servers import ROOT
+from trainer.checkpoint import load
+
+SMALL = ("--num-envs", "8", "--rollout-steps", "16", "--minibatch-size", "64", "--hidden-size", "32")
+
+
+def command(ranks: int, folder: Path, *flags: str) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    places = ["--metrics-port", "0", "--targets-dir", str(folder / "targets"), "--checkpoint-dir", str(folder)]
+    return [*launcher, "trainer", *SMALL, *places, *flags]
+
+
+def train(ranks: int, folder: Path, *flags: str) -> str:
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        command(ranks, folder, "--run-name", "demo", *flags), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def updates_of(output: str) -> list[list[float]]:
+    """The numbers of every line about an update, but the speed."""
+    lines = re.findall(r"^update .*$", re.sub(r"steps/s \d+", "", output), re.MULTILINE)
+    return [[float(number) for number in re.findall(r"(?<![\w-])-?\d+(?:\.\d+)?(?:e-?\d+)?", line)] for line in lines]
+
+
+def test_two_ranks_with_half_of_the_environments_each_train_as_one_with_all_and_any_number_goes_on(tmp_path):
+    flags = ("--total-timesteps", str(128 * 6), "--log-interval", "1", "--value-clip-range", "0.2")
+    alone, together = train(1, tmp_path / "alone", *flags), train(2, tmp_path / "together", *flags)
+    assert len(updates_of(alone)) == 6
+    for expected, seen in zip(updates_of(alone), updates_of(together), strict=True):
+        assert seen == pytest.approx(expected, rel=1e-3, abs=2e-4)  # what the lines round to
+    states = [load(tmp_path / name / "demo" / "update-00000006.pt") for name in ("alone", "together")]
+    weights = [state["agent"]["policy"] for state in states]
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=1e-4, atol=1e-5)
+    runs = [state["run"] for state in states]
+    for total in ("updates", "environment_steps", "episodes"):
+        assert runs[0][total] == runs[1][total]
+    assert runs[0]["gradient_quality"]["steps_by_level"] == runs[1]["gradient_quality"]["steps_by_level"]
+
+    # On from the two ranks' checkpoint: with one process, and with four.
+    longer = ("--resume", "--total-timesteps", str(128 * 8), "--log-interval", "1")
+    on_alone, on_with_four = (
+        updates_of(train(ranks, tmp_path / name, *longer)) for ranks, name in ((1, "alone"), (4, "together"))
+    )
+    assert [line[0] for line in on_alone] == [7, 8]
+    for expected, seen in zip(on_alone, on_with_four, strict=True):
+        assert seen == pytest.approx(expected, rel=1e-3, abs=2e-4)
+
+
+def test_a_dead_rank_ends_the_job_names_itself_and_leaves_a_target_and_a_checkpoint(tmp_path):
+    flags = ("--run-name", "demo", "--total-timesteps", "10000000", "--checkpoint-every", "2")
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(command(2, tmp_path, *flags), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            output = tmp_path / "log"
+            url = wait_until(lambda: re.search(r"metrics at (\S+)", output.read_text()), "the endpoint")[1]
+            wait_until(lambda: (tmp_path / "demo" / "update-00000002.pt").exists(), "a checkpoint")
+            text = fetch(url)[1]
+            assert re.findall(r'^ppo_rank_rollout_seconds{rank="(\d)",run="demo"}', text, re.MULTILINE) == ["0", "1"]
+            assert len(re.findall(r"^ppo_gradient_cv{", text, re.MULTILINE)) == 1
+            second = next(
+                int(pid)
+                for pid in os.listdir("/proc")
+                if pid.isdigit()
+                and b"RANK=1\0" in _environment(pid)
+                and b"GROUP_RANK" in _environment(pid)
+                and f"{tmp_path}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+            )
+            os.kill(second, signal.SIGKILL)
+            assert job.wait(60) != 0
+        finally:
+            job.kill()
+            job.wait()
+    said = output.read_text()
+    assert "rank 0 cannot go on without the others" in said
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9", said)  # torchrun's report
+    assert re.search(r"^demo: failed after update \d+", said, re.MULTILINE)
+    assert [json.loads(path.read_text())[0]["labels"]["run"] for path in (tmp_path / "targets").iterdir()] == ["demo"]
+    last = max(int(path.stem.split("-")[1]) for path in (tmp_path / "demo").glob("update-*.pt"))
+    (seen,) = updates_of(train(1, tmp_path, "--resume", "--total-timesteps", str(128 * (last + 1))))
+    assert seen[0] == last + 1
+
+
+def _environment(pid: str) -> bytes:
+    try:
+        return b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_environments_that_ranks_cannot_share_evenly_are_refused(tmp_path):
+    done = subprocess.run(command(3, tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "num-envs must be a multiple of the 3 ranks, got 8" in done.stderr
