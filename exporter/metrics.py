@@ -198,7 +198,7 @@ ROLLOUT_DURATION = MetricFamily(
 RANK_ROLLOUT = MetricFamily(
     "ppo_rank_rollout_seconds",
     "gauge",
-    "Wall time that the rank took for its part of the last rollout; absent where one process trains alone.",
+    "Wall time that the rank, one of the processes that train the run together, took for its part of the last rollout.",
     (RANK_LABEL,),
     lambda run: [((str(rank),), seconds) for rank, seconds in enumerate(run.rank_rollout_seconds)],
 )

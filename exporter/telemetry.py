@@ -110,7 +110,7 @@ class PPOUpdatePayload:
         policy_loss ... episode_length_mean: training signals, None where not known (yet).
         update_duration_seconds: wall time of the update, >= 0.
         rollout_duration_seconds: wall time of collecting its experience, >= 0.
-        rank_rollout_seconds: the same for every rank, in order; empty where one process trains alone.
+        rank_rollout_seconds: the same for every process that trains the run, in the order of their ranks.
         timestamp_seconds: Unix time at which the update ended.
 
     Raises:

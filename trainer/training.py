@@ -224,7 +224,7 @@ class Training:
             episode_length_mean=fmean(lengths) if lengths else None,
             # The others wait for the slowest.
             rollout_duration_seconds=max(of_ranks),
-            rank_rollout_seconds=of_ranks if self.ranks.size > 1 else (),
+            rank_rollout_seconds=of_ranks,
         )
 
 

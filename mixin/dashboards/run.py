@@ -359,6 +359,16 @@ def _throughput(board: Board) -> None:
     )
     board.add(54, (18, 0, 6, 7), age, by_run(f"time() - {select(metrics.LAST_UPDATE_TIMESTAMP, MATCHERS)}"))
 
+    ranks = series_panel(
+        "Rollout of each rank",
+        "Wall time that each process of the run took for its part of the last rollout. Good: lines together. Bad: one "
+        "above the others, for which all of them wait.",
+        "s",
+        3,
+    )
+    of_ranks = Query(select(metrics.RANK_ROLLOUT, MATCHERS), f"rank {{{{{metrics.RANK_LABEL}}}}} · {RUN_LEGEND}")
+    board.add(55, (0, 7, 24, 6), ranks, of_ranks)
+
 
 def _process(board: Board) -> None:
     board.row(60, "Process")

@@ -42,6 +42,7 @@ def one_update(aggregator: RunAggregator) -> None:
         episode_length_mean=64.0,
         update_duration_seconds=0.3,
         rollout_duration_seconds=0.2,
+        rank_rollout_seconds=(0.2, 0.1),
         timestamp_seconds=1_700_000_000.5,
     )
 

@@ -55,7 +55,7 @@ def test_panel_says_what_it_shows(panel):
     assert all(references) and len(set(references)) == len(references)
     for target in panel["targets"]:
         labels = re.findall(r"{{(\w+)}}", target["legendFormat"])
-        assert panel["type"] == "table" or (target["legendFormat"] and set(labels) <= {"run", "head", "le"})
+        assert panel["type"] == "table" or (target["legendFormat"] and set(labels) <= {"run", "head", "rank", "le"})
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=[panel["title"] for panel in PANELS])

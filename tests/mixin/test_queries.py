@@ -142,5 +142,5 @@ def test_the_same_queries_show_a_stable_baselines3_run(start: Callable, start_ob
     port = observability.ports.metrics
     command = [sys.executable, "-c", SB3_RUN, str(port), str(observability.targets)]
     start("trainer", command, f"http://127.0.0.1:{port}/metrics")
-    # A monitor measures the global norm on demand only.
-    check(observability, queries().keys() - EMPTY_IN_HEALTH.keys() - {"Global gradient norm"})
+    # A monitor measures the global norm on demand only, and knows of no rank's rollout.
+    check(observability, queries().keys() - EMPTY_IN_HEALTH.keys() - {"Global gradient norm", "Rollout of each rank"})
