@@ -262,6 +262,17 @@ def test_held_connections_are_closed_and_keep_nobody_from_scraping(tmp_path, sch
         wait_until(lambda: resources()[1] <= descriptors, "their descriptors are free")
 
 
+def test_the_connection_that_has_waited_longest_makes_room(monkeypatch):
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 10)
+    with MetricsServer(trained_aggregator(), port=0) as server:
+        held = [hold(server.port, b"GET", None) for _ in range(30)]
+        assert ask(server.url).status == 200
+        closed = [bool(select.select([client], [], [], 0)[0]) for client in held]
+        assert closed == [True] * 21 + [False] * 9
+        for client in held:
+            client.close()
+
+
 def test_a_forked_child_does_not_hold_the_port_or_the_clients():
     server = MetricsServer(trained_aggregator(), port=0)
     client = hold(server.port, b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n", None)
