@@ -174,21 +174,26 @@ class ActorCritic(nn.Module):
     def forward(self, observations: Tensor) -> tuple[FactoredCategorical, Tensor]:
         """Action distribution and values [batch] for observations [batch, observation_size]."""
         features = self.trunk(observations)
-        distribution = FactoredCategorical(self.policy_layer(features), self._layout._replace(rows=self._rows))
+        distribution = self._distribution(self.policy_layer(features))
         return distribution, self._values(features if self.value_trunk is None else self.value_trunk(observations))
 
     @torch.inference_mode()
-    def act(self, observations: np.ndarray, variates: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sampled actions [batch, heads], their joint log-probabilities [batch] and values [batch].
+    def act(self, observations: np.ndarray, variates: Tensor) -> np.ndarray:
+        """Sampled actions [batch, heads], int64.
 
         Args:
             observations: [batch, observation_size].
             variates: [heads, batch], uniform in [0, 1): the chance in the sampling.
         """
+        logits = self.policy_layer(self.trunk(self._to_device(observations)))
+        return self._distribution(logits).sample(variates).cpu().numpy()
+
+    @torch.inference_mode()
+    def evaluate(self, observations: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Joint log-probabilities of actions [batch, heads] and values, each [batch]."""
         distribution, values = self(self._to_device(observations))
-        actions = distribution.sample(variates)
-        log_probs, _ = distribution.evaluate(actions)
-        return actions.cpu().numpy(), log_probs.cpu().numpy(), values.cpu().numpy()
+        log_probs, _ = distribution.evaluate(self._to_device(actions))
+        return log_probs.cpu().numpy(), values.cpu().numpy()
 
     @torch.inference_mode()
     def values(self, observations: np.ndarray) -> np.ndarray:
@@ -196,11 +201,14 @@ class ActorCritic(nn.Module):
         trunk = self.trunk if self.value_trunk is None else self.value_trunk
         return self._values(trunk(self._to_device(observations))).cpu().numpy()
 
+    def _distribution(self, logits: Tensor) -> FactoredCategorical:
+        return FactoredCategorical(logits, self._layout._replace(rows=self._rows))
+
     def _values(self, features: Tensor) -> Tensor:
         return self.return_moments.mean + self.return_moments.deviation * self.value_layer(features).squeeze(-1)
 
-    def _to_device(self, observations: np.ndarray) -> Tensor:
-        return torch.from_numpy(observations).to(self._rows.device)
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._rows.device)
 
 
 def flat_parameters(module: nn.Module) -> nn.Parameter:

@@ -171,10 +171,10 @@ class RolloutCollector:
         shape = (self._steps, count)
         observations = np.empty((*shape, self._environment.observation_size), np.float32)
         actions = np.empty((*shape, len(self._environment.heads)), np.int64)
-        log_probs, values, rewards = (np.empty(shape, np.float32) for _ in range(3))
-        next_values = np.zeros(shape, np.float32)
+        rewards = np.empty(shape, np.float32)
         ends, trained_on = np.zeros(shape, bool), np.ones(shape, bool)
         finished: list[tuple[float, int]] = []
+        cut_short: list[tuple[int, np.ndarray, np.ndarray]] = []
         variates = self._ranks.own_columns(
             torch.rand(
                 (self._steps, len(self._environment.heads), self._ranks.size * count),
@@ -186,7 +186,7 @@ class RolloutCollector:
         for step in range(self._steps):
             observations[step] = self._observations
             trained_on[step] = ~self._only_resets
-            actions[step], log_probs[step], values[step] = self._policy.act(self._observations, variates[step])
+            actions[step] = self._policy.act(self._observations, variates[step])
             following, reward, terminated, truncated, infos = self._environment.vector_env.step(
                 self._environment.environment_actions(actions[step])
             )
@@ -194,16 +194,23 @@ class RolloutCollector:
             ends[step] = terminated | truncated
             finished += self._finished_episodes(reward, ends[step])
             following, final = self._after_episode_ends(_float32(following), ends[step], infos)
-            cut_short = truncated & ~terminated
-            if cut_short.any():
-                next_values[step, cut_short] = self._policy.values(final[cut_short])
+            if truncated.any():
+                environments = np.flatnonzero(truncated & ~terminated)
+                cut_short.append((step, environments, final[environments]))
             self._observations = following
             if should_stop():
                 return None
 
-        continued = ~ends
-        next_values[:-1][continued[:-1]] = values[1:][continued[:-1]]
-        next_values[-1][continued[-1]] = self._policy.values(self._observations)[continued[-1]]
+        # The policy has not changed on the way, and one large batch costs less than many small ones.
+        samples = self._steps * count
+        log_probs, values = (
+            array.reshape(shape)
+            for array in self._policy.evaluate(observations.reshape(samples, -1), actions.reshape(samples, -1))
+        )
+        next_values = np.concatenate([values[1:], self._policy.values(self._observations)[np.newaxis]])
+        next_values[ends] = 0.0
+        for step, environments, final in cut_short:
+            next_values[step, environments] = self._policy.values(final)
         advantages = generalized_advantages(rewards, values, next_values, ends, self._gamma, self._gae_lambda)
         of_ranks = self._ranks.gather_objects((int(trained_on.sum()), finished))
         finished = [episode for _, of_rank in of_ranks for episode in of_rank]

@@ -31,9 +31,10 @@ def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
     steps, environments = 5, SAMPLES // 4
     observations = rng.normal(size=(steps, environments, 6)).astype(np.float32)
     variates = torch.rand(len(HEADS), steps * environments, generator=torch.Generator().manual_seed(seed))
+    actions = policy.act(observations.reshape(-1, 6), variates)
+    log_probs, values = policy.evaluate(observations.reshape(-1, 6), actions)
     actions, log_probs, values = (
-        array.reshape(steps, environments, *array.shape[1:])
-        for array in policy.act(observations.reshape(-1, 6), variates)
+        array.reshape(steps, environments, *array.shape[1:]) for array in (actions, log_probs, values)
     )
     advantages = rng.normal(50.0, 3.0, size=values.shape).astype(np.float32)
     noise = rng.normal(scale=0.2, size=values.shape).astype(np.float32)
