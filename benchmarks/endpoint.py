@@ -4,9 +4,10 @@
 connection that the server closes is opened again), floods it, and scrapes it once a second meanwhile. Servers that are
 not installed are left out: `pip install cheroot uvicorn hypercorn granian` into an environment of your own.
 
-`training` runs the real trainer in one process: without the endpoint, with it, scraped once a second, and flooded by
-eight clients, in blocks of some seconds in an order that changes from round to round. The table gives medians over the
-rounds of the ratio of a block's speed to that of the round's block without the endpoint. Clients run on another core.
+`training` runs the real trainer in one process: with the endpoint scraped once a second, and flooded by eight clients,
+in blocks of some seconds in an order that changes from round to round, each between two blocks without the endpoint.
+The table gives medians of the ratio of a block's speed to the mean of its two neighbours; its first row, of one such
+block to the one before, shows how much of that is noise. Clients run on another core.
 
     .venv/bin/python -m benchmarks.endpoint --help
 """
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import random
+import signal
 import socket
 import ssl
 import statistics
@@ -237,33 +239,34 @@ class Held:
         self._sock: socket.socket | None = None
         self._opened = 0.0
 
-    def tend(self) -> float | None:
-        """Open what is closed, feed what drips; seconds for which it was held if it has just been closed."""
+    def tend(self) -> float:
+        """Open what is closed, feed what drips; seconds for which the connection has been held."""
+        held = time.monotonic() - self._opened
         try:
             if self._sock is None:
-                self._opened = time.monotonic()
+                self._opened, held = time.monotonic(), 0.0
                 self._sock = socket.create_connection(("127.0.0.1", self._port), timeout=2.0)
                 if self._tls is not None:
                     self._sock = self._tls.wrap_socket(self._sock)
                 if self._kind != "idle":
-                    self._sock.sendall({"half": HALF, "drip": b"G", "handshake": b"\x16\x03\x01\x02\x00"}[self._kind])
+                    self._sock.sendall(b"\x16\x03\x01\x02\x00" if self._kind == "handshake" else HALF)
                 self._sock.setblocking(False)
-            elif self._kind == "drip":
-                self._sock.sendall(b"E")
-            elif not self._sock.recv(1024):
-                raise ConnectionAbortedError
+            else:
+                if self._kind == "drip":
+                    self._sock.sendall(b"x")
+                if not self._sock.recv(1024):
+                    raise ConnectionAbortedError
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
         except OSError:
             if self._sock is not None:
                 self._sock.close()
                 self._sock = None
-                return time.monotonic() - self._opened
-        return None
+        return held
 
 
 def hold(port: int, is_tls: bool, report: multiprocessing.Queue) -> None:
-    """In a process of its own: hold connections; says how long the longest one was held."""
+    """In a process of its own: hold connections; says for how long the longest one has been held."""
     pin(1)
     tls = client_tls() if is_tls else None
     kinds = ("idle", "handshake", "half", "drip") if is_tls else ("idle", "half", "drip")
@@ -273,9 +276,7 @@ def hold(port: int, is_tls: bool, report: multiprocessing.Queue) -> None:
         held = [Held(port, kinds[index % len(kinds)], tls) for index in range(number, HELD, threads)]
         while True:
             until = time.monotonic() + 1.0
-            for each in held:
-                if (seconds := each.tend()) is not None:
-                    report.put(seconds)
+            report.put(max(each.tend() for each in held))
             time.sleep(max(0.0, until - time.monotonic()))
 
     for number in range(threads):
@@ -353,6 +354,7 @@ def process(target: Callable, *args: object) -> Iterator[multiprocessing.Queue]:
     queue = context.Queue()
     child = context.Process(target=target, args=(*args, queue), daemon=True)
     child.start()
+    queue.pid = child.pid
     try:
         yield queue
     finally:
@@ -387,24 +389,27 @@ def measure_server(name: str, certificate: Certificate | None, seconds: float) -
             started = time.perf_counter()
             scrape(port, tls, 2.0)
             latencies.append(time.perf_counter() - started)
-        drained(status)
-        time.sleep(4.0)
-        alone = statistics.median(speed for speed, _, _ in drained(status))
-        memory = status.get()[2]
-
         with process(flood, port, is_tls) as answered:
             while answered.empty():
                 time.sleep(0.1)
-            drained(answered), drained(status)
-            flooded_scrapes = scrape_for(port, is_tls, seconds / 2)
-            requests = len(drained(answered)) / (seconds / 2)
-            flooded = statistics.median(speed for speed, _, _ in drained(status))
-        with process(hold, port, is_tls) as ended:
+            ratios, requests, flooded_scrapes = [], 0, []
+            for _ in range(4):
+                os.kill(answered.pid, signal.SIGSTOP)
+                time.sleep(1.5)
+                drained(status), drained(answered)
+                alone = statistics.mean(status.get()[0] for _ in range(3))
+                os.kill(answered.pid, signal.SIGCONT)
+                drained(status)
+                flooded_scrapes += scrape_for(port, is_tls, 5)
+                ratios.append(statistics.mean(speed for speed, _, _ in drained(status)) / alone)
+                requests += len(drained(answered))
+        memory = status.get()[2]
+        with process(hold, port, is_tls) as longest:
             time.sleep(3.0)
             drained(status)
             scrapes = scrape_for(port, is_tls, seconds)
             states = drained(status)
-            held = drained(ended)
+            held = drained(longest)
         in_time = sum(took <= 1.0 for took in scrapes)
         return [
             name,
@@ -412,12 +417,12 @@ def measure_server(name: str, certificate: Certificate | None, seconds: float) -
             f"{statistics.median(latencies) * 1e3:.1f}",
             f"{in_time} of {len(scrapes)}",
             f"{max(scrapes) * 1e3:.0f}" if max(scrapes) < 10 else "failed",
-            f"{max(held):.1f}" if len(held) >= HELD / 2 else "not all",
+            f"{max(held):.1f}" if max(held) < seconds else "all the time",
             f"{max(threads for _, threads, _ in states)}",
             f"{max(memory_now for _, _, memory_now in states) - memory:+.0f}",
-            f"{requests:.0f}",
+            f"{requests / len(flooded_scrapes):.0f}",
             f"{sum(took <= 1.0 for took in flooded_scrapes)} of {len(flooded_scrapes)}",
-            f"{flooded / alone - 1:+.0%}",
+            f"{statistics.median(ratios) - 1:+.0%}",
         ]
 
 
@@ -459,35 +464,31 @@ def measure_training(options: argparse.Namespace) -> None:
             updates += 1
         return updates / (time.monotonic() - started)
 
-    def with_endpoint(client: Callable | None) -> float:
+    def with_endpoint(client: Callable) -> float:
         with MetricsServer(training.aggregator, port=0) as server:
-            if client is None:
-                return speed()
             with process(client, server.port, False) as ready:
                 ready.get(timeout=60)
                 return speed()
 
-    ways = {
-        "no endpoint": speed,
-        "no endpoint, again": speed,
-        "endpoint, nobody asks": lambda: with_endpoint(None),
+    ways: dict[str, Callable[[], float]] = {
         "scraped every second": lambda: with_endpoint(scrape_every_second),
         f"flooded by {FLOODING_CLIENTS} clients": lambda: with_endpoint(flood),
     }
-    ratios: dict[str, list[float]] = {name: [] for name in ways}
-    speeds = []
+    ratios: dict[str, list[float]] = {"no endpoint": [], **{name: [] for name in ways}}
+    speeds = [speed()]
     for number in range(options.rounds):
-        order = list(ways)
-        random.Random(number).shuffle(order)
-        measured = {name: ways[name]() for name in order}
+        for name in random.Random(number).sample(list(ways), len(ways)):
+            measured = ways[name]()
+            speeds.append(speed())
+            ratios[name].append(measured / statistics.mean(speeds[-2:]))
+            ratios["no endpoint"].append(speeds[-1] / speeds[-2])
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-        speeds.append(measured["no endpoint"])
-        for name, each in measured.items():
-            ratios[name].append(each / measured["no endpoint"])
-    print(f"{statistics.median(speeds):.2f} updates a second without the endpoint; {options.rounds} rounds of blocks of "
-          f"{options.block:.0f} s\n\n| way | speed, median of ratios | lowest | highest |\n|---|---|---|---|")  # fmt: skip
+    print(
+        f"{statistics.median(speeds):.2f} updates a second without the endpoint; {options.rounds} rounds of blocks of "
+        f"{options.block:.0f} s\n\n| way | speed, median of ratios | all ratios |\n|---|---|---|"
+    )
     for name, each in ratios.items():
-        print(f"| {name} | {statistics.median(each):.3f} | {min(each):.3f} | {max(each):.3f} |")
+        print(f"| {name} | {statistics.median(each):.3f} | {' '.join(f'{ratio:.3f}' for ratio in sorted(each))} |")
 
 
 def main() -> None:
@@ -499,8 +500,8 @@ def main() -> None:
     servers.add_argument("--seconds", type=float, default=60, help="of scrapes with connections held")
     servers.set_defaults(run=compare_servers)
     training = commands.add_parser("training", help="cost to the real trainer", **defaults)
-    training.add_argument("--rounds", type=int, default=7, help="rounds, each with one block of every way")
-    training.add_argument("--block", type=float, default=15, help="seconds of a block")
+    training.add_argument("--rounds", type=int, default=6, help="rounds, each with one block of every way")
+    training.add_argument("--block", type=float, default=20, help="seconds of a block")
     training.set_defaults(run=measure_training)
     options = parser.parse_args()
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}\n")

@@ -34,7 +34,7 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_BODY_BYTES = 16 * 1024  # of requests, where it is read only to be thrown away
 CPU_SHARE = 0.05
 """Of one core, that the serving thread takes in the long run; what it cannot do with that waits."""
-CPU_BURST_SECONDS = 0.5
+CPU_BURST_SECONDS = 0.4
 """Of CPU time, that the serving thread saves up while it is idle."""
 _LONGEST_PAUSE_SECONDS = 0.25
 _TLS_RECORD_BYTES = 16 * 1024
