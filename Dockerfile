@@ -2,7 +2,7 @@
 FROM python:3.11.13-slim-bookworm
 
 WORKDIR /app
-RUN useradd --uid 1000 --create-home ppo && mkdir targets .stack && chown ppo targets .stack
+RUN useradd --uid 1000 --create-home ppo && mkdir targets checkpoints .stack && chown ppo targets checkpoints .stack
 
 COPY pyproject.toml constraints.txt README.md ./
 COPY exporter exporter
