@@ -43,7 +43,7 @@ DISCOVERY = 10.0  # seconds; Prometheus gathers changes of its targets for five 
 TRAINER_FLAGS = ("--num-envs", "16", "--rollout-steps", "64", "--minibatch-size", "256")
 
 CROSSED, NOTIFIED = "gradient crossed the threshold", "notification received"
-RECOVERED, TOLD_OVER = "gradient healthy again", "resolved notification received"
+RECOVERED, TOLD_OVER = "gradient no longer critical", "resolved notification received"
 
 # No proxy from the environment stands between us and the stack.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -273,7 +273,7 @@ class DrilledRun:
         self.started = self.started or event
         if level == HealthLevel.CRITICAL:
             self.crossed = self.crossed or event
-        elif self.crossed and level == HealthLevel.HEALTHY:
+        elif self.crossed:
             self.recovered = self.recovered or event
 
     def end(self) -> None:
@@ -408,7 +408,7 @@ class FireDrill:
         healthy = DISCOVERY + 2 * self.scrape_interval
         expected = healthy + hold + to_notice + rule.keep + self.group_interval
         self._say(
-            f"Fire drill {options.run}: healthy for {healthy:g} s, critical for {hold:g} s, then healthy again; "
+            f"Fire drill {options.run}: healthy for {healthy:g} s, critical for {hold:g} s, then left to recover; "
             f"{CV_CRITICAL.name} waits {rule.hold:g} s before it fires and {rule.keep:g} s before it resolves. "
             f"All of it takes about {expected / 60:.0f} min."
         )
@@ -502,10 +502,10 @@ class FireDrill:
         )
         yield Step(
             RECOVERED,
-            "the drill to end and an update to be healthy",
+            "the drill to end and an update not to be critical",
             healthy + hold,
             lambda: drilled.recovered,
-            lambda: "The run did not become healthy after the drill.",
+            lambda: "The run stayed critical after the drill.",
         )
         yield Step(
             "alert resolved",
@@ -587,7 +587,9 @@ class FireDrill:
         if rule.error:
             return f"The rule fails: {rule.error}"
         if self.drilled.recovered is not None:
-            return "The gradient was healthy again before the alert fired: let it be critical for longer with --hold."
+            return (
+                "The gradient was no longer critical before the alert fired: let it be critical for longer with --hold."
+            )
         series = self.prometheus.get("query", query=f"{GRADIENT_CV.name}{{{RUN_LABEL}={quoted(self.options.run)}}}")
         seen = [f"{sample['metric']} is {sample['value'][1]}" for sample in series["result"]]
         return f"The rule asks for {rule.query}; the run's series: {'; '.join(seen) or 'none'}."
@@ -641,7 +643,7 @@ class FireDrill:
         self.console.print(table)
         for told, cause, after in (
             (NOTIFIED, CROSSED, "after the gradient crossed the threshold"),
-            (TOLD_OVER, RECOVERED, "after the gradient was healthy again"),
+            (TOLD_OVER, RECOVERED, "after the gradient was no longer critical"),
         ):
             if told in seen:
                 self._say(f"Told {seen[told].time - seen[cause].time:.1f} s {after}: {seen[told].note}")

@@ -23,7 +23,7 @@ STEPS = [
     "alert firing",
     "Alertmanager has it",
     "notification received",
-    "gradient healthy again",
+    "gradient no longer critical",
     "alert resolved",
     "resolved notification received",
 ]
@@ -95,12 +95,14 @@ def test_a_drill_sees_every_step_in_its_order_and_says_when(start_observability,
     assert re.fullmatch(rf"FIRING Gradient CV 2\.\d{{3}} is BAD in run {RUN}", text)
     assert end == text.replace("FIRING", "RESOLVED")
     assert float(paged) == pytest.approx(at["notification received"] - at["gradient crossed the threshold"], abs=0.11)
-    assert float(over) == pytest.approx(at["resolved notification received"] - at["gradient healthy again"], abs=0.11)
+    assert float(over) == pytest.approx(
+        at["resolved notification received"] - at["gradient no longer critical"], abs=0.11
+    )
 
     # What the drill read as crossing and recovery is what the run went through: 16 gradient steps an update.
     crossed, recovered = (
         [int(number) for number in re.search(rf"{step} .*?update (\d+)(?: to (\d+))?,", output()).groups() if number]
-        for step in ("gradient crossed the threshold", "gradient healthy again")
+        for step in ("gradient crossed the threshold", "gradient no longer critical")
     )
     critical = f'max_over_time(ppo_gradient_steps_total{{run="{RUN}",health="critical"}}[5m])'
     (sample,) = observability.query(critical)
