@@ -242,6 +242,7 @@ class Stack:
     def _trainer_command(self) -> list[str | Path]:
         command = [sys.executable, "-m", "trainer", "--metrics-address", "127.0.0.1"]
         command += ["--metrics-port", str(self.ports.metrics), "--targets-dir", self.targets.resolve()]
+        command += ["--checkpoint-dir", self.state.resolve() / "checkpoints"]
         if sys.stdout.isatty():
             command += ["--follow", self.messages.path.resolve()]
         return [*command, *self.trainer_arguments]
@@ -369,7 +370,9 @@ def main(arguments: list[str] | None = None) -> int:
         ("metrics", "the trainer's /metrics"),
     ):
         parser.add_argument(f"--{name}-port", type=_port, default=getattr(Ports, name), help=f"TCP port of {what}")
-    parser.add_argument("--state-dir", type=Path, default=Path(".stack"), help="logs, storage, adapted configuration")
+    parser.add_argument(
+        "--state-dir", type=Path, default=Path(".stack"), help="logs, storage, checkpoints, adapted configuration"
+    )
     options = parser.parse_args(arguments[:split])
     trainer_arguments = arguments[split + 1 :]
     if {"-h", "--help"} & set(trainer_arguments):

@@ -110,13 +110,14 @@ def test_all_processes_end_with_the_runner(run, number, code):
         assert targets[0].exists(), "after a crash the trainer must stay in service discovery, so that it is seen"
     else:
         assert not targets[0].exists(), "the trainer was not given the time to end cleanly"
+        assert list((runner.state / "checkpoints").rglob("*.pt")), "nothing to go on from"
         assert "Traceback" not in runner.text
     for name in ("prometheus", "alertmanager", "receiver", "metrics"):
         socket.create_server(("127.0.0.1", getattr(runner.ports, name))).close()
 
 
-def test_the_servers_outlive_training(run):
-    runner = run(SHORT_RUN)
+def test_the_servers_outlive_training(run, tmp_path):
+    runner = run([*SHORT_RUN, "--checkpoint-dir", str(tmp_path / "own")])
     wait_until(lambda: runner.says("The servers stay up"), "the end of training is said")
     api = runner.ports.url("prometheus") + "/api/v1"
 
@@ -128,6 +129,7 @@ def test_the_servers_outlive_training(run):
     rules = json.loads(fetch(f"{api}/rules")[1])["data"]["groups"]
     assert rules, "the alert rules are not loaded"
     assert fetch(runner.ports.url("alertmanager") + "/-/ready")[0] == 200
+    assert list((tmp_path / "own").rglob("*.pt")) and not (runner.state / "checkpoints").exists()
     for name in ("prometheus", "alertmanager"):
         assert runner.ports.url(name) in runner.text
 
