@@ -50,6 +50,10 @@ from mixin.promql import (
 PROMETHEUS, GRAFANA = "prometheus", "grafana"
 """Values of the label `evaluator`, by which Alertmanager tells which of two equal alerts to keep quiet."""
 
+PROMPT_GROUP, SLOW_GROUP = "ppo", "ppo-slow"
+SLOW_INTERVAL = 30
+"""Seconds between evaluations of the slow group; the other has Prometheus' own evaluation interval."""
+
 
 @dataclass(frozen=True)
 class Alert:
@@ -154,7 +158,7 @@ def recordings(config: MixinConfig) -> dict[str, str]:
 
 
 def alerts(config: MixinConfig) -> list[Alert]:
-    """Every alert, in the order in which the rules file lists them."""
+    """Every alert, in the order of `TIMINGS`."""
     job = f"job={quoted(config.job)}"
     raw = recordings(config)
     recorded = {name: f"{name}{{{job}}}" for name in raw}
@@ -282,10 +286,21 @@ def alerts(config: MixinConfig) -> list[Alert]:
 
 
 def prometheus_rules(config: MixinConfig) -> dict:
-    """Content of the rules file. One group: its rules are evaluated in their order, each on what stands before it."""
-    rules = [{"record": name, "expr": expression} for name, expression in recordings(config).items()]
-    rules += [_prometheus_rule(alert, config) for alert in alerts(config)]
-    return {"groups": [{"name": "ppo", "rules": rules}]}
+    """Content of the rules file. A group's rules are evaluated in their order, each on what stands before it.
+
+    What looks at minutes or at every head is slow for many runs and seldom needed to the second: it has a group and
+    an interval of its own (docs/fleet.md).
+    """
+    rules = {name: {"record": name, "expr": expression} for name, expression in recordings(config).items()}
+    rules |= {alert.key: _prometheus_rule(alert, config) for alert in alerts(config)}
+    prompt = (CV_RECORD, LEVEL_RECORD, CV_WARNING, CV_CRITICAL, DOWN)
+    slow = [rule for key, rule in rules.items() if key not in prompt]
+    return {
+        "groups": [
+            {"name": PROMPT_GROUP, "rules": [rules[key] for key in prompt]},
+            {"name": SLOW_GROUP, "interval": duration(SLOW_INTERVAL), "rules": slow},
+        ]
+    }
 
 
 def _prometheus_rule(alert: Alert, config: MixinConfig) -> dict:

@@ -58,7 +58,7 @@ TIMINGS: Mapping[AlertKey, Timing] = MappingProxyType(
         UNREACHABLE: Timing(300, 120),
     }
 )
-"""Every alert, in the order in which the rules file lists them, with its default times."""
+"""Every alert with its default times."""
 
 
 def duration(seconds: int) -> str:

@@ -23,7 +23,7 @@ from exporter.metrics import (
     UPDATES,
     MetricFamily,
 )
-from mixin.alerts import alerts
+from mixin.alerts import PROMPT_GROUP, SLOW_GROUP, alerts
 from mixin.config import (
     CRITICAL_STEPS,
     CV_CRITICAL,
@@ -58,6 +58,7 @@ def rule_tests(config: MixinConfig) -> dict:
     return {
         "rule_files": ["ppo.rules.yml"],
         "evaluation_interval": duration(STEP),
+        "group_eval_order": [PROMPT_GROUP, SLOW_GROUP],
         "tests": _Tests(config).all(),
     }
 

@@ -185,7 +185,9 @@ def _over_time(board: Board, config: MixinConfig) -> None:
         0,
         stacked=True,
     )
-    board.add(20, (0, 14, 10, 8), colored_by_level(counts.min(0)), *_runs_by_level(Shape.SERIES))
+    # Every point counts all runs anew: as many points as can be told apart, and no more in a longer range.
+    counts.min(0).max_data_points(240)
+    board.add(20, (0, 14, 10, 8), colored_by_level(counts), *_runs_by_level(Shape.SERIES))
 
     worst = bars_panel(
         "The ten worst runs now",

@@ -13,7 +13,8 @@ CONFIGURATION = REPOSITORY / "alerts/alertmanager.yml"
 def every_alert() -> list[dict[str, str]]:
     """Labels of every alert of both evaluators, as they arrive."""
     where = {"job": "ppo", "instance": "127.0.0.1:9842", "run": "demo"}
-    rules = yaml.safe_load((REPOSITORY / "alerts/ppo.rules.yml").read_text())["groups"][0]["rules"]
+    groups = yaml.safe_load((REPOSITORY / "alerts/ppo.rules.yml").read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
     grafana = yaml.safe_load((REPOSITORY / "grafana/provisioning/alerting/ppo.yml").read_text())["groups"]
     return [
         *({"alertname": rule["alert"], **rule["labels"], **where} for rule in rules if "alert" in rule),

@@ -8,9 +8,9 @@ from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD
 from mixin.__main__ import REPOSITORY
 
 ALERTS = REPOSITORY / "alerts"
-(GROUP,) = yaml.safe_load((ALERTS / "ppo.rules.yml").read_text())["groups"]
-RULES = [rule for rule in GROUP["rules"] if "alert" in rule]
-RECORDS = [rule for rule in GROUP["rules"] if "record" in rule]
+GROUPS = yaml.safe_load((ALERTS / "ppo.rules.yml").read_text())["groups"]
+RULES = [rule for group in GROUPS for rule in group["rules"] if "alert" in rule]
+RECORDS = [rule for group in GROUPS for rule in group["rules"] if "record" in rule]
 
 
 def run(*command: object) -> None:
@@ -46,8 +46,9 @@ def test_every_alert_has_cases_in_which_it_fires_and_in_which_it_stays_silent():
 
 
 def test_recorded_series_come_first_and_are_named_level_metric_operation():
-    kinds = ["record" in rule for rule in GROUP["rules"]]
-    assert kinds == sorted(kinds, reverse=True)
+    for group in GROUPS:
+        kinds = ["record" in rule for rule in group["rules"]]
+        assert kinds == sorted(kinds, reverse=True)
     for rule in RECORDS:
         level, metric, operation = rule["record"].split(":")
         assert level.startswith("job_instance_run") and metric.startswith("ppo_") and operation

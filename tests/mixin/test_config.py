@@ -75,8 +75,9 @@ def test_rule_tests_notice_a_rule_that_is_not_what_the_site_asked_for(site: Path
 
 
 def test_one_setting_reaches_both_evaluators_the_dashboards_and_alertmanager(site: Path):
-    (group,) = load(site / "alerts/ppo.rules.yml")["groups"]
-    prometheus = {(r["alert"], r["labels"]["severity"]): r for r in group["rules"] if "alert" in r}
+    groups = load(site / "alerts/ppo.rules.yml")["groups"]
+    rules = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+    prometheus = {(rule["alert"], rule["labels"]["severity"]): rule for rule in rules}
     folders = load(site / "grafana/provisioning/alerting/ppo.yml")["groups"]
     grafana = {(rule["title"], rule["labels"]["severity"]): rule for group in folders for rule in group["rules"]}
     assert set(prometheus) == set(grafana)
