@@ -201,10 +201,12 @@ class PPOAgent:
             if hp.target_kl is not None and ranks.sum_(statistics[-1].clone())[3].item() > hp.target_kl:
                 break
 
-        steps = self._meter.collect()
+        # The only wait for the device: the norms are on their way when the statistics arrive.
+        norms = self._meter.start_collecting()
         policy_loss, value_loss, entropy, approx_kl, clip_fraction = ranks.sum_(
             torch.stack(statistics).mean(0)
         ).tolist()
+        steps = norms.result()
         metrics = PPOUpdateMetrics(
             **summarize_gradient_steps(steps),
             skipped_gradient_steps=sum(not math.isfinite(step.global_norm) for step in steps),

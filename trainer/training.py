@@ -77,7 +77,7 @@ class Training:
             raise ConfigError(f"num-envs must be a multiple of the {ranks.size} ranks, got {config.num_envs}")
         device = ranks.device(config.device)
         try:
-            self.environment = make_environment(config.env, config.num_envs // ranks.size, config.vectorization)
+            self.environment = make_environment(config.env, config.num_envs // ranks.size, config.vectorization, device)
         except UnsupportedEnvironment as error:
             raise ConfigError(str(error)) from error
         heads = self.environment.heads

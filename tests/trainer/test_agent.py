@@ -31,7 +31,7 @@ def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
     steps, environments = 5, SAMPLES // 4
     observations = rng.normal(size=(steps, environments, 6)).astype(np.float32)
     variates = torch.rand(len(HEADS), steps * environments, generator=torch.Generator().manual_seed(seed))
-    actions = policy.act(observations.reshape(-1, 6), variates)
+    actions = policy.act(observations.reshape(-1, 6), variates.to(next(policy.parameters()).device))
     log_probs, values = policy.evaluate(observations.reshape(-1, 6), actions)
     actions, log_probs, values = (
         array.reshape(steps, environments, *array.shape[1:]) for array in (actions, log_probs, values)
@@ -193,3 +193,19 @@ def test_target_kl_ends_the_update_after_the_epoch_that_exceeds_it():
     policy = make_policy()
     metrics = make_agent(policy, target_kl=1e-9).update(make_rollout(policy), learning_rate=1e-3)
     assert len(metrics["gradient_cv_per_step"]) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_update_on_cuda_waits_for_the_device_only_at_its_end():
+    policy = make_policy().cuda()
+    agent = make_agent(policy)
+    agent.update(make_rollout(policy), learning_rate=1e-3)
+    rollout = make_rollout(policy, 1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as waits:
+            agent.update(rollout, learning_rate=1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1

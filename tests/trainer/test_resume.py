@@ -69,7 +69,8 @@ def counters(run: RunSnapshot) -> dict:
     plain = run.plain()
     for name in ("update_duration_seconds", "rollout_duration_seconds"):
         plain[name] = sum(plain[name]["counts"])
-    del plain["last_update_timestamp_seconds"], plain["resumes"]
+    for name in ("last_update_timestamp_seconds", "rank_rollout_seconds", "resumes"):
+        del plain[name]
     return plain
 
 

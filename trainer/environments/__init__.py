@@ -9,6 +9,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 DEFAULT_ENVIRONMENT = "host-growth"
+DEVICE_ENVS = 1024
+"""Host networks from which a GPU is worth the way to it."""
 VECTORIZATIONS = ("sync", "vector_entry_point")
 """Of Gymnasium's vectorization modes those that stay in this process."""
 
@@ -43,13 +45,14 @@ class TrainingEnvironment:
         return actions[:, 0] if isinstance(space, spaces.Discrete) else actions
 
 
-def make_environment(name: str, num_envs: int, vectorization: str = "sync") -> TrainingEnvironment:
+def make_environment(name: str, num_envs: int, vectorization: str = "sync", device: str = "cpu") -> TrainingEnvironment:
     """Build `num_envs` copies of the environment `name`.
 
     Args:
         name: `host-growth` or the id of a registered Gymnasium environment.
         num_envs: number of copies.
         vectorization: for Gymnasium's environments, one of `VECTORIZATIONS`.
+        device: where the policy lives; with at least `DEVICE_ENVS` of them, so do the host networks.
 
     Raises:
         UnsupportedEnvironment: unknown id, missing dependency, or unsupported spaces.
@@ -57,7 +60,7 @@ def make_environment(name: str, num_envs: int, vectorization: str = "sync") -> T
     if name == DEFAULT_ENVIRONMENT:
         from trainer.environments.host_growth import HostGrowthVectorEnv
 
-        vector_env: VectorEnv = HostGrowthVectorEnv(num_envs)
+        vector_env: VectorEnv = HostGrowthVectorEnv(num_envs, device=device if num_envs >= DEVICE_ENVS else "cpu")
     else:
         try:
             # SAME_STEP spends no environment step on the reset itself; a vector class has a mode of its own.
