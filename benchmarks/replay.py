@@ -28,7 +28,7 @@ PROCESS_START = "process_start_time_seconds"
 ACCEPT = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
 # Small rollouts: an update takes less than the time between two samples, so that each sample is another one.
 TRAINER = (
-    "--num-envs 8 --rollout-steps 32 --minibatch-size 64 --epochs 1 --total-timesteps 1000000000 "
+    "--num-envs 8 --rollout-steps 16 --minibatch-size 64 --epochs 1 --total-timesteps 1000000000 "
     "--no-anneal-learning-rate"
 )
 
@@ -41,7 +41,7 @@ class RecordingFailed(RuntimeError):
 
 
 def record(samples: int, seconds_between: float, port: int, progress: Callable[[int], None]) -> "Recording":
-    """Train, with a drill in the middle tenth, and keep what `/metrics` answers.
+    """Train, with a drill in the middle for a twentieth of the time, and keep what `/metrics` answers.
 
     Args:
         samples: how many answers to keep.
@@ -53,7 +53,7 @@ def record(samples: int, seconds_between: float, port: int, progress: Callable[[
         RecordingFailed: with the end of the trainer's log.
     """
     length = samples * seconds_between
-    drill = f"dominate:op:{length * 0.5:.1f}s-{length * 0.6:.1f}s"
+    drill = f"dominate:op:{length * 0.5:.1f}s-{length * 0.55:.1f}s"
     command = [sys.executable, "-m", "trainer", "--run", RECORDED, "--metrics-port", str(port), "--drill", drill]
     with tempfile.TemporaryDirectory(prefix="ppo-recording-") as folder, open(Path(folder, "log"), "w+") as log:
         command += ["--targets-dir", folder, *TRAINER.split()]
