@@ -170,7 +170,7 @@ def table_of_ours(runs: dict[int, Run], fixed: dict[str, list[float]], goal: flo
         if goal is not None:
             reached = run.reached(goal)
             row.append(f"{reached:,}" if reached else "never")
-        spread = quantiles(run.cvs, n=20) if len(run.cvs) > 1 else run.cvs * 19
+        spread = quantiles(run.cvs, n=20, method="inclusive") if len(run.cvs) > 1 else run.cvs * 19
         cvs = (min(run.cvs), spread[9], spread[-1], max(run.cvs))
         row += [f"{run.final:.3f}", *(f"{values[number]:.3f}" for values in fixed.values())]
         row += [" / ".join(f"{cv:.3f}" for cv in cvs), *(f"{run.shares[level]:.2%}" for level in HealthLevel)]
