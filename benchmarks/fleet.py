@@ -41,7 +41,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks import replay
 from benchmarks.replay import History, Recording, Schedule, run_name
 from exporter.discovery import TargetFile
-from exporter.metrics import GRADIENT_CV_CEILING
+from exporter.metrics import GRADIENT_CV_CEILING, UPDATES
 from mixin.config import parse_duration
 from mixin.dashboards import FLEET_DASHBOARD_UID
 from mixin.promql import CV_RECORD
@@ -370,7 +370,7 @@ def at_once(prometheus: Prometheus, listed: Sequence[Query]) -> float:
 
 
 def check_hour(prometheus: Prometheus, schedule: Schedule) -> None:
-    """Every run has an hour of samples, scraped and recorded, but for the change from the one to the other."""
+    """Every run has an hour of samples, but for the moment at which scrapes took over, and its counters only rise."""
     expected = HOUR / schedule.interval
     for name in (GRADIENT_CV_CEILING.name, CV_RECORD, "up"):
         counts = f'count_over_time({name}{{job="{JOB}"}}[1h])'
@@ -379,6 +379,9 @@ def check_hour(prometheus: Prometheus, schedule: Schedule) -> None:
             raise BenchmarkFailed(
                 f"{name}: {of:.0f} of {schedule.runs} runs have data, one of them {least:.0f} of {expected:.0f} samples"
             )
+    resets = prometheus.number(f'max(resets({UPDATES.name}{{job="{JOB}"}}[1h]))')
+    if resets:
+        raise BenchmarkFailed(f"{UPDATES.name} fell {resets:.0f} times: what was written does not fit what is scraped")
 
 
 def group_interval(group: dict, default: float) -> float:
