@@ -249,7 +249,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning",
         description="Train over several seeds; print returns, CV range and share of steps by level, or compare.",
-        epilog="Everything after -- goes to the trainer; `-- --help` lists it. Ctrl-C prints what is complete.",
+        epilog="Everything after -- goes to the trainer; `-- --help` lists it. Ctrl-C prints the seeds that are complete.",
     )
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1000, 2000, ... up to N of them (default: 5)")
     parser.add_argument("--goal", type=float, help="mean return of 100 episodes to be reached (default: none)")
@@ -315,7 +315,7 @@ def main() -> int:
         print(", ".join(f"{who} {mean_and_deviation(values)}" for who, values in {"trained": finals, **fixed}.items()))
         if fixed:
             print(clearly_better(finals, fixed))
-    if options.plot is not None:
+    if options.plot is not None and not code:
         plot(options.plot, config.env.rpartition(":")[2], runs, fixed)
     return code
 
