@@ -1,17 +1,36 @@
 """The file by which Prometheus' file service discovery finds a trainer."""
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
 import re
 import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+STALE_AFTER_SECONDS = 3600.0
+"""How long the file of a dead process stays at least, so that the alert on it has been told."""
+TOUCH_SECONDS = 60.0
+PROCESS_LABEL = "__meta_ppo_process"
+"""Prometheus drops labels that begin with two underscores before it scrapes."""
+_INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # a constant of Linux; containers have others
+_log = logging.getLogger(__name__)
 
 
 class TargetFile:
     """Target file of one endpoint: written atomically, and removed at a clean end.
 
     After a crash the file stays on purpose: Prometheus goes on scraping, `up` is 0,
-    and the alert on it fires. The next endpoint at the same address replaces it.
+    and the alert on it fires. The next endpoint at the same address replaces it. At another
+    address on the same host the next one removes it, if its process is certain to be
+    gone and it has not been touched for `STALE_AFTER_SECONDS`.
+
+    Its label `instance` is the target, so that a restart at the same address continues
+    the same series, whatever Prometheus' configuration makes of the address.
 
     Args:
         directory: folder that Prometheus' `file_sd_configs` watches; created if missing.
@@ -26,9 +45,18 @@ class TargetFile:
     def __init__(self, directory: Path, target: str, *runs: str) -> None:
         self.path = directory / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', target)}.json"
         self._target = target
+        self._process = ProcessIdentity.own()
         self._runs: list[str] = []
+        self._touched_at = time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
-        self.add(*runs)
+        # Nobody may replace a file between the look at it and its removal.
+        with _locked(directory):
+            self.add(*runs)
+            for path in directory.glob("*.json"):
+                if path != self.path and _is_stale(path):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+                        _log.warning("removed %s, whose process is gone since long", path)
 
     def add(self, *runs: str) -> None:
         """Name further runs behind the endpoint."""
@@ -36,22 +64,138 @@ class TargetFile:
         self._write()
 
     def discard(self, run: str) -> None:
-        """A run has ended cleanly; with the last one the target goes out of service discovery."""
+        """A run has ended cleanly; with the last one the target goes out of service discovery. Failure is logged."""
         if run in self._runs:
             self._runs.remove(run)
-        if self._runs:
-            self._write()
-        else:
-            self.path.unlink(missing_ok=True)
+        try:
+            if self._runs:
+                self._write()
+            else:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            # The end of a run must not fail for it.
+            _log.warning("%s still names run %s, which will look down: %s", self.path, run, error.strerror)
+
+    def touch(self) -> None:
+        """Let the file's age tell when its process was last seen training; once a minute is enough, and all it does."""
+        now = time.monotonic()
+        if now - self._touched_at >= TOUCH_SECONDS:
+            self._touched_at = now
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
 
     def _write(self) -> None:
-        content = [{"targets": [self._target], "labels": {"run": ",".join(self._runs)}}]
+        labels = {"run": ",".join(self._runs), "instance": self._target}
+        if self._process is not None:
+            labels[PROCESS_LABEL] = str(self._process)
+        content = [{"targets": [self._target], "labels": labels}]
         # Prometheus reads *.json only, so it never sees the file half-written.
         unfinished = self.path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
-        unfinished.replace(self.path)
+        try:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n")
+            unfinished.replace(self.path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def reachable(address: str) -> str:
         """What others call a server bound to `address`: this machine's name where that is a wildcard."""
         return socket.gethostname() if address in ("0.0.0.0", "::", "") else address
+
+
+class ProcessIdentity(NamedTuple):
+    """A process, told apart from every other one that had or will have its number.
+
+    Attributes:
+        host: machine id and name.
+        boot: id of the host's boot.
+        pid_namespace: in which `pid` counts.
+        pid: process id.
+        started: clock ticks from boot to the start of the process.
+    """
+
+    host: str
+    boot: str
+    pid_namespace: str
+    pid: int
+    started: int
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+    @classmethod
+    def parse(cls, text: str) -> "ProcessIdentity":
+        """The inverse of `str`.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        host, boot, pid_namespace, pid, started = text.split(" ")
+        return cls(host, boot, pid_namespace, int(pid), int(started))
+
+    @classmethod
+    def own(cls) -> "ProcessIdentity | None":
+        """This process; None where the system (other than Linux) does not tell."""
+        try:
+            return cls(
+                f"{Path('/etc/machine-id').read_text().strip()}/{socket.gethostname()}",
+                Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+                os.readlink("/proc/self/ns/pid"),
+                os.getpid(),
+                _start_ticks(os.getpid()),
+            )
+        except OSError:
+            return None
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is certain, from here, that the process does not run any more."""
+        own = ProcessIdentity.own()
+        if own is None or self.host != own.host or self.pid_namespace != own.pid_namespace:
+            return False
+        if self.boot != own.boot:
+            # Containers of several hosts may have the same machine id; a host has only one boot at a time.
+            return own.pid_namespace == _INITIAL_PID_NAMESPACE
+        try:
+            return _start_ticks(self.pid) != self.started
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+
+
+def _start_ticks(pid: int) -> int:
+    """When a process started, in clock ticks after boot (proc_pid_stat(5), field 22).
+
+    Raises:
+        ProcessLookupError: there is none of that number, or only a zombie.
+        OSError: it is there, but hidden.
+    """
+    with contextlib.suppress(PermissionError):
+        os.kill(pid, 0)  # /proc may hide processes of others (hidepid); this does not
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    if state in "ZX":
+        raise ProcessLookupError(f"{pid} has ended")
+    return int(fields[18])
+
+
+def _is_stale(path: Path) -> bool:
+    try:
+        age = time.time() - path.stat().st_mtime
+        (entry,) = json.loads(path.read_text())
+        return age > STALE_AFTER_SECONDS and ProcessIdentity.parse(entry["labels"][PROCESS_LABEL]).is_gone
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False  # somebody else's
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Alone among those that take this lock on `directory`, where its file system has locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

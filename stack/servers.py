@@ -54,15 +54,25 @@ def provide(directory: Path = DIRECTORY) -> Servers:
     return Servers(prometheus, promtool, alertmanager, amtool, prometheus_options)
 
 
+def package_root(package: str, directory: Path = DIRECTORY) -> Path:
+    """The folder that holds what Debian's `package` installs, fetched if it is not there yet.
+
+    Raises:
+        ServersMissing: there is no package to be had; the message says what to do.
+    """
+    root = directory / package
+    if not root.exists():
+        _fetch(package, root)
+    return root
+
+
 def _pair(package: str, names: list[str], tool: str, directory: Path) -> tuple[Path, Path, Path | None]:
     """A server, its tool, and the folder they were unpacked into (None: both are on PATH)."""
     server_on_path = next(filter(None, map(shutil.which, names)), None)
     tool_on_path = shutil.which(tool)
     if server_on_path and tool_on_path:
         return Path(server_on_path), Path(tool_on_path), None
-    root = directory / package
-    if not root.exists():
-        _fetch(package, root)
+    root = package_root(package, directory)
     server = next((path for name in names if (path := root / "usr/bin" / name).exists()), None)
     if server is None or not (root / "usr/bin" / tool).exists():
         raise ServersMissing(f"{root} lacks {' / '.join(names)} or {tool}; delete it and run `make setup`, or {ADVICE}")

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from exporter.delivery import DEFAULT_TEXTFILE_INTERVAL, PUSH_JOB, check_pushgateway_url
 from exporter.server import DEFAULT_ADDRESS, DEFAULT_MAX_REQUESTS, DEFAULT_PORT
 from trainer.drill import KINDS, Drill
 from trainer.environments import DEFAULT_ENVIRONMENT, VECTORIZATIONS
@@ -164,6 +165,27 @@ class TrainerConfig:
     targets_dir: str = _option(
         "targets", "folder for the run's target file (Prometheus file service discovery)", group=_TELEMETRY, local=True
     )
+    textfile_dir: str | None = _option(
+        None,
+        "keep the run's metrics in a file in this folder, for node_exporter's textfile collector; removed at a clean "
+        "end",
+        group=_TELEMETRY,
+        local=True,
+    )
+    textfile_interval: float = _option(
+        DEFAULT_TEXTFILE_INTERVAL,
+        "seconds between two versions of the file in textfile-dir",
+        group=_TELEMETRY,
+        local=True,
+        minimum=0.1,
+    )
+    pushgateway: str | None = _option(
+        None,
+        f"URL of a Pushgateway that gets the run's final state, as job {PUSH_JOB}, at a clean end and after SIGINT or "
+        "SIGTERM",
+        group=_TELEMETRY,
+        local=True,
+    )
     follow: str | None = _option(
         None, "print the lines that are appended to this file above the live display", group=_TELEMETRY, local=True
     )
@@ -196,6 +218,7 @@ _TYPES = {
     for name, hint in get_type_hints(TrainerConfig).items()
     if name in _FIELDS
 }
+_PARSERS = {"drill": Drill.parse, "pushgateway": check_pushgateway_url}
 _OPTIONAL = {name for name, hint in get_type_hints(TrainerConfig).items() if types.NoneType in get_args(hint)}
 
 
@@ -404,9 +427,9 @@ def _check(name: str, setting: _Setting) -> None:
         raise ConfigError(f"{setting.place}: must not be empty")
     if isinstance(value, str) and not value.isprintable():
         raise ConfigError(f"{setting.place}: must be printable text, got {value!r}")
-    if name == "drill":
+    if name in _PARSERS:
         try:
-            Drill.parse(value)
+            _PARSERS[name](value)
         except ValueError as error:
             raise ConfigError(f"{setting.place}: {error}") from error
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from exporter.aggregator import RunAggregator
+from exporter.delivery import Textfile, push_final_state
 from exporter.discovery import TargetFile
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.server import MetricsServer, WebConfigError, host_and_port
@@ -381,6 +382,15 @@ def _lead(training: Training, stop: StopRequest) -> int:
             target_file = TargetFile(Path(config.targets_dir), target, config.run_name)
         except OSError as error:
             raise StartError(f"cannot write a target file to {config.targets_dir}: {error.strerror}") from error
+        textfile = None
+        if config.textfile_dir is not None:
+            try:
+                textfile = Textfile(
+                    config.textfile_dir, training.aggregator, config.run_name, interval=config.textfile_interval
+                )
+            except OSError as error:
+                target_file.discard(config.run_name)
+                raise StartError(f"cannot write a file to {config.textfile_dir}: {error.strerror}") from error
         where = f", from {config.resume} on" if config.resume else ""
         print(
             f"{config.run_name}: {config.updates} updates on {config.env}{where}, metrics at {server.url}", flush=True
@@ -393,6 +403,7 @@ def _lead(training: Training, stop: StopRequest) -> int:
         try:
             with open_display(read_run, training.updates, config.updates, config.log_interval, follow) as display:
                 for update in training.run(stop):
+                    target_file.touch()
                     checkpoints.updated()
                     display.updated(update)
             checkpoints.finish()
@@ -403,8 +414,15 @@ def _lead(training: Training, stop: StopRequest) -> int:
                 how = f"stopped by {signal.Signals(stop.signum).name}"
             if how != "failed":
                 target_file.discard(config.run_name)
+            if textfile is not None:
+                textfile.close(remove=how != "failed")
             checkpoints.close()
             print(_closing_line(training, how, checkpoints.last), flush=True)
+        if config.pushgateway is not None:
+            try:
+                push_final_state(config.pushgateway, training.aggregator, config.run_name)
+            except OSError as error:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
     return stop.exit_code
 
 
