@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from exporter.health import HealthLevel
-from exporter.snapshot import GradientQuality, RunSnapshot, Snapshot
+from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
 from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload, require_label_value
 
 _TAKEN_LABELS = {"run", "rank", "job", "instance"}
@@ -106,6 +106,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload) -> RunSnapshot
             nonfinite_steps=_added(quality.nonfinite_steps, payload.nonfinite_gradient_steps),
             skipped_steps=quality.skipped_steps + payload.skipped_gradient_steps,
         ),
+        recent_gradient_cvs=(*before.recent_gradient_cvs, payload.gradient_cv)[-HISTORY_UPDATES:],
         updates=before.updates + 1,
         environment_steps=before.environment_steps + payload.environment_steps,
         episodes=before.episodes + payload.episodes,

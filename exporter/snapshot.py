@@ -19,6 +19,8 @@ CV_BUCKET_BOUNDS = (
     *(2.25, 2.5, 3.0, 5.0),
 )
 DURATION_BUCKET_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+HISTORY_UPDATES = 300
+"""Updates of a run whose CV is remembered: about 10 KiB."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,13 @@ class GradientQuality:
 @dataclass(frozen=True)
 class RunSnapshot:
     """One run. `signals` holds only those that are known; `last_update_timestamp_seconds`
-    is None before the first update of this process."""
+    is None before the first update of this process; `recent_gradient_cvs` are those of
+    the last `HISTORY_UPDATES` updates, the oldest first."""
 
     run: str
     info: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     gradient_quality: GradientQuality = GradientQuality()
+    recent_gradient_cvs: tuple[float, ...] = ()
     updates: int = 0
     environment_steps: int = 0
     episodes: int = 0
@@ -145,6 +149,7 @@ class RunSnapshot:
                 ),
                 skipped_steps=_count(quality["skipped_steps"]),
             ),
+            recent_gradient_cvs=tuple(map(float, state["recent_gradient_cvs"])),
             signals=_numbers(state["signals"]),
             update_duration_seconds=self.update_duration_seconds.restored(state["update_duration_seconds"]),
             rollout_duration_seconds=self.rollout_duration_seconds.restored(state["rollout_duration_seconds"]),
