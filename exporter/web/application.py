@@ -11,6 +11,7 @@ from exporter.health import STALLED_SECONDS
 from exporter.web.access import Access
 from exporter.web.connections import Request, Response
 from exporter.web.exposition import Exposition, accepts_gzip, negotiate
+from exporter.web.status import StatusPage
 
 DEFAULT_MAX_REQUESTS = 40
 RETRY_AFTER_SECONDS = 1
@@ -21,7 +22,7 @@ Handler = Callable[[Request], Response]
 
 
 class Application:
-    """Answers requests: `/metrics`, `/-/healthy`, `/-/ready`, and what else is put into `handlers` by path.
+    """Answers requests: `/`, `/metrics`, `/-/healthy`, `/-/ready`, and what else is put into `handlers` by path.
 
     Args:
         aggregator: whose runs decide on readiness.
@@ -42,6 +43,7 @@ class Application:
         self._access = access
         self._max_requests = max_requests
         self.handlers: dict[str, Handler] = {
+            "/": StatusPage(aggregator),
             "/metrics": self._metrics,
             "/-/healthy": self._healthy,
             "/-/ready": self._ready,

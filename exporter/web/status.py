@@ -1,0 +1,236 @@
+"""The status page: every run on one self-contained page, rendered here, for whoever has no Grafana at hand.
+
+It is rendered when somebody asks, and once per snapshot; a script in it asks again and shows what has changed.
+"""
+
+import gzip
+import math
+import statistics
+import time
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from hashlib import sha256
+from http import HTTPStatus
+from itertools import pairwise
+from pathlib import Path
+
+from prometheus_client.utils import floatToGoString
+
+from exporter.aggregator import RunAggregator
+from exporter.health import CRITICAL_THRESHOLD, STALLED_SECONDS, WARNING_THRESHOLD, HealthLevel, cv_text
+from exporter.metrics import LAST_UPDATE_TIMESTAMP, METRIC_FAMILIES, MetricFamily
+from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
+from exporter.web.connections import Request, Response
+from exporter.web.exposition import accepts_gzip
+
+RELOAD_SECONDS = 5
+"""Where there is no JavaScript, the browser loads the page anew so often."""
+_GZIP_LEVEL = 1
+_LEAST = {HealthLevel.HEALTHY: 0.0, HealthLevel.WARNING: WARNING_THRESHOLD, HealthLevel.CRITICAL: CRITICAL_THRESHOLD}
+_SIGNALS = [
+    family
+    for family in METRIC_FAMILIES
+    if family.is_per_run
+    and family.kind in ("gauge", "counter")
+    and not family.labels
+    and family is not LAST_UPDATE_TIMESTAMP
+]
+
+
+class StatusPage:
+    """Answers requests for the page on the runs of `aggregator`."""
+
+    def __init__(self, aggregator: RunAggregator) -> None:
+        self._aggregator = aggregator
+        self._rendered: tuple[Snapshot, frozenset[str]] | None = None
+        self._body = self._gzipped = b""
+
+    def __call__(self, request: Request) -> Response:
+        snapshot = self._aggregator.snapshot
+        stalled = frozenset(_stalled(snapshot, time.time()))
+        if self._rendered is None or self._rendered[0] is not snapshot or self._rendered[1] != stalled:
+            self._body = self._document.render(snapshot, stalled)
+            self._gzipped = gzip.compress(self._body, _GZIP_LEVEL, mtime=0)
+            self._rendered = snapshot, stalled
+        headers = [
+            ("Content-Type", "text/html; charset=utf-8"),
+            ("Content-Security-Policy", self._document.policy),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-store"),
+            ("Vary", "Accept-Encoding"),
+        ]
+        if accepts_gzip(request.headers.get("accept-encoding", "")):
+            return Response(HTTPStatus.OK, (*headers, ("Content-Encoding", "gzip")), self._gzipped)
+        return Response(HTTPStatus.OK, tuple(headers), self._body)
+
+    @cached_property
+    def _document(self) -> "_Document":
+        return _Document()
+
+
+class _Document:
+    """The template with its style and script, and the policy that lets a browser run these and nothing else."""
+
+    def __init__(self) -> None:
+        from jinja2 import Environment, StrictUndefined  # a run whose page nobody opens need not wait for it
+        from markupsafe import Markup
+
+        html, css, js = (Path(__file__).with_name(f"status.{suffix}").read_text() for suffix in ("html", "css", "js"))
+        self.policy = "; ".join(
+            [
+                "default-src 'none'",
+                f"style-src '{_digest(css)}'",
+                f"script-src '{_digest(js)}'",
+                "connect-src 'self'",
+                "img-src data:",
+                *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
+            ]
+        )
+        environment = Environment(autoescape=True, undefined=StrictUndefined)
+        environment.globals.update(
+            css=Markup(css),
+            js=Markup(js),
+            exact=floatToGoString,
+            short=_short,
+            iso=_iso,
+            cv_text=cv_text,
+            heads=_heads,
+            signals=_signals,
+            spoken=_spoken,
+            families=METRIC_FAMILIES,
+            bounds=_LEAST.items(),
+            warning=WARNING_THRESHOLD,
+            critical=CRITICAL_THRESHOLD,
+            stalled_seconds=STALLED_SECONDS,
+            reload_seconds=RELOAD_SECONDS,
+        )
+        self._template = environment.from_string(html)
+
+    def render(self, snapshot: Snapshot, stalled: frozenset[str]) -> bytes:
+        runs = list(snapshot.runs.values())
+        levels = Counter(run.gradient_quality.health for run in runs)
+        worst = max(runs, key=lambda run: _LEAST[run.gradient_quality.health], default=None)
+        return self._template.render(
+            runs=runs,
+            stalled=stalled,
+            levels=[(level, levels[level]) for level in HealthLevel if levels[level]],
+            worst=worst and worst.gradient_quality.health,
+            title=f"{cv_text(worst.gradient_quality.gradient_cv)} · {worst.run}" if worst else "PPO gradient health",
+            charts={run.run: _Chart(run.recent_gradient_cvs, run.updates) for run in runs},
+        ).encode()
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """The CVs of the last updates, the newest at the right edge, as paths in a box of `width` x `height`.
+
+    Args:
+        cvs: the oldest first; one that is not finite has no place on the line, and is a vertical of its own.
+        updates: the number of the last one.
+    """
+
+    cvs: Sequence[float]
+    updates: int
+    width = HISTORY_UPDATES - 1
+    height = 1000
+
+    @property
+    def count(self) -> int:
+        return len(self.cvs)
+
+    @cached_property
+    def _finite(self) -> list[float]:
+        return [cv for cv in self.cvs if math.isfinite(cv)]
+
+    @cached_property
+    def _top(self) -> float:
+        return max(1.25 * CRITICAL_THRESHOLD, 1.05 * max(self._finite, default=0.0))
+
+    def _y(self, cv: float) -> int:
+        return round(self.height * (1 - cv / self._top))
+
+    @property
+    def _points(self) -> Iterator[tuple[int, float]]:
+        return enumerate(self.cvs, HISTORY_UPDATES - len(self.cvs))
+
+    @property
+    def line(self) -> str:
+        parts, is_down = [], False
+        for x, cv in self._points:
+            if math.isfinite(cv):
+                # A line of no length, for the update that has no finite neighbour, is drawn as a dot.
+                parts.append(f"L{x} {self._y(cv)}" if is_down else f"M{x} {self._y(cv)}h0")
+            is_down = math.isfinite(cv)
+        return "".join(parts)
+
+    @property
+    def nonfinite(self) -> str:
+        return "".join(f"M{x} 0V{self.height}" for x, cv in self._points if not math.isfinite(cv))
+
+    @property
+    def thresholds(self) -> list[tuple[HealthLevel, float, str]]:
+        return [(level, least, f"{self._y(least) / self.height:.1%}") for level, least in _LEAST.items() if least]
+
+    @property
+    def stops(self) -> list[tuple[HealthLevel, float]]:
+        """Where the colors of the line change, from the top down."""
+        edges = [0.0, *(self._y(least) / self.height for least in reversed(_LEAST.values()))]
+        return [(level, edge) for level, band in zip(reversed(_LEAST), pairwise(edges), strict=True) for edge in band]
+
+    @property
+    def summary(self) -> str:
+        if not self.cvs:
+            return "none yet"
+        nonfinite = self.count - len(self._finite)
+        parts = [f"{nonfinite} not finite"] if nonfinite else []
+        if self._finite:
+            low, middle, high = min(self._finite), statistics.median(self._finite), max(self._finite)
+            parts = [f"lowest {low:.3f}", f"median {middle:.3f}", f"highest {high:.3f}", *parts]
+        return ", ".join(parts)
+
+    @property
+    def caption(self) -> str:
+        if not self.cvs:
+            return "No update yet"
+        return f"Gradient CV, updates {self.updates - self.count + 1:,} to {self.updates:,}: {self.summary}"
+
+
+def _stalled(snapshot: Snapshot, now: float) -> Iterable[str]:
+    for run in snapshot.runs.values():
+        at = run.last_update_timestamp_seconds
+        if at is not None and now - at > STALLED_SECONDS:
+            yield run.run
+
+
+def _signals(run: RunSnapshot) -> list[tuple[MetricFamily, float]]:
+    """What is one number per run, as far as it is known: the same as on `/metrics`."""
+    return [(family, value) for family in _SIGNALS for _, value in family.samples(run)]
+
+
+def _heads(quality: GradientQuality) -> list[str]:
+    """All heads in the order of registration, those without a gradient too."""
+    return list({**quality.nonfinite_steps, **quality.head_norms})
+
+
+def _spoken(name: str) -> str:
+    return name.removeprefix("ppo_").removesuffix("_total").replace("_", " ")
+
+
+def _short(value: float) -> str:
+    """Four digits of a measurement, all digits of a count."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if math.isfinite(value) else floatToGoString(value)
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + b64encode(sha256(text.encode()).digest()).decode()
