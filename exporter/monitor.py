@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
+from exporter.delivery import Textfile, check_pushgateway_url, push_final_state
 from exporter.discovery import TargetFile
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import Head, HeadGradientMeter, PendingGradientSteps
@@ -95,6 +96,8 @@ class GradientMonitor:
         self._increments: Counter[str] = Counter()
         self._pending: deque[tuple[PendingGradientSteps, dict[str, object]]] = deque()
         self._served: list[_SharedServer] = []
+        self._textfiles: list[Textfile] = []
+        self._pushgateways: list[tuple[str, dict[str, str]]] = []
         self._has_logged_error = False
         self._info = info
         self._is_registered = False
@@ -157,7 +160,14 @@ class GradientMonitor:
         self.detach()
         for served in self._served:
             served.leave(self.run, crashed)
-        self._served = []
+        for textfile in self._textfiles:
+            textfile.close(remove=not crashed)
+        for url, labels in () if crashed else self._pushgateways:
+            try:
+                push_final_state(url, self._aggregator, self.run, labels)
+            except OSError as error:
+                _log.warning("run %s: %s", self.run, error)
+        self._served, self._textfiles, self._pushgateways = [], [], []
         if self._is_registered:
             self._aggregator.remove_run(self.run)
             self._is_registered = False
@@ -175,6 +185,8 @@ class GradientMonitor:
         address: str = DEFAULT_ADDRESS,
         *,
         targets_dir: str | Path | None = None,
+        textfile_dir: str | Path | None = None,
+        pushgateway: str | None = None,
         every_rank: bool = False,
     ) -> str | None:
         """Serve `/metrics` in a thread of this process; monitors that name the same port share it.
@@ -185,13 +197,19 @@ class GradientMonitor:
         Args:
             targets_dir: write a target file for Prometheus' file service discovery there. It is removed by
                 `close()`, but stays when the monitor is left by an exception: somebody should be told.
+            textfile_dir: keep the run in a file there too, for node_exporter's textfile collector; removed like the
+                target file.
+            pushgateway: URL of a Pushgateway that gets the run's final state by `close()`.
 
         Returns:
             The URL, or None on a rank that does not serve.
 
         Raises:
-            OSError: the address cannot be bound, or the target file not written.
+            OSError: the address cannot be bound, or a file not written.
+            ValueError: `pushgateway` is no such URL.
         """
+        if pushgateway is not None:
+            check_pushgateway_url(pushgateway)
         labels: dict[str, str] = {}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank = torch.distributed.get_rank()
@@ -204,6 +222,10 @@ class GradientMonitor:
         self._served.append(served)
         if targets_dir is not None:
             served.announce(Path(targets_dir).resolve(), self.run)
+        if textfile_dir is not None:
+            self._textfiles.append(Textfile(textfile_dir, self._aggregator, self.run, labels))
+        if pushgateway is not None:
+            self._pushgateways.append((pushgateway, labels))
         return served.server.url
 
     def record(self, **values: float | None) -> None:
@@ -286,6 +308,8 @@ class GradientMonitor:
             if not self._global_norm:
                 metrics["gradient_norm"] = None
             emit_ppo_update(metrics, run=self.run, handler=self._aggregator, **progress)
+            for served in self._served:
+                served.touch()
 
     def _failed(self, error: Exception) -> None:
         self._aggregator.count_error(self.run)
@@ -349,6 +373,10 @@ class _SharedServer:
             else:
                 target = host_and_port(TargetFile.reachable(self.server.address), self.server.port)
                 self._target_files[directory] = TargetFile(directory, target, run)
+
+    def touch(self) -> None:
+        for target_file in list(self._target_files.values()):
+            target_file.touch()
 
     def leave(self, run: str, crashed: bool) -> None:
         with self._lock:
