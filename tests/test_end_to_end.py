@@ -28,6 +28,7 @@ def train(observability):
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "trainer", "--run", RUN, "--targets-dir", str(observability.targets)),
+                *("--checkpoint-dir", str(observability.targets.parent / "checkpoints")),
                 *("--metrics-port", str(observability.ports.metrics), "--total-timesteps", "100000000", *flags),
             ],
             cwd=ROOT,

@@ -60,6 +60,7 @@ def check(observability, titles: set[str]) -> None:
 def start_trainer(start: Callable, observability, *options: str) -> None:
     port = observability.ports.metrics
     command = [sys.executable, "-m", "trainer", "--metrics-port", str(port), "--targets-dir", observability.targets]
+    command += ["--checkpoint-dir", observability.targets.parent / "checkpoints"]
     start("trainer", [*command, "--run", "demo", *options], f"http://127.0.0.1:{port}/metrics")
 
 

@@ -18,9 +18,15 @@ from trainer.environments.host_growth import ACTION_HEADS
 REPOSITORY = Path(__file__).parents[2]
 
 
+def command(tmp_path: Path, *flags: str) -> list[str]:
+    """Writes nothing outside of `tmp_path`."""
+    folders = ["--targets-dir", str(tmp_path / "targets"), "--checkpoint-dir", str(tmp_path / "checkpoints")]
+    return [sys.executable, "-m", "trainer", "--metrics-port", "0", *folders, *flags]
+
+
 def start(tmp_path: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "trainer", "--metrics-port", "0", "--targets-dir", str(tmp_path / "targets"), *flags],
+        command(tmp_path, *flags),
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -202,8 +208,7 @@ def test_the_live_display_shows_a_bar_per_head_and_the_flow(tmp_path):
         (tmp_path / "notifications.log").touch()
         os.execv(
             sys.executable,
-            [sys.executable, "-m", "trainer", "--metrics-port", "0", "--targets-dir", str(tmp_path / "targets"), *SMALL]
-            + ["--drill", "dominate:op:1-1000", "--follow", str(tmp_path / "notifications.log")],
+            command(tmp_path, *SMALL, "--drill", "dominate:op:1-1000", "--follow", str(tmp_path / "notifications.log")),
         )
     shown = b""
     deadline = time.monotonic() + 60
