@@ -12,6 +12,7 @@ from exporter.metrics import (
     HEAD_LABEL,
     LAST_UPDATE_TIMESTAMP,
     NONFINITE_GRADIENTS,
+    RESUMES,
     RUN_LABEL,
     SKIPPED_GRADIENT_STEPS,
     UPDATES,
@@ -167,11 +168,15 @@ def alerts(config: MixinConfig) -> list[Alert]:
         return f"increase({select(family, job)}[{minutes}m])"
 
     def new_steps(family: MetricFamily) -> str:
-        """Increase in ten minutes; a young process' counter that is above zero when it is first seen counts whole."""
+        """Increase in ten minutes; a young process' counter that is above zero when it is first seen counts whole.
+
+        Unless the run was resumed: then the counter begins with what was told long ago.
+        """
         counter = select(family, job)
         young = f"time() - process_start_time_seconds{{{job}}} < 600"
         return (
-            f"({increase(family, 10)} > 0 or ({counter} unless {counter} offset 10m) and on (job, instance) ({young}))"
+            f"({increase(family, 10)} > 0 or ({counter} unless {counter} offset 10m) and on (job, instance) ({young}) "
+            f"unless on ({IDENTITY}) {select(RESUMES, job)} > 0)"
         )
 
     def alert(key: AlertKey, value: str, condition: str, *, raw_value: str = "", **texts: str | int) -> Alert:
@@ -199,7 +204,8 @@ def alerts(config: MixinConfig) -> list[Alert]:
     told += f'alertstate="firing", {job}}}[10m])'
     met = f"max_over_time(min_over_time(({raw[CV_RECORD]})[{hold}:30s])[10m:30s]) >= {config.critical_threshold}"
     share = select(HEAD_GRADIENT_SHARE, job)
-    updates = select(UPDATES, job)
+    # A counter alone does not tell: a resumed run's goes on from where it was.
+    updates, last_update = select(UPDATES, job), select(LAST_UPDATE_TIMESTAMP, job)
     head = f"$labels.{HEAD_LABEL}"
     where = f"{{{{ if {head} }}}}of head {{{{ {head} }}}}{{{{ else }}}}of the trunk or the value head{{{{ end }}}}"
     stalled = duration(config.stalled_seconds)
@@ -259,18 +265,19 @@ def alerts(config: MixinConfig) -> list[Alert]:
         ),
         alert(
             STALLED,
-            # Before the first update there is no time of the last one; such a run has the value 0.
+            # Before a process' first update there is no time of the last one; such a run has the value 0.
             per_run(
                 "max",
-                f"time() - {select(LAST_UPDATE_TIMESTAMP, job)} > {config.stalled_seconds} or "
-                f"{updates} == 0 and {updates} offset {stalled} == 0",
+                f"time() - {last_update} > {config.stalled_seconds} or "
+                f"0 * ({updates} unless {last_update} and ({updates} offset {stalled} unless {last_update} offset "
+                f"{stalled}))",
             ),
             ">= 0",
             summary=f"No PPO update in {_RUN} {{{{ if $value }}}}for {{{{ humanizeDuration $value }}}}{{{{ else }}}}"
             "since it started{{ end }}",
             description=f"The trainer of {_RUN} answers, but {{{{ if $value }}}}its last PPO update ended {_VALUE} "
-            f"seconds ago (alert above {config.stalled_seconds}){{{{ else }}}}has not completed its first PPO update "
-            f"in {stalled}{{{{ end }}}}.",
+            f"seconds ago (alert above {config.stalled_seconds}){{{{ else }}}}has not completed any PPO update "
+            f"since it started, more than {stalled} ago{{{{ end }}}}.",
         ),
         alert(
             UNREACHABLE,

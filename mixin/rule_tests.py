@@ -19,6 +19,7 @@ from exporter.metrics import (
     HEAD_GRADIENT_SHARE,
     LAST_UPDATE_TIMESTAMP,
     NONFINITE_GRADIENTS,
+    RESUMES,
     SKIPPED_GRADIENT_STEPS,
     UPDATES,
     MetricFamily,
@@ -469,6 +470,17 @@ class _Tests:
                 self._state(window + keep + 1, NONFINITE, None),
             ),
             self._test(
+                "a run that is continued from a checkpoint brings an old count along",
+                [
+                    self._series(NONFINITE_GRADIENTS, f"4x{window} 5x{long}", head="op"),
+                    self._series(SKIPPED_GRADIENT_STEPS, f"4x{window} 5x{long}"),
+                    self._series(RESUMES, f"1x{window + long}"),
+                    self._series("process_start_time_seconds", f"0x{window + long}"),
+                ],
+                *(self._state(at, NONFINITE, None) for at in range(0, window, 2)),
+                self._state(window + hold + 2, NONFINITE, head="op"),
+            ),
+            self._test(
                 "an old count that comes back after a gap is not news",
                 [
                     self._series(NONFINITE_GRADIENTS, f"4x{long} _x40 4x{long}", head="op"),
@@ -656,8 +668,23 @@ class _Tests:
                     never + hold,
                     STALLED,
                     "No PPO update in run demo since it started",
-                    "The trainer of run demo answers, but has not completed its first PPO update in"
-                    f" {duration(limit)}.",
+                    "The trainer of run demo answers, but has not completed any PPO update since it started, more than "
+                    f"{duration(limit)} ago.",
+                ),
+            ),
+            self._test(
+                "a trainer that was continued from a checkpoint counts from then on",
+                [
+                    self._series(UPDATES, f"361x{4 + never + hold}"),
+                    self._series(LAST_UPDATE_TIMESTAMP, f"0 {STEP} {2 * STEP} stale"),
+                ],
+                self._state(2 + never, STALLED, None),
+                self._text(
+                    3 + never + hold,
+                    STALLED,
+                    "No PPO update in run demo since it started",
+                    "The trainer of run demo answers, but has not completed any PPO update since it started, more than "
+                    f"{duration(limit)} ago.",
                 ),
             ),
             self._test(
