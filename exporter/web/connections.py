@@ -32,10 +32,12 @@ MAX_CONNECTIONS = 600
 longest with its request is closed."""
 MAX_HEADER_BYTES = 16 * 1024
 MAX_BODY_BYTES = 16 * 1024  # of requests, where it is read only to be thrown away
-CPU_SHARE = 0.05
-"""Of one core, that the serving thread takes in the long run; what it cannot do with that waits."""
+CPU_SHARE = 0.04
+"""Of one core, that the serving thread takes in the long run; what it cannot do with that waits. The training loses
+more than that, for every answer makes it change threads a few times."""
 CPU_BURST_SECONDS = 0.4
 """Of CPU time, that the serving thread saves up while it is idle."""
+_OVERDRAFT_SECONDS = 0.005  # so that there are few pauses, and several clients are served between two
 _LONGEST_PAUSE_SECONDS = 0.25
 _TLS_RECORD_BYTES = 16 * 1024
 
@@ -385,7 +387,7 @@ class _PacedSelector(selectors.DefaultSelector):
             earned = CPU_SHARE * (now - self._at[0]) - (used - self._at[1])
             self._saved_up = min(self._saved_up + earned, CPU_BURST_SECONDS)
         self._at = now, used
-        if self._saved_up < 0:
+        if self._saved_up < -_OVERDRAFT_SECONDS:
             time.sleep(min(-self._saved_up / CPU_SHARE, _LONGEST_PAUSE_SECONDS))
         return super().select(timeout)
 

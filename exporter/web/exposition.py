@@ -1,6 +1,7 @@
 """What `/metrics` says: the formats that Prometheus knows, the metrics of each collector, and how long they took."""
 
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from prometheus_client.registry import Collector
 from exporter.metrics import COLLECTOR_DURATION, COLLECTOR_SUCCESS, Collection
 
 _ESCAPINGS = (openmetrics.UNDERSCORES, openmetrics.ALLOWUTF8, openmetrics.DOTS, openmetrics.VALUES)
+BODY_SECONDS = 0.2
+"""A whole body is sent again for this long, where no collector has a new state: the next scrape of a flood."""
 _END = b"# EOF\n"
 _log = logging.getLogger(__name__)
 
@@ -105,10 +108,21 @@ class Exposition:
         self._collectors = dict(collectors)
         self._labels = dict(labels)
         self._rendered: dict[tuple[str, Format], tuple[object, bytes]] = {}
+        self._bodies: dict[Format, tuple[list[object], float, bytes]] = {}
         self._failing: set[str] = set()
 
     def render(self, format: Format, names: frozenset[str] = frozenset()) -> bytes:
         """The samples of all collectors, or only those with one of `names`, in `format`."""
+        if names:
+            return self._rendered_now(format, names)
+        states = [getattr(collector, "state", None) for collector in self._collectors.values()]
+        known, until, body = self._bodies.get(format, ((), 0.0, b""))
+        if time.monotonic() >= until or not all(map(operator.is_, known, states)):
+            body = self._rendered_now(format, names)
+            self._bodies[format] = states, time.monotonic() + BODY_SECONDS, body
+        return body
+
+    def _rendered_now(self, format: Format, names: frozenset[str]) -> bytes:
         parts, runs = [], []
         for name, collector in self._collectors.items():
             started = time.perf_counter()

@@ -225,7 +225,7 @@ def _short(value: float) -> str:
     """Four digits of a measurement, all digits of a count."""
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if math.isfinite(value) else floatToGoString(value)
+    return f"{value:#.4g}".removesuffix(".") if math.isfinite(value) else floatToGoString(value)
 
 
 def _iso(seconds: float) -> str:
