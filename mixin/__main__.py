@@ -54,6 +54,8 @@ def _settings_of(path: str) -> dict[str, Any]:
     for name, value in settings.items():
         option = options[name]
         try:
+            if value is None:
+                raise ValueError("has no value")
             if option.default is MISSING:
                 given[option.name] = {alert: parse_duration(time) for alert, time in dict(value).items()}
             else:
@@ -129,21 +131,33 @@ def main(arguments: list[str] | None = None) -> int:
         option.name: value for option in fields(MixinConfig) if (value := getattr(options, option.name)) is not None
     }
     for name in ("hold", "keep"):
-        given[name] = {**options.config.get(name, {}), **dict(ChainMap(*reversed(given.get(name, []))))}
+        here = dict(ChainMap(*reversed(given.get(name, []))))
+        # ALERT here wins over ALERT/SEVERITY of the file, too.
+        of_file = {
+            alert: time for alert, time in options.config.get(name, {}).items() if alert.split("/")[0] not in here
+        }
+        given[name] = {**of_file, **here}
     try:
         config = MixinConfig(**{**options.config, **given})
     except ValueError as error:
         parser.error(str(error))
 
     differing = []
-    for path, text in generate(config).items():
-        file = options.output / path
-        if file.is_file() and file.read_text(encoding="utf-8") == text:
-            continue
-        differing.append(path)
-        if not options.check:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+    try:
+        for path, text in generate(config).items():
+            file = options.output / path
+            if file.is_file() and file.read_bytes() == text.encode():
+                continue
+            differing.append(path)
+            if not options.check:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(text.encode())
+    except OSError as error:
+        verb = "read" if options.check else "write"
+        print(
+            f"error: cannot {verb} {error.filename}: {error.strerror}; --output names another folder", file=sys.stderr
+        )
+        return 1
     for path in differing:
         print(f"{path}: {'differs' if options.check else 'written'}")
     return int(options.check and bool(differing))

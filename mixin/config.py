@@ -166,6 +166,11 @@ class MixinConfig:
         for option in fields(self):
             if option.type is str and not getattr(self, option.name):
                 raise ValueError(f"{flag(option)} must not be empty")
+        for name in ("prometheus_url", "alertmanager_url", "grafana_url", "pager_webhook_url", "team_webhook_url"):
+            address = getattr(self, name)
+            # Grafana reads environment variables.
+            if "$" not in address and not re.match(r"https?://[^/\s]", address):
+                raise ValueError(f"--{name.replace('_', '-')} {address} is no address such as http://127.0.0.1:9090")
         self._check_thresholds()
         for name, most in (("critical_step_share", 1.0), ("skipped_step_share", 1.0), ("starved_part", 0.9)):
             if not 0 < getattr(self, name) <= most:

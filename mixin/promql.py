@@ -1,5 +1,6 @@
 """Pieces of PromQL that rules and dashboards share."""
 
+import json
 import math
 
 from prometheus_client.utils import floatToGoString
@@ -23,8 +24,7 @@ ENVIRONMENT_STEPS_RECORD = "job_instance_run:ppo_environment_steps:rate5m"
 
 def quoted(text: str) -> str:
     """`text` as a PromQL string."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return json.dumps(text, ensure_ascii=False)  # the same escapes
 
 
 def select(family: MetricFamily, matchers: str, suffix: str = "") -> str:

@@ -13,7 +13,7 @@ from mixin.config import CV_CRITICAL, STALLED, MixinConfig, parse_duration
 
 # As far from the defaults as it goes: other thresholds, no waiting or long waiting, a name that must be quoted.
 SITE = """\
-job: 'rl "training"'
+job: "rl \\\"training\\\"\\n\\\\d"
 warning-threshold: 0.8
 critical-threshold: 1.5
 critical-step-share: 0.03
@@ -26,7 +26,7 @@ for:
   PPOGradientCVHigh/warning: 8m
   PPOGradientCVHigh/critical: 45s
   PPOCriticalGradientSteps: 1m
-  PPONonFiniteGradients: 2m
+  PPONonFiniteGradients/warning: 2m
   PPOHeadStarved: 0
   PPOTrainerDown: 4m
   PPOTrainingStalled: 3m
@@ -43,7 +43,8 @@ def site(tmp_path: Path) -> Path:
     """Folder with the files of a site."""
     settings = tmp_path / "site.yml"
     settings.write_text(SITE)
-    assert main(["--config", str(settings), "--for", "PPOTrainerDown=7m", "--output", str(tmp_path / "site")]) == 0
+    command_line = ["--for", "PPOTrainerDown=7m", "--for", "PPONonFiniteGradients=1m"]
+    assert main(["--config", str(settings), *command_line, "--output", str(tmp_path / "site")]) == 0
     return tmp_path / "site"
 
 
@@ -85,6 +86,7 @@ def test_one_setting_reaches_both_evaluators_the_dashboards_and_alertmanager(sit
     assert grafana[CV_CRITICAL]["data"][-1]["model"]["expression"] == "$B >= 1.5"
     # The command line wins over the file.
     assert prometheus["PPOTrainerDown", "critical"]["for"] == "7m"
+    assert prometheus["PPONonFiniteGradients", "warning"]["for"] == "1m"
     assert grafana["PPOTrainerDown", "critical"]["for"] == "8m"
     assert "for" not in prometheus["PPOHeadStarved", "warning"]
     # Longer than the limit without being told so.
@@ -115,6 +117,7 @@ def test_one_setting_reaches_both_evaluators_the_dashboards_and_alertmanager(sit
         (["--starved-part", "0"], "--starved-part must be above 0"),
         (["--critical-step-share", "nan"], "--critical-step-share must be above 0 and at most 1"),
         (["--job", ""], "--job must not be empty"),
+        (["--grafana-url", "grafana.example"], "--grafana-url grafana.example is no address such as http://"),
         (["--stalled-after", "5 minutes"], "is no duration such as 90s, 5m or 1h30m"),
         (["--stalled-after", "0"], "--stalled-after must be at least 30s"),
         (["--for", "PPOTrainerDown"], "is not of the form ALERT[/SEVERITY]=DURATION"),
@@ -144,6 +147,7 @@ def test_contradicting_or_wrong_settings_are_refused(arguments, message, tmp_pat
         ("for: 5m\n", "for: "),
         ("for: {PPOTrainerDown: soon}\n", "'soon' is no duration"),
         ("warning-threshold: high\n", "warning-threshold: could not convert"),
+        ("job:\n", "job: has no value"),
     ],
 )
 def test_a_wrong_settings_file_is_refused_by_name(text, message, tmp_path: Path, capsys):
@@ -154,6 +158,12 @@ def test_a_wrong_settings_file_is_refused_by_name(text, message, tmp_path: Path,
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and str(settings) in error and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_in_one_line(tmp_path: Path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["--output", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'file'}/")
 
 
 def test_help_names_every_default(capsys):
