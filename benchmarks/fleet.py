@@ -28,7 +28,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -534,6 +534,16 @@ def machine(prometheus: Path) -> str:
     )
 
 
+def recorded(path: Path | None, samples: int, progress: Callable[[int], None]) -> Recording:
+    """A recorded run, that of `path` where there is one."""
+    if path and path.exists():
+        return Recording(**json.loads(path.read_text()))
+    recording = replay.record(samples, SECONDS_BETWEEN, free_port(), progress)
+    if path:
+        path.write_text(json.dumps(asdict(recording)))
+    return recording
+
+
 def tell(update: Callable[..., None], runs: int) -> Callable[[str], None]:
     return lambda text: update(description=f"{runs} runs: {text}")
 
@@ -551,13 +561,16 @@ def main() -> int:
     parser.add_argument(
         "--interval", type=parse_duration, default=configured, metavar="DURATION", help="scrape and evaluation interval"
     )
-    parser.add_argument("--settle", type=int, default=180, metavar="SECONDS", help="live scraping before the queries")
+    parser.add_argument("--settle", type=int, default=120, metavar="SECONDS", help="live scraping before the queries")
     parser.add_argument("--repeats", type=int, default=5, help="times that each query is asked, for the median")
     parser.add_argument(
         "--samples", type=int, default=720, help=f"answers of the recorded run, {SECONDS_BETWEEN:g} s apart"
     )
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="keeps figures; a size that is in it is not measured again"
+    )
+    parser.add_argument(
+        "--recording", type=Path, metavar="FILE", help="keeps the recorded run; one that is in it is not recorded again"
     )
     options = parser.parse_args()
     if min(options.runs) < 1 or max(options.runs) > 5000 or options.samples < 20 or options.repeats < 1:
@@ -572,6 +585,8 @@ def main() -> int:
     results = {}
     if options.results and options.results.exists():
         results = {figures["runs"]: figures for figures in json.loads(options.results.read_text())}
+    if any(figures["interval"] != options.interval for figures in results.values()):
+        parser.error(f"{options.results} has figures at another interval")
     try:
         print(f"{machine(provide().prometheus)}\n`python -m benchmarks.fleet {' '.join(sys.argv[1:])}`", flush=True)
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
@@ -579,9 +594,7 @@ def main() -> int:
             missing = sorted(set(options.runs) - results.keys())
             if missing:
                 shown = partial(progress.update, progress.add_task("recording a run", total=options.samples))
-                recording = replay.record(
-                    options.samples, SECONDS_BETWEEN, free_port(), lambda done: shown(completed=done)
-                )
+                recording = recorded(options.recording, options.samples, lambda done: shown(completed=done))
             for runs in missing:
                 status = partial(progress.update, progress.add_task(f"{runs} runs", total=None))
                 results[runs] = measure(
