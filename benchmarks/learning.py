@@ -192,7 +192,7 @@ def comparison(runs: dict[str, list[Run]], seeds: Sequence[int]) -> str:
     """Returns per seed at the end and over the whole run, and whether ours is no worse.
 
     The rule: our mean over the seeds is not below Stable-Baselines3's by more than one standard deviation of its
-    seeds. With five seeds each and returns from one normal distribution, one comparison in eleven fails by chance.
+    seeds. With five seeds each and returns from one normal distribution, one comparison in ten fails by chance.
     """
     parts = []
     for name, title in (("final", "Mean return of the last 100 episodes"), ("overall", "The same, mean over the run")):
