@@ -1,6 +1,6 @@
 "use strict";
 // The server renders the page, and this brings what is shown up to the one that it renders now.
-const POLL_SECONDS = 2, HIDDEN_POLL_SECONDS = 30, TIMEOUT_SECONDS = 8;
+const POLL_SECONDS = 2, HIDDEN_POLL_SECONDS = 30, TIMEOUT_SECONDS = 5;
 const connection = document.getElementById("connection");
 let timer, serverClock, lastAnswer;
 
@@ -71,5 +71,6 @@ function openDocs() {
 document.addEventListener("visibilitychange", () => document.hidden || poll());
 addEventListener("hashchange", openDocs);
 openDocs();
+showConnection(false, "Connecting");
 setInterval(showAges, 1000);
 poll();
