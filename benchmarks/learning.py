@@ -205,11 +205,10 @@ def comparison(runs: dict[str, list[Run]], seeds: Sequence[int]) -> str:
             least = fmean(theirs) - stdev(theirs)
             for who in (OURS, DEFAULTS):
                 verdict = "no worse" if fmean(values[who]) >= least else "WORSE"
-                parts.append(
-                    f"- {who}: {verdict}; {fmean(values[who]):.3f} against at least {least:.3f}, the mean of {SB3} "
-                    "less one deviation of its seeds"
-                )
+                parts.append(f"- {who}: {verdict}; {fmean(values[who]):.3f} against at least {least:.3f}")
             parts.append("")
+    if len(seeds) > 1:
+        parts.append(f"At least: the mean of {SB3} less one standard deviation of its seeds.")
     return "\n".join(parts)
 
 
