@@ -1,0 +1,340 @@
+"""What breaks around a run, with the real parts: who is told, and what is lost. The table is docs/faults.md."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Observability, fetch, free_ports, wait_until
+from conftest import _with_short_durations as with_short_durations
+from prometheus_client.parser import text_string_to_metric_families
+
+from stack.servers import ROOT, Servers
+
+TINY = ("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64", "--total-timesteps", "100000000")
+CRITICAL = {"alertname": "PPOGradientCVHigh", "severity": "critical"}
+
+# A trainer whose clock differs from the true one by the seconds in a file.
+WRONG_CLOCK = """
+import pathlib, runpy, sys, time
+offset, real = pathlib.Path(sys.argv.pop(1)), time.time
+time.time = lambda: real() + float(offset.read_text())
+runpy.run_module("trainer", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture
+def servers(servers: Servers, request) -> Servers:
+    """Prometheus with options of the test's own."""
+    return replace(servers, prometheus_options=(*servers.prometheus_options, *getattr(request, "param", ())))
+
+
+@pytest.fixture
+def observability(start_observability) -> Observability:
+    return start_observability()
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a trainer whose target file lies where `observability` looks."""
+    processes = []
+
+    def start(run: str, *flags: str, python: tuple = ("-m", "trainer"), stdout: int = subprocess.DEVNULL):
+        command = [sys.executable, *python, "--run", run, "--metrics-port", "0", *TINY]
+        command += ["--targets-dir", tmp_path / "targets", "--checkpoint-dir", tmp_path / "checkpoints", *flags]
+        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def value(observability: Observability, expression: str) -> float | None:
+    """The one value of an instant query; None where there is none."""
+    result = observability.query(expression)
+    return float(result[0]["value"][1]) if result else None
+
+
+def address(observability: Observability, run: str) -> str:
+    """`host:port` of the run, from its target file."""
+
+    def announced() -> list[str]:
+        entries = [json.loads(path.read_text())[0] for path in observability.targets.glob("*.json")]
+        return [entry["targets"][0] for entry in entries if entry["labels"]["run"] == run]
+
+    return wait_until(announced, f"target file of {run}")[0]
+
+
+def samples(address: str) -> dict[str, list]:
+    """Sample name -> samples of /metrics."""
+    found: dict[str, list] = {}
+    for family in text_string_to_metric_families(fetch(f"http://{address}/metrics")[1]):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample)
+    return found
+
+
+def test_a_killed_trainer_is_told_and_its_series_end_and_go_on_with_the_resume(observability, train):
+    first = train("killed", "--metrics-port", str(observability.ports.metrics), "--checkpoint-every", "2")
+    updates = 'ppo_updates_total{run="killed"}'
+    wait_until(lambda: (value(observability, updates) or 0) > 4, "updates")
+    first.kill()
+    wait_until(lambda: observability.notified("firing", alertname="PPOTrainerDown", run="killed"), "down")
+    assert value(observability, updates) is None  # stale: nobody takes old values for new ones
+    last = value(observability, f"last_over_time({updates}[10m])")
+    assert last > 4
+
+    train("killed", "--metrics-port", str(observability.ports.metrics), "--resume")
+    wait_until(lambda: (value(observability, updates) or 0) > last, "going on")
+    wait_until(lambda: observability.notified("resolved", alertname="PPOTrainerDown", run="killed"), "resolved")
+    # One series over both processes, in which nothing went backwards.
+    assert [each["value"][1] for each in observability.query(f"resets({updates}[10m])")] == ["0"]
+    assert value(observability, 'ppo_resumes_total{run="killed"}') == 1
+
+
+def test_a_stopped_process_is_down_and_one_that_stands_still_is_stalled(observability, train, tmp_path):
+    generated = tmp_path / "generated"
+    command = [sys.executable, "-m", "mixin", "--output", generated, "--stalled-after", "30s"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with_short_durations(generated / "alerts/ppo.rules.yml", tmp_path / "alerts", "2s")
+    observability.processes["prometheus"].send(signal.SIGHUP)
+
+    # Nobody reads what it prints, so it stands still as soon as the pipe is full.
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+    train("blocked", "--log-interval", "1", stdout=write_end)
+    os.close(write_end)
+    stopped = train("stopped")
+    updates = 'ppo_updates_total{run="stopped"}'
+    wait_until(lambda: value(observability, updates), "updates")
+    stopped.send_signal(signal.SIGSTOP)
+    wait_until(lambda: observability.notified("firing", alertname="PPOTrainerDown", run="stopped"), "down")
+    last = value(observability, f"last_over_time({updates}[10m])")
+    stopped.send_signal(signal.SIGCONT)
+    wait_until(lambda: observability.notified("resolved", alertname="PPOTrainerDown", run="stopped"), "up again")
+    assert value(observability, updates) >= last
+
+    wait_until(lambda: observability.notified("firing", alertname="PPOTrainingStalled", run="blocked"), "stalled")
+    assert value(observability, 'up{run="blocked"}') == 1
+    assert fetch(f"http://{address(observability, 'blocked')}/-/healthy")[0] == 200
+    blocked_at = value(observability, 'ppo_updates_total{run="blocked"}')
+    # It ends with the trainer, by whom the pipe is closed.
+    threading.Thread(target=os.fdopen(read_end, "rb").read, daemon=True).start()
+    wait_until(lambda: observability.notified("resolved", alertname="PPOTrainingStalled", run="blocked"), "moving")
+    assert value(observability, 'ppo_updates_total{run="blocked"}') > blocked_at
+    assert not observability.notified("firing", alertname="PPOTrainingStalled", run="stopped")
+
+
+def test_a_prometheus_that_is_killed_in_the_middle_of_a_drill_tells_its_end(
+    observability, train, start_prometheus, tmp_path
+):
+    train("drilled", "--drill", "dominate:op:2s-25s")
+    (told,) = wait_until(lambda: observability.notified("firing", **CRITICAL, run="drilled"), "critical")
+    observability.processes["prometheus"].stop(signal.SIGKILL)
+    start_prometheus(observability.ports.prometheus, yaml.safe_load((tmp_path / "prometheus.yml").read_text()))
+
+    wait_until(lambda: value(observability, 'ppo_updates_total{run="drilled"}'), "scraped again")
+    critical = 'ppo_gradient_steps_total{run="drilled", health="critical"}'
+    at_restart = value(observability, critical)
+    (resolved,) = wait_until(lambda: observability.notified("resolved", **CRITICAL, run="drilled"), "resolved")
+    assert resolved["fingerprint"] == told["fingerprint"]
+    assert (
+        len(observability.notified("firing", **CRITICAL, run="drilled")) == 1
+    )  # told once, not again after the restart
+    assert value(observability, critical) > at_restart > 0 and value(observability, f"resets({critical}[10m])") == 0
+
+
+# By default Prometheus sends an alert that nobody took again after a minute.
+@pytest.mark.parametrize("servers", [("--rules.alert.resend-delay=2s",)], indirect=True)
+def test_an_alert_that_fires_without_alertmanager_and_receiver_arrives_when_they_are_back(
+    observability, train, start_alertmanager, start_receiver, tmp_path
+):
+    for name in ("alertmanager", "receiver"):
+        observability.processes[name].stop(signal.SIGKILL)
+    train("drilled", "--drill", "dominate:op:1s-600s")
+    firing = 'ALERTS{alertname="PPOGradientCVHigh", severity="critical", alertstate="firing", run="drilled"}'
+    wait_until(lambda: observability.query(firing), "firing in Prometheus")
+
+    settings = yaml.safe_load((tmp_path / "alertmanager.yml").read_text())
+    start_alertmanager(observability.ports.alertmanager, settings)
+
+    def failures() -> float:
+        text = fetch(f"{observability.alertmanager_url}/metrics")[1]
+        return float(
+            re.search(r'^alertmanager_notifications_total{integration="webhook"} (\S+)', text, re.MULTILINE)[1]
+        )
+
+    wait_until(lambda: [alert for alert in observability.alerts() if alert["labels"]["run"] == "drilled"], "alert")
+    wait_until(failures, "attempts to notify")
+    assert observability.notifications() == []
+    start_receiver(observability.ports.receiver)
+    wait_until(lambda: observability.notified("firing", **CRITICAL, run="drilled"), "notification")
+
+
+def test_a_clock_that_steps_backwards_takes_nothing_with_it(observability, train, tmp_path):
+    offset = tmp_path / "offset"
+    offset.write_text("7200")
+    train("clock", python=("-c", WRONG_CLOCK, offset))
+    target = address(observability, "clock")
+    last = 'ppo_last_update_timestamp_seconds{run="clock"}'
+    wait_until(lambda: (value(observability, f"{last} - time()") or 0) > 7000, "updates of a clock that is ahead")
+    before = samples(target)
+    offset.write_text("0")
+    wait_until(lambda: abs(value(observability, f"{last} - time()") or 7200) < 10, "updates of a clock that is right")
+    after = samples(target)
+    assert fetch(f"http://{target}/-/ready")[0] == 200
+    assert len(after["ppo_gradient_cv"]) == 1
+    counters = [name for name in before if name.endswith(("_total", "_sum", "_count", "_bucket")) and "ppo_" in name]
+    assert len(counters) > 10
+    for name in counters:
+        assert all(now.value >= then.value for then, now in zip(before[name], after[name], strict=True)), name
+    assert value(observability, f'min_over_time(up{{run="clock"}}[10m])') == 1
+    assert observability.notified("firing", run="clock") == []
+
+    offset.write_text("-3600")  # nobody can tell this from a run that has not updated for an hour
+    wait_until(lambda: observability.notified("firing", alertname="PPOTrainingStalled", run="clock"), "stalled")
+    offset.write_text("0")
+    wait_until(lambda: observability.notified("resolved", alertname="PPOTrainingStalled", run="clock"), "right again")
+
+
+def in_namespace(script: str, *arguments: str | Path) -> list[str | Path]:
+    """A command that runs `script` where it may mount what it wants, and nobody else sees it; for a minute at most."""
+    return ["timeout", "-k", "5", "60", "unshare", "--map-root-user", "--mount", "sh", "-euc", script, "sh", *arguments]
+
+
+@pytest.fixture
+def mounts() -> None:
+    try:
+        subprocess.run(in_namespace("mount -t tmpfs none /mnt"), check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine does not let its users mount file systems in a namespace of their own")
+
+
+@pytest.mark.parametrize(
+    ("mount", "reason"),
+    [
+        ('mount -t tmpfs -o size=4k none "$1"; head -c 4096 /dev/zero > "$1/full"', "No space left on device"),
+        ('mount -t tmpfs -o ro none "$1"', "Read-only file system"),
+    ],
+    ids=["full", "read-only"],
+)
+def test_a_run_does_not_start_unseen_where_its_target_file_cannot_be_written(mounts, tmp_path, mount, reason):
+    targets = tmp_path / "targets"
+    targets.mkdir()
+    command = [sys.executable, "-m", "trainer", *TINY, "--metrics-port", "0", "--checkpoint-every", "0"]
+    script = f'{mount}; shift; exec "$@"'
+    done = subprocess.run(
+        [*in_namespace(script, targets), *command, "--targets-dir", targets],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"python -m trainer: error: cannot write a target file to {targets}: {reason}\n"
+
+
+@pytest.mark.parametrize(
+    ("breakdown", "reason", "left"),
+    [
+        ('mount -o remount,ro "$1"', "Read-only file system", {".json", ".prom"}),
+        ('head -c 9999999 /dev/zero > "$1/big.dat" 2>&1 || true', "No space left on device", {".dat"}),
+    ],
+    ids=["read-only", "full"],
+)
+def test_a_run_goes_on_and_ends_well_when_its_folders_break_down(mounts, tmp_path, breakdown, reason, left):
+    targets, checkpoints = tmp_path / "targets", tmp_path / "checkpoints"
+    targets.mkdir()
+    trainer = [sys.executable, "-m", "trainer", *TINY, "--metrics-port", "0", "--run", "r", "--log-interval", "1000"]
+    trainer += ["--targets-dir", targets, "--textfile-dir", targets, "--textfile-interval", "0.1"]
+    trainer += ["--checkpoint-dir", checkpoints]
+    script = (
+        'mount -t tmpfs -o size=256k none "$1"; targets=$1; shift; "$@" & trainer=$!\n'
+        'while ! [ -e "$targets/ppo-r.prom" ]; do sleep 0.1; done; set -- "$targets"\n'
+        f"{breakdown}; sleep 1.5; kill -TERM $trainer; wait $trainer && code=0 || code=$?\n"
+        'ls "$targets"; exit $code'
+    )
+    done = subprocess.run(
+        [*in_namespace(script, targets), *trainer], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 143, done.stderr
+    output, files = done.stdout.split("checkpoint ")
+    assert "stopped by SIGTERM" in output and list(checkpoints.glob("r/*.pt"))
+    assert {Path(name).suffix for name in files.splitlines()[1:]} == left
+    assert done.stderr.count("ppo-r.prom is out of date: ") == 1 and reason in done.stderr
+    # A full disk still lets one delete.
+    assert (f"still names run r, which will look down: {reason}" in done.stderr) == (".json" in left)
+
+
+def test_of_two_trainers_that_want_the_same_port_one_trains_and_the_other_says_why_not(train, tmp_path):
+    port = str(free_ports().metrics)
+    both = {name: train(name, "--metrics-port", port) for name in ("a", "b")}
+    (loser,) = wait_until(
+        lambda: [name for name, process in both.items() if process.poll() is not None], "one has ended"
+    )
+    assert both[loser].returncode == 1
+    assert f"cannot serve /metrics on 127.0.0.1:{port}: Address already in use" in both[loser].stderr.read()
+    (winner,) = both.keys() - {loser}
+    wait_until(lambda: list((tmp_path / "targets").iterdir()), "target file")
+    (path,) = (tmp_path / "targets").iterdir()
+    assert json.loads(path.read_text())[0]["labels"]["run"] == winner
+    wait_until(lambda: f'run="{winner}"' in fetch(f"http://127.0.0.1:{port}/metrics")[1], "the winner serves")
+
+
+UPDATES = 10_000
+EMIT = f"""
+import itertools, time
+from exporter import MetricsServer, RunAggregator, emit_ppo_update
+from exporter.telemetry import GradientStep, summarize_gradient_steps
+aggregator = RunAggregator()
+aggregator.register_run("r", ["op", "slot", "alpha", "blueprint", "curve"])
+kinds = ([1.0, 1.1, 0.9, 1.0, 1.0], [1.0, 0.2, 0.2, 0.9, 0.3], [1.0, 0.0, 0.0, 0.0, 0.0], [float("nan")] + [1.0] * 4)
+steps = [GradientStep(dict(zip(("op", "slot", "alpha", "blueprint", "curve"), norms)), sum(norms)) for norms in kinds]
+with MetricsServer(aggregator, port=0) as server:
+    print(server.port, flush=True)
+    for step in itertools.islice(itertools.cycle(steps), {UPDATES}):
+        emit_ppo_update(summarize_gradient_steps([step] * 16), run="r", handler=aggregator)
+        time.sleep(0.0012)
+    print("done", flush=True)
+    input()
+"""
+
+
+def test_ten_thousand_updates_under_a_scrape_every_ten_milliseconds_leave_memory_flat_and_one_level_each():
+    with subprocess.Popen(
+        [sys.executable, "-c", EMIT], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        connection = HTTPConnection("127.0.0.1", int(process.stdout.readline()), timeout=20)
+        levels, memory, updates = set(), [], [0.0]
+        while updates[-1] < UPDATES:
+            connection.request("GET", "/metrics")
+            text = connection.getresponse().read().decode()
+            (level,) = re.findall(r'^ppo_gradient_cv{health="(\w+)",run="r"} ', text, re.MULTILINE)
+            levels.add(level)
+            values = dict(
+                re.findall(r"^(ppo_updates_total|process_resident_memory_bytes)\S* (\S+)$", text, re.MULTILINE)
+            )
+            memory.append(float(values["process_resident_memory_bytes"]))
+            updates.append(float(values["ppo_updates_total"]))
+            time.sleep(0.01)
+        connection.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+    assert updates == sorted(updates) and len(updates) > 100
+    assert levels == {"healthy", "warning", "critical"}
+    quarter = len(memory) // 4
+    assert max(memory[-quarter:]) - max(memory[:quarter]) < 2**20, memory[:: quarter // 4]
