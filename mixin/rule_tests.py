@@ -422,11 +422,13 @@ class _Tests:
         long = 2 * window + keep
         once, twice = [False] * 10 + [True] * window, [False] * 10 + [True] * (window + 12)
         text = "gradient steps of the last 10 minutes a gradient"
+        # In each interval, so that a few skipped ones are no critical share of them.
+        steps = math.ceil(10 / self._config.skipped_step_share)
         return [
             self._test(
                 "a non-finite step of one head names that head, and only it",
                 [
-                    *self._gradient_steps(healthy=[(100, long)]),
+                    *self._gradient_steps(healthy=[(steps, long)]),
                     self._series(NONFINITE_GRADIENTS, f"0x9 3x{long}", head="op"),
                     self._series(NONFINITE_GRADIENTS, f"0x{long}", head="slot"),
                     self._series(SKIPPED_GRADIENT_STEPS, f"0x9 3x{long}"),
@@ -441,7 +443,7 @@ class _Tests:
             self._test(
                 "steps skipped with all heads finite point at trunk or value head",
                 [
-                    *self._gradient_steps(healthy=[(100, 60)]),
+                    *self._gradient_steps(healthy=[(steps, 60)]),
                     *self._cv((self._between, 61)),
                     self._series(NONFINITE_GRADIENTS, "0x60", head="op"),
                     self._series(SKIPPED_GRADIENT_STEPS, "0+1x60"),

@@ -17,7 +17,7 @@ job: "rl \\\"training\\\"\\n\\\\d"
 warning-threshold: 0.8
 critical-threshold: 1.5
 critical-step-share: 0.03
-skipped-step-share: 0.9
+skipped-step-share: 0.002
 starved-part: 0.35
 stalled-after: 7m
 grafana-url: https://grafana.example/ops/
