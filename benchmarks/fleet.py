@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import replay
+from benchmarks.machine import machine
 from benchmarks.replay import History, Recording, Schedule, run_name
 from exporter.discovery import TargetFile
 from exporter.metrics import GRADIENT_CV_CEILING, UPDATES
@@ -522,16 +523,9 @@ def goals(sizes: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def machine(prometheus: Path) -> str:
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+def prometheus_version(prometheus: Path) -> str:
     answer = subprocess.run([prometheus, "--version"], capture_output=True, text=True, check=True)
-    version = (answer.stdout or answer.stderr).split(" (")[0].replace(", version", "")
-    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
-    return (
-        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {platform.system()}, {version}; "
-        f"Prometheus, the runs and the questions share them; load average before: {load}"
-    )
+    return (answer.stdout or answer.stderr).split(" (")[0].replace(", version", "")
 
 
 def recorded(path: Path | None, samples: int, progress: Callable[[int], None]) -> Recording:
@@ -588,7 +582,11 @@ def main() -> int:
     if any(figures["interval"] != options.interval for figures in results.values()):
         parser.error(f"{options.results} has figures at another interval")
     try:
-        print(f"{machine(provide().prometheus)}\n`python -m benchmarks.fleet {' '.join(sys.argv[1:])}`", flush=True)
+        print(
+            f"{machine('numpy')}; {prometheus_version(provide().prometheus)}, the runs and the questions share it\n"
+            f"`python -m benchmarks.fleet {' '.join(sys.argv[1:])}`",
+            flush=True,
+        )
         columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
             missing = sorted(set(options.runs) - results.keys())

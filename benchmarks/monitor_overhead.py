@@ -12,7 +12,6 @@ is measured too.
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +25,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from benchmarks.machine import machine
 from exporter import GradientMonitor, HeadGradientMeter, RunAggregator, emit_ppo_update, gradient_cv
 from exporter.telemetry import summarize_gradient_steps
 from trainer.environments.host_growth import ACTION_HEADS
-from trainer.policy import FactoredCategorical, padded_columns
+from trainer.policy import FactoredCategorical, HeadLayout
 
 STEPS_PER_UPDATE = 32
 MAX_GRAD_NORM = 0.5
@@ -49,24 +49,23 @@ class Workload:
         sizes = [head.out_features for head in self.heads.values()]
         self.model = nn.ModuleList([self.trunk, self.heads])
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5, eps=1e-5, fused=True)
-        self.columns = padded_columns(sizes)
+        self.layout = HeadLayout.of(sizes)
         self.observations = torch.randn(self.batch, self.inputs)
         self.actions = torch.stack([torch.randint(size, (self.batch,)) for size in sizes], 1)
         self.advantages = torch.randn(self.batch)
         with torch.no_grad():
-            self.old_log_probs = self._distribution().log_prob(self.actions)
+            self.old_log_probs, _ = self._evaluate()
 
-    def _distribution(self) -> FactoredCategorical:
+    def _evaluate(self) -> tuple[Tensor, Tensor]:
         features = self.trunk(self.observations)
-        return FactoredCategorical(
-            torch.cat([head(features) for head in self.heads.values()], 1), self.columns, len(self.heads)
-        )
+        logits = torch.cat([head(features) for head in self.heads.values()], 1)
+        return FactoredCategorical(logits, self.layout).evaluate(self.actions)
 
     def backward(self) -> None:
-        distribution = self._distribution()
-        ratio = (distribution.log_prob(self.actions) - self.old_log_probs).exp()
+        log_probs, entropies = self._evaluate()
+        ratio = (log_probs - self.old_log_probs).exp()
         clipped = ratio.clamp(0.8, 1.2) * self.advantages
-        loss = -torch.min(ratio * self.advantages, clipped).mean() - 0.01 * distribution.entropy().mean()
+        loss = -torch.min(ratio * self.advantages, clipped).mean() - 0.01 * entropies.mean()
         self.optimizer.zero_grad()
         loss.backward()
 
@@ -279,7 +278,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"{platform.machine()}, torch {torch.__version__}, {options.threads} thread(s)")
+    print(f"{machine('torch')}; {options.threads} thread(s)")
     for build, rounds, steps in ((small, options.rounds, options.steps), (large, options.large_rounds, 4)):
         if not rounds:
             continue

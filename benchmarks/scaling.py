@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.throughput import machine
+from benchmarks.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOADS = {
@@ -53,7 +53,7 @@ def main() -> int:
     speeds: dict[tuple[str, int], list[float]] = {
         (workload, ranks): [] for workload in options.workloads for ranks in options.ranks
     }
-    before = machine()
+    before = machine("torch", "numpy", "gymnasium")
     with Console(stderr=True).status("") as status:
         for number in range(options.rounds):
             for workload, ranks in speeds:

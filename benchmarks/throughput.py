@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,6 +32,7 @@ from urllib.request import urlopen
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from benchmarks.machine import machine
 from benchmarks.peers import Setting
 
 SCRAPE_INTERVAL = 1.0  # seconds
@@ -230,24 +230,6 @@ def table(entries: dict[str, Entry], speeds: dict[str, list[float]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def machine() -> str:
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line[:10] == "model name"]
-        cpu = models[0] if models else cpu
-    versions = []
-    for package in ("torch", "numpy", "gymnasium", "stable-baselines3", "torchrl"):
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"no {package}")
-    load = " ".join(f"{value:.2f}" for value in os.getloadavg())
-    return (
-        f"{cpu}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}, "
-        f"{', '.join(versions)}; load average before: {load}"
-    )
-
-
 def installed(entry: Entry) -> bool:
     package = {"sb3": "stable_baselines3", "torchrl_ppo": "torchrl"}.get(entry.module)
     return package is None or importlib.util.find_spec(package) is not None
@@ -276,7 +258,10 @@ def main() -> int:
     if options.rounds < 1 or options.seconds <= 0 or min(options.threads) < 1:
         parser.error("--rounds and --threads must be at least 1, --seconds above 0")
 
-    print(f"{machine()}\n`python -m benchmarks.throughput {' '.join(sys.argv[1:])}`", flush=True)
+    print(
+        f"{machine('torch', 'numpy', 'gymnasium', 'stable-baselines3', 'torchrl')}\n`python -m benchmarks.throughput {' '.join(sys.argv[1:])}`",
+        flush=True,
+    )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=1)
     try:
