@@ -595,9 +595,9 @@ class _Tests:
                 *self._courses({STARVED: flapping}, head="slot"),
             ),
             self._test(
-                "unequal but learning heads, and a single head, are silent",
+                "a head exactly at the limit, and a single head, are silent",
                 [
-                    *self._shares(hold + 4, slot=high, op=round(1 - high, 6)),
+                    *self._shares(hold + 4, slot=part / 2, op=1 - part / 2),
                     self._series(HEAD_GRADIENT_SHARE, f"1x{hold + 4}", run="single", head="action"),
                 ],
                 self._state(hold + 3, STARVED, None),
