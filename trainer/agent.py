@@ -143,7 +143,7 @@ class PPOAgent:
         experience = torch.stack([log_probs, advantages, returns, moments.mean + scale * old_outputs], dim=-1).flatten(
             0, 1
         )
-        minibatches = max(1, len(samples) // hp.minibatch_size)
+        minibatches = max(1, round(len(samples) / hp.minibatch_size))
         statistics: list[Tensor] = []
         stopped = raised = False
 
@@ -152,7 +152,8 @@ class PPOAgent:
             for batch in shuffled.tensor_split(minibatches):
                 own = ranks.own_samples(batch, rollout.num_envs).to(device, non_blocking=True)
                 old_log_probs, advantage, returns, old_values = experience.index_select(0, own).unbind(1)
-                deviation, mean = torch.std_mean(all_advantages[batch])
+                # Of a single sample the deviation is 0, not NaN.
+                deviation, mean = torch.std_mean(all_advantages[batch], correction=min(1, len(batch) - 1))
                 advantage = (advantage - mean) / (deviation + 1e-8)
 
                 distribution, values = self.policy(observations.index_select(0, own))

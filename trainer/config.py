@@ -84,7 +84,9 @@ class TrainerConfig:
     log_interval: int = _option(10, "updates per line where there is no terminal", group=_RUN, minimum=1)
 
     rollout_steps: int = _option(64, "steps per environment and rollout", group=_PPO, minimum=1, fixed=True)
-    minibatch_size: int = _option(512, "samples per gradient step", group=_PPO, minimum=2)
+    minibatch_size: int = _option(
+        512, "samples per gradient step, as nearly as they divide a rollout evenly", group=_PPO, minimum=2
+    )
     epochs: int = _option(4, "passes over a rollout per update", group=_PPO, minimum=1)
     learning_rate: float = _option(1e-3, "Adam's learning rate at the start", group=_PPO, above=0.0)
     anneal_learning_rate: bool = _option(True, "lower the learning rate linearly to zero", group=_PPO)

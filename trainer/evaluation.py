@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -49,7 +50,7 @@ def play(
 
     Args:
         policy: on the CPU.
-        environment: in SAME_STEP mode, as `make_environment` builds it.
+        environment: in any autoreset mode.
         episodes: how many, at least 1.
         seed: of the environments and of sampling.
         deterministic: take the most probable choice of every head, instead of sampling.
@@ -58,7 +59,7 @@ def play(
     count = environment.vector_env.num_envs
     left = episodes // count + (np.arange(count) < episodes % count)
     generator = torch.Generator().manual_seed(seed)
-    returns, lengths = np.zeros(count), np.zeros(count, int)
+    returns, lengths, only_resets = np.zeros(count), np.zeros(count, int), np.zeros(count, bool)
     done = Episodes([], [])
     observations, _ = environment.vector_env.reset(seed=seed)
     while left.any() and not played(len(done.returns)):
@@ -69,13 +70,17 @@ def play(
             environment.environment_actions(choices.numpy())
         )
         returns += rewards
-        lengths += 1
+        lengths += ~only_resets
         ended = terminated | truncated
         counted = ended & (left > 0)
         done.returns.extend(returns[counted].tolist())
         done.lengths.extend(lengths[counted].tolist())
         left[counted] -= 1
         returns[ended], lengths[ended] = 0.0, 0
+        if environment.autoreset_mode is AutoresetMode.NEXT_STEP:
+            only_resets = ended
+        elif environment.autoreset_mode is AutoresetMode.DISABLED:
+            observations = environment.reset_ended(observations, ended)
     return done
 
 
@@ -108,7 +113,7 @@ def evaluate(arguments: Sequence[str], stop: StopRequest) -> int:
     config = config_of_run(path, content)
     torch.set_num_threads(config.threads)
     try:
-        environment = make_environment(config.env, min(config.num_envs, options.episodes))
+        environment = make_environment(config.env, min(config.num_envs, options.episodes), config.vectorization)
         policy = make_policy(config, environment)
         policy.load_state_dict(content["agent"]["policy"])
     except UnsupportedEnvironment as error:

@@ -1,5 +1,6 @@
 """Experience: stepping the environments, and advantages by GAE(lambda)."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Rollout:
         trained_on: bool [steps, environments], False for steps that only reset an environment.
         environment_steps: environment steps taken, all ranks together, resets left out.
         episodes: episodes that ended, all ranks together.
+        seconds_of_ranks: wall time of each rank's environments and policy, before any waited for another.
     """
 
     observations: np.ndarray
@@ -43,6 +45,7 @@ class Rollout:
     trained_on: np.ndarray
     environment_steps: int
     episodes: int
+    seconds_of_ranks: tuple[float, ...] = (0.0,)
 
     @property
     def num_envs(self) -> int:
@@ -167,6 +170,7 @@ class RolloutCollector:
 
     def collect(self, should_stop: Callable[[], bool] = lambda: False) -> Rollout | None:
         """One rollout, or None if `should_stop()` held after one of its steps."""
+        started = time.perf_counter()
         count = len(self._observations)
         shape = (self._steps, count)
         observations = np.empty((*shape, self._environment.observation_size), np.float32)
@@ -174,7 +178,7 @@ class RolloutCollector:
         rewards = np.empty(shape, np.float32)
         ends, trained_on = np.zeros(shape, bool), np.ones(shape, bool)
         finished: list[tuple[float, int]] = []
-        cut_short: list[tuple[int, np.ndarray, np.ndarray]] = []
+        cut_short: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         variates = self._ranks.own_columns(
             torch.rand(
                 (self._steps, len(self._environment.heads), self._ranks.size * count),
@@ -194,9 +198,9 @@ class RolloutCollector:
             ends[step] = terminated | truncated
             finished += self._finished_episodes(reward, ends[step])
             following, final = self._after_episode_ends(_float32(following), ends[step], infos)
-            if truncated.any():
-                environments = np.flatnonzero(truncated & ~terminated)
-                cut_short.append((step, environments, final[environments]))
+            environments = np.flatnonzero(truncated & ~terminated)
+            if len(environments):
+                cut_short.append((np.full_like(environments, step), environments, final[environments]))
             self._observations = following
             if should_stop():
                 return None
@@ -209,11 +213,12 @@ class RolloutCollector:
         )
         next_values = np.concatenate([values[1:], self._policy.values(self._observations)[np.newaxis]])
         next_values[ends] = 0.0
-        for step, environments, final in cut_short:
-            next_values[step, environments] = self._policy.values(final)
+        if cut_short:
+            steps, environments, final = map(np.concatenate, zip(*cut_short))
+            next_values[steps, environments] = self._policy.values(final)
         advantages = generalized_advantages(rewards, values, next_values, ends, self._gamma, self._gae_lambda)
-        of_ranks = self._ranks.gather_objects((int(trained_on.sum()), finished))
-        finished = [episode for _, of_rank in of_ranks for episode in of_rank]
+        of_ranks = self._ranks.gather_objects((int(trained_on.sum()), finished, time.perf_counter() - started))
+        finished = [episode for _, of_rank, _ in of_ranks for episode in of_rank]
         self.recent_returns.extend(episode_return for episode_return, _ in finished)
         self.recent_lengths.extend(length for _, length in finished)
         return Rollout(
@@ -224,8 +229,9 @@ class RolloutCollector:
             advantages,
             advantages + values,
             trained_on,
-            environment_steps=sum(steps for steps, _ in of_ranks),
+            environment_steps=sum(steps for steps, _, _ in of_ranks),
             episodes=len(finished),
+            seconds_of_ranks=tuple(seconds for _, _, seconds in of_ranks),
         )
 
     def _after_episode_ends(
@@ -239,10 +245,8 @@ class RolloutCollector:
         elif ended.any() and mode is AutoresetMode.SAME_STEP:
             final = following.copy()
             final[ended] = np.stack(list(infos["final_obs"][ended])).astype(np.float32)
-        elif ended.any() and mode is AutoresetMode.DISABLED:
-            final = following
-            reset, _ = self._environment.vector_env.reset(options={"reset_mask": ended.copy()})
-            following = np.where(ended[:, None], _float32(reset), following)
+        elif mode is AutoresetMode.DISABLED:
+            following = self._environment.reset_ended(following, ended)
         return following, final
 
     def _finished_episodes(self, reward: np.ndarray, ended: np.ndarray) -> list[tuple[float, int]]:

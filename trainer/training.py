@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import sys
-import time
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import AutoresetMode
 
 from exporter.aggregator import RunAggregator
 from exporter.delivery import Textfile, push_final_state
@@ -81,6 +81,11 @@ class Training:
             self.environment = make_environment(config.env, config.num_envs // ranks.size, config.vectorization, device)
         except UnsupportedEnvironment as error:
             raise ConfigError(str(error)) from error
+        if config.rollout_steps == 1 and self.environment.autoreset_mode is AutoresetMode.NEXT_STEP:
+            raise ConfigError(
+                f"rollout-steps must be at least 2: {config.env} spends a step on every reset, and a rollout of one "
+                "may hold nothing to learn from"
+            )
         heads = self.environment.heads
         drill = Drill.parse(config.drill) if config.drill else None
         if drill is not None and drill.head not in heads:
@@ -194,27 +199,24 @@ class Training:
         """
         # Ranks that stopped at different places would wait for each other for ever.
         should_stop = stop if self.ranks.size == 1 else lambda: False
-        started = time.perf_counter()
         rollout = self.collector.collect(should_stop)
         if rollout is None:
             return False
-        rollout_duration = time.perf_counter() - started
         done = self.updates / self.config.updates
         learning_rate = self.config.learning_rate * (1 - done if self.config.anneal_learning_rate else 1)
         try:
             metrics = self.agent.update(rollout, learning_rate=learning_rate, should_stop=should_stop)
         except NonFiniteGradientError as error:
-            self._emit(error.metrics, rollout, rollout_duration)
+            self._emit(error.metrics, rollout)
             raise
         if should_stop():
             return False
         self.updates += 1
-        self._emit(metrics, rollout, rollout_duration)
+        self._emit(metrics, rollout)
         return True
 
-    def _emit(self, metrics: PPOUpdateMetrics, rollout: Rollout, rollout_duration: float) -> None:
+    def _emit(self, metrics: PPOUpdateMetrics, rollout: Rollout) -> None:
         returns, lengths = self.collector.recent_returns, self.collector.recent_lengths
-        of_ranks = self.ranks.gather_objects(rollout_duration)
         emit_ppo_update(
             metrics,
             run=self.config.run_name,
@@ -224,8 +226,8 @@ class Training:
             episode_return_mean=fmean(returns) if returns else None,
             episode_length_mean=fmean(lengths) if lengths else None,
             # The others wait for the slowest.
-            rollout_duration_seconds=max(of_ranks),
-            rank_rollout_seconds=of_ranks,
+            rollout_duration_seconds=max(rollout.seconds_of_ranks),
+            rank_rollout_seconds=rollout.seconds_of_ranks,
         )
 
 

@@ -195,6 +195,23 @@ def test_target_kl_ends_the_update_after_the_epoch_that_exceeds_it():
     assert len(metrics["gradient_cv_per_step"]) == 3
 
 
+@pytest.mark.parametrize(("minibatch_size", "minibatches"), [(32, 3), (33, 3), (27, 4), (200, 1)])
+def test_minibatches_are_as_near_to_their_size_as_they_divide_a_rollout(minibatch_size, minibatches):
+    policy = make_policy()
+    agent = make_agent(policy, minibatch_size=minibatch_size, epochs=1)
+    metrics = agent.update(make_rollout(policy), learning_rate=1e-3)
+    assert len(metrics["gradient_cv_per_step"]) == minibatches
+
+
+def test_a_minibatch_of_a_single_sample_is_no_fault_of_a_head():
+    policy = make_policy()
+    rollout = make_rollout(policy)
+    rollout.trained_on[:] = False
+    rollout.trained_on[0, :3] = True
+    metrics = make_agent(policy, minibatch_size=2, epochs=1).update(rollout, learning_rate=1e-3)
+    assert len(metrics["gradient_cv_per_step"]) == 2 and metrics["skipped_gradient_steps"] == 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_update_on_cuda_waits_for_the_device_only_at_its_end():
     policy = make_policy().cuda()

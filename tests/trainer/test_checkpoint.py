@@ -259,6 +259,14 @@ def test_evaluate_plays_exactly_the_episodes_that_are_asked_for(cli, checkpoint)
     assert "deterministic actions, seed 1000000" in played[2]
 
 
+def test_evaluate_steps_environments_as_training_did(cli, tmp_path):
+    env = {"env": "benchmarks.synthetic:SevenHeads-v0", "vectorization": "vector_entry_point"}  # it has no other way
+    state = Training(TrainerConfig(**TINY | env)).state_dict()
+    save(tmp_path / "run/update-00000000.pt", state)
+    out, _ = cli("evaluate", tmp_path / "run", "--episodes", "5")
+    assert "5 episodes\n" in out and "length mean 8.0 environment steps" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

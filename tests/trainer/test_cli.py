@@ -165,6 +165,10 @@ def test_a_nan_is_skipped_and_shown_or_stops_the_run_with_the_head_named(tmp_pat
         (["--env", "Taxi-v4"], "observation space Discrete(500) is not supported; supported is a Box"),
         (["--device", "cudda"], "device 'cudda'"),
         (["--drill", "dominate:opp:1-2"], "host-growth has no head 'opp'; its heads are slot, blueprint, alpha"),
+        (
+            "--env CartPole-v1 --vectorization vector_entry_point --rollout-steps 1 --minibatch-size 2".split(),
+            "rollout-steps must be at least 2: CartPole-v1 spends a step on every reset",
+        ),
         (["--metrics-address", "203.0.113.7"], "cannot serve /metrics on 203.0.113.7:0"),
     ],
 )

@@ -66,8 +66,33 @@ def test_two_ranks_with_half_of_the_environments_each_train_as_one_with_all_and_
         assert seen == pytest.approx(expected, rel=1e-3, abs=2e-4)
 
 
-def test_a_dead_rank_ends_the_job_names_itself_and_leaves_a_target_and_a_checkpoint(tmp_path):
-    flags = ("--run-name", "demo", "--total-timesteps", "10000000", "--checkpoint-every", "2")
+UNEVEN = """
+import os, time
+import gymnasium
+from gymnasium.envs.classic_control import CartPoleEnv
+
+class Uneven(CartPoleEnv):
+    def step(self, action):
+        time.sleep(0.005 * int(os.environ.get("RANK", 0)))
+        return super().step(action)
+
+gymnasium.register("Uneven-v0", Uneven)
+"""
+
+
+def test_a_dead_rank_ends_the_job_names_itself_and_leaves_a_target_and_a_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flags = (
+        "--env",
+        "uneven:Uneven-v0",
+        "--run-name",
+        "demo",
+        "--total-timesteps",
+        "10000000",
+        "--checkpoint-every",
+        "2",
+    )
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(command(2, tmp_path, *flags), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -75,7 +100,9 @@ def test_a_dead_rank_ends_the_job_names_itself_and_leaves_a_target_and_a_checkpo
             url = wait_until(lambda: re.search(r"metrics at (\S+)", output.read_text()), "the endpoint")[1]
             wait_until(lambda: (tmp_path / "demo" / "update-00000002.pt").exists(), "a checkpoint")
             text = fetch(url)[1]
-            assert re.findall(r'^ppo_rank_rollout_seconds{rank="(\d)",run="demo"}', text, re.MULTILINE) == ["0", "1"]
+            seconds = re.findall(r'^ppo_rank_rollout_seconds{rank="(\d)",run="demo"} (\S+)', text, re.MULTILINE)
+            assert [rank for rank, _ in seconds] == ["0", "1"]
+            assert float(seconds[0][1]) < float(seconds[1][1]) / 2  # rank 0 waits, and that is not its own time
             assert len(re.findall(r"^ppo_gradient_cv{", text, re.MULTILINE)) == 1
             second = next(
                 int(pid)
@@ -96,7 +123,9 @@ def test_a_dead_rank_ends_the_job_names_itself_and_leaves_a_target_and_a_checkpo
     assert re.search(r"^demo: failed after update \d+", said, re.MULTILINE)
     assert [json.loads(path.read_text())[0]["labels"]["run"] for path in (tmp_path / "targets").iterdir()] == ["demo"]
     last = max(int(path.stem.split("-")[1]) for path in (tmp_path / "demo").glob("update-*.pt"))
-    (seen,) = updates_of(train(1, tmp_path, "--resume", "--total-timesteps", str(128 * (last + 1))))
+    (seen,) = updates_of(
+        train(1, tmp_path, "--resume", "--env", "uneven:Uneven-v0", "--total-timesteps", str(128 * (last + 1)))
+    )
     assert seen[0] == last + 1
 
 

@@ -7,6 +7,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from trainer.environments import training_environment
+from trainer.evaluation import play
 from trainer.policy import ActorCritic
 from trainer.rollout import RolloutCollector, generalized_advantages
 
@@ -107,6 +108,16 @@ def test_episodic_returns_and_lengths_are_those_that_the_environment_paid(mode):
     assert episodes == len(rollouts.recent_returns) > 10
     for episode_return, length in zip(rollouts.recent_returns, rollouts.recent_lengths, strict=True):
         assert paid[episode_return] == length
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_evaluation_counts_no_step_that_only_resets(mode):
+    envs = SyncVectorEnv([lambda a=a: Corridor(*a) for a in LENGTHS], autoreset_mode=mode)
+    _, policy = collector(mode)
+    played = play(policy, training_environment("corridor", envs), 2 * len(LENGTHS), seed=1, deterministic=False)
+    lengths = sorted(2 * [length for length, _ in LENGTHS])
+    assert sorted(played.lengths) == lengths
+    assert sorted(played.returns) == [sum(range(1, length + 1)) for length in lengths]
 
 
 def test_gae_agrees_with_its_definition_as_a_sum_of_discounted_errors():

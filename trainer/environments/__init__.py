@@ -44,6 +44,13 @@ class TrainingEnvironment:
         actions = choices + space.start
         return actions[:, 0] if isinstance(space, spaces.Discrete) else actions
 
+    def reset_ended(self, observations: np.ndarray, ended: np.ndarray) -> np.ndarray:
+        """`observations` [num_envs, observation_size] to go on from: new episodes where one `ended`, in DISABLED mode."""
+        if not ended.any():
+            return observations
+        first, _ = self.vector_env.reset(options={"reset_mask": ended.copy()})
+        return np.where(ended[:, None], np.asarray(first, observations.dtype), observations)
+
 
 def make_environment(name: str, num_envs: int, vectorization: str = "sync", device: str = "cpu") -> TrainingEnvironment:
     """Build `num_envs` copies of the environment `name`.
