@@ -1,5 +1,6 @@
 """The alert rules, checked and tested by promtool, and what they refer to."""
 
+import re
 import subprocess
 
 import yaml
@@ -52,6 +53,8 @@ def test_recorded_series_come_first_and_are_named_level_metric_operation():
     for rule in RECORDS:
         level, metric, operation = rule["record"].split(":")
         assert level.startswith("job_instance_run") and metric.startswith("ppo_") and operation
+        windows = set(re.findall(r"\[(\w+)\]", rule["expr"]))
+        assert windows == set(re.findall(r"\d+[smh]$", operation)), "the window is part of the name"
 
 
 def test_cv_thresholds_are_those_of_the_exporter():
