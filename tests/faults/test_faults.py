@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -293,6 +294,28 @@ def test_of_two_trainers_that_want_the_same_port_one_trains_and_the_other_says_w
     (path,) = (tmp_path / "targets").iterdir()
     assert json.loads(path.read_text())[0]["labels"]["run"] == winner
     wait_until(lambda: f'run="{winner}"' in fetch(f"http://127.0.0.1:{port}/metrics")[1], "the winner serves")
+
+
+def test_a_port_that_is_taken_after_it_was_found_free_ends_all_and_is_named(servers, tmp_path):
+    ports = free_ports()
+    flags = [f"--{name}-port={port}" for name, port in vars(ports).items()]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "stack", *flags, f"--state-dir={tmp_path}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as runner:
+        while not runner.stdout.readline().startswith("Server logs"):  # after which it starts the trainer
+            assert runner.poll() is None
+        with socket.create_server(("127.0.0.1", ports.metrics)):
+            output = runner.stdout.read()
+    assert runner.returncode == 1
+    assert f"cannot serve /metrics on 127.0.0.1:{ports.metrics}: Address already in use" in output
+    assert "error: trainer ended with exit code 1 before it was ready" in output
+    for name in ("prometheus", "alertmanager", "receiver"):
+        socket.create_server(("127.0.0.1", getattr(ports, name))).close()  # nothing was left behind
+    assert list((tmp_path / "targets").iterdir()) == []
 
 
 UPDATES = 10_000
