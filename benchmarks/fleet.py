@@ -12,8 +12,6 @@ import argparse
 import itertools
 import json
 import math
-import os
-import platform
 import re
 import signal
 import socket
