@@ -220,21 +220,27 @@ def test_a_trainer_that_is_stopped_or_killed_is_shown_as_dead_with_its_last_valu
 
 def test_it_is_brought_up_to_date_in_place(aggregator, url, visit):
     update(aggregator)
+    update(aggregator, run="another")
     page = visit(url).page
     page.evaluate("window.wasHere = true")
     page.get_by_text("What is shown here").click()
-    page.get_by_role("link", name="/metrics").focus()
-    expect(page.locator(".level")).to_have_text("CV:0.300 stable")
-    update(aggregator, cv=0.9, norm=7.0, policy_loss=0.125, episodes=4)
-    expect(page.locator(".level")).to_have_text("CV:0.900 warn")
+    runs = page.get_by_role("table", name="All runs")
+    runs.get_by_role("link", name="another").focus()
+    level = page.get_by_role("region", name="another").locator(".level")
+    expect(level).to_have_text("CV:0.300 stable")
+    update(aggregator, cv=0.9, run="another", policy_loss=0.125)
+    expect(level).to_have_text("CV:0.900 warn")
+    expect(runs.get_by_role("row", name="another CV:0.900 warn 2")).to_be_visible()
     expect(page.locator("tr[data-metric=ppo_policy_loss] data")).to_have_text("0.1250")
-    update(aggregator, cv=math.inf, run="another")
-    expect(page.get_by_role("table", name="All runs").get_by_role("row")).to_have_count(3)
-    expect(page.locator("section:nth-of-type(2) .level")).to_have_text("CV:inf BAD")
-    aggregator.remove_run("another")
-    expect(page.get_by_role("table", name="All runs")).to_have_count(0)
-    assert page.evaluate("[wasHere, document.activeElement.textContent]") == [True, "/metrics"]
+    assert page.evaluate("[wasHere, document.activeElement.textContent]") == [True, "another"]
     expect(page.get_by_role("table", name="Metrics")).to_be_visible()
+    update(aggregator, cv=math.inf, run="third")
+    expect(page.get_by_role("region", name="third").locator(".level")).to_have_text("CV:inf BAD")
+    aggregator.remove_run("third")
+    aggregator.remove_run("r")
+    expect(runs).to_have_count(0)
+    expect(page.get_by_role("region")).to_have_count(1)
+    expect(level).to_have_text("CV:0.900 warn")
 
 
 def test_the_chart_has_a_point_per_update_both_thresholds_and_a_mark_where_a_gradient_was_not_finite(
