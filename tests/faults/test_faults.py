@@ -203,7 +203,7 @@ def test_a_clock_that_steps_backwards_takes_nothing_with_it(observability, train
     assert len(counters) > 10
     for name in counters:
         assert all(now.value >= then.value for then, now in zip(before[name], after[name], strict=True)), name
-    assert value(observability, f'min_over_time(up{{run="clock"}}[10m])') == 1
+    assert value(observability, 'min_over_time(up{run="clock"}[10m])') == 1
     assert observability.notified("firing", run="clock") == []
 
     offset.write_text("-3600")  # nobody can tell this from a run that has not updated for an hour
