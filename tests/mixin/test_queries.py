@@ -10,6 +10,7 @@ from test_promql import GRAFANA_RULES, RECORDED, VARIABLES, dashboard_files, wit
 
 from exporter.aggregator import RunAggregator
 from exporter.discovery import TargetFile
+from exporter.health import HealthLevel
 from exporter.server import MetricsServer
 from exporter.telemetry import PPOUpdatePayload
 from mixin.config import MixinConfig
@@ -118,6 +119,52 @@ def test_the_time_at_a_level_begins_when_the_level_does(start_observability: Cal
             return now["changing"] < now["steady"] - 5
 
         wait_until(is_counted_anew, "the new level counts from its beginning, the other from its own")
+
+
+def test_the_first_screen_and_the_table_say_what_the_run_said(start_observability: Callable):
+    observability = start_observability()
+    aggregator = RunAggregator()
+    norms = {"slot": 0.1, "curve": 0.3, "op": 1.6}
+    update = PPOUpdatePayload(
+        run="demo",
+        gradient_cv=1.25,
+        gradient_cv_per_step=(0.1, 0.2, 0.3, 2.5),
+        contributing_heads=len(norms),
+        head_gradient_norms=norms,
+        episode_return_mean=-3.5,
+        policy_loss=0.125,
+        clip_fraction=0.25,
+    )
+    aggregator.handle_ppo_update(update)
+
+    def result(expression: str) -> tuple[str, float] | None:
+        """The head, where there is one, and the value."""
+        samples = observability.query(with_values(expression))
+        return next(((each["metric"].get("head", ""), round(float(each["value"][1]), 4)) for each in samples), None)
+
+    with MetricsServer(aggregator, port=0) as server:
+        TargetFile(observability.targets, f"127.0.0.1:{server.port}", "demo")
+        told = queries()
+        level, cv, head, _, episode_return, _, up = told["All runs"]
+        for expression, expected in {
+            **{told[title][0]: ("", value) for title, value in {"Level now": 1, "Gradient CV now": 1.25}.items()},
+            told["CV ceiling"][0]: ("", 1.7321),
+            told["Dominating head"][0]: ("op", 0.8),
+            told["Most starved head"][0]: ("slot", 0.05),
+            told["Policy loss"][0]: ("", 0.125),
+            told["Clip fraction"][0]: ("", 0.25),
+            **{level: ("", 1), cv: ("", 1.25), head: ("op", 0.8), episode_return: ("", -3.5), up: ("", 1)},
+            told["The ten worst runs now"][0]: ("", 1.25),
+        }.items():
+            wait_until(lambda: result(expression) == expected, f"{expression} is {expected}")
+
+        def shares() -> dict[str, float]:
+            aggregator.handle_ppo_update(update)
+            titles = told["Share of gradient steps by level"]
+            return {name: (result(each) or ("", 0))[1] for name, each in zip(HealthLevel, titles, strict=True)}
+
+        expected = {HealthLevel.HEALTHY: 0.75, HealthLevel.WARNING: 0, HealthLevel.CRITICAL: 0.25}
+        wait_until(lambda: shares() == expected, "three of four gradient steps are healthy, one is critical")
 
 
 def test_runs_of_one_process_have_a_row_each(start_observability: Callable):
