@@ -344,8 +344,8 @@ def test_kill_9_at_200_random_moments_never_leaves_a_run_that_cannot_be_resumed(
     updates = max(update for update, _ in seen)
     straight = cvs(trained(Training(replace(ENDLESS, checkpoint_every=0)), updates))
     assert all(cv == straight[update - 1] for update, cv in seen)
-    assert updates > KILLS / 2 and len(seen) > KILLS / 2
+    assert updates > KILLS / 4 and len(seen) > KILLS / 4
     # The moments were such that some cut a file in two.
     assert unfinished > 0
     totals = json.loads((folder / "totals.json").read_text())
-    assert totals["resumes"] > KILLS / 2 and totals["updates"] >= updates
+    assert totals["resumes"] > KILLS / 4 and totals["updates"] >= updates
