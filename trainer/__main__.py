@@ -1,5 +1,7 @@
 """`python -m trainer`, and its commands `evaluate` and `inspect`."""
 
+import os
+import signal
 import sys
 
 from trainer.stop import StopRequest
@@ -49,6 +51,10 @@ def _examine(command: str, arguments: list[str], stop: StopRequest) -> int:
         return _failed(error, 2)
     except CheckpointError as error:
         return _failed(error, 1)
+    except BrokenPipeError:
+        # As in `inspect CHECKPOINT | head`. What is still buffered must not fail once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _failed(error: Exception, code: int) -> int:

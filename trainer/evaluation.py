@@ -169,7 +169,7 @@ def inspect(arguments: Sequence[str]) -> int:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not a checkpoint as this version writes it: {error!r}") from error
     # A stranger's file is not to speak to the terminal.
-    print("\n".join(line if line.isprintable() else ascii(line) for line in lines))
+    print("\n".join(line if line.isprintable() else ascii(line) for line in lines), flush=True)
     return 0
 
 

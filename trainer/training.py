@@ -409,7 +409,7 @@ def _lead(training: Training, stop: StopRequest) -> int:
                     checkpoints.updated()
                     display.updated(update)
             checkpoints.finish()
-            how = "finished"
+            how = "finished" if training.updates >= config.updates else "stopped with another rank"
         finally:
             # With an error it is no clean end: torchrun sends SIGTERM to all ranks when one of them fails.
             if stop() and isinstance(sys.exception(), (KeyboardInterrupt, types.NoneType)):
