@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import socket
@@ -307,7 +308,7 @@ def measure(
         process.send(signal.SIGHUP)
 
         evaluations: dict[str, list[float]] = {group["name"]: [] for group in groups}
-        cpu, live = 0.0, time.monotonic()
+        cpu, live, others = 0.0, time.monotonic(), OtherPrograms(process.pid, served.pid)
         while (passed := time.monotonic() - live) < settle:
             status(f"scraping live, {settle - passed:.0f} s left")
             time.sleep(min(interval, settle - passed))
@@ -341,11 +342,12 @@ def measure(
             },
             "missed": prometheus.own_total("prometheus_rule_group_iterations_missed_total"),
             "firing": prometheus.number(f'count(ALERTS{{{job}, alertstate="firing"}}) or vector(0)'),
+            "others": others.cores(),
             "cores": (prometheus.own_total("process_cpu_seconds_total") - cpu) / (time.monotonic() - cpu_since),
             "memory": prometheus.own_total("process_resident_memory_bytes"),
         }
         check_hour(prometheus, schedule)
-        figures["queries"] = {}
+        figures["queries"], others = {}, OtherPrograms(process.pid, served.pid)
         for view, (board, chosen) in views(instances[0]).items():
             listed = list(queries(board, time.time(), interval, chosen))
             timings: dict[str, list[float | str]] = {}
@@ -355,9 +357,30 @@ def measure(
                 timings.setdefault(f"{query.kind}: {query.title}", []).append(seconds)
             figures["queries"][view] = timings
             if view == "fleet":
+                figures["others, queries"] = others.cores()
                 figures["fleet at once"] = statistics.median(at_once(prometheus, listed) for _ in range(repeats))
         figures["memory at the end"] = prometheus.own_total("process_resident_memory_bytes")
         return figures
+
+
+class OtherPrograms:
+    """How much of the machine goes to others than these processes and this one, from now on."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = ("self", *pids)
+        self._began, self._before = time.monotonic(), self._seconds()
+
+    def cores(self) -> float:
+        return (self._seconds() - self._before) / (time.monotonic() - self._began)
+
+    def _seconds(self) -> float:
+        """CPU time since the machine started; NaN where the kernel is not Linux."""
+        if not Path("/proc/stat").exists():
+            return math.nan
+        user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ours = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in self._pids)
+        ticks = sum(map(int, (user, nice, system, *interrupts))) - sum(int(each) for times in ours for each in times)
+        return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def at_once(prometheus: Prometheus, listed: Sequence[Query]) -> float:
@@ -430,6 +453,8 @@ FIGURES: dict[str, tuple[Callable[[dict[str, Any]], float], Callable[[float], st
     "alerts firing": (lambda f: f["firing"], "{:,.0f}".format),
     "evaluations missed": (lambda f: f["missed"], "{:.0f}".format),
     "cores busy with scrapes and rules": (lambda f: f["cores"], "{:.2f}".format),
+    "cores busy with other programs meanwhile": (lambda f: f["others"], "{:.2f}".format),
+    "cores busy with other programs during the fleet's queries": (lambda f: f["others, queries"], "{:.2f}".format),
     "resident memory": (lambda f: f["memory"] / 2**20, "{:,.0f} MiB".format),
     "resident memory after all queries": (lambda f: f["memory at the end"] / 2**20, "{:,.0f} MiB".format),
     "fleet dashboard, all its queries at once": (lambda f: f["fleet at once"], milliseconds),
