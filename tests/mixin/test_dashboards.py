@@ -176,6 +176,33 @@ def test_rows_of_the_table_are_told_apart_by_the_same_labels_in_every_query():
         assert re.search(r"by \(job, instance, run(, head)?\) \(", target["expr"])
 
 
+def test_the_worst_runs_come_first():
+    order = panel_titled("All runs")["options"]["sortBy"]
+    assert [(by["displayName"], by["desc"]) for by in order] == [("level", True), ("CV", True)]
+    (worst,) = panel_titled("The ten worst runs now")["targets"]
+    assert worst["expr"].startswith("topk(10, ")
+
+
+def test_columns_of_the_table_are_named_after_their_query():
+    table = panel_titled("All runs")
+    names = table["transformations"][-1]["options"]["renameByName"]
+    expressions = {names[f"Value #{target['refId']}"]: target["expr"] for target in table["targets"]}
+    reads = {"level": "gradient_level", "CV": "gradient_cv", "share": "head_gradient_share", "up": "up{"}
+    reads |= {"last update": "last_update_timestamp", "return": "episode_return", "steps per second": "steps:rate"}
+    assert expressions.keys() == reads.keys()
+    assert all(part in expressions[name] for name, part in reads.items())
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=[panel["title"] for panel in PANELS])
+def test_a_unit_is_that_of_the_metric(panel):
+    units = {"ppo_head_gradient_share": "percentunit", "ppo_clip_fraction": "percentunit"}
+    units |= {"ppo_rank_rollout_seconds": "s", "process_resident_memory_bytes": "bytes"}
+    for target in panel["targets"] if panel["type"] != "table" else ():
+        for selector, _ in walk(parse(target["expr"])):
+            if selector.name in units:
+                assert panel["fieldConfig"]["defaults"]["unit"] == units[selector.name]
+
+
 def test_fleet_reads_what_is_recorded_instead_of_every_series():
     per_head_or_level = {"ppo_gradient_cv", "ppo_head_gradient_share", "ppo_environment_steps_total"}
     names = {s.name for panel in panels(FLEET) for target in panel["targets"] for s, _ in walk(parse(target["expr"]))}

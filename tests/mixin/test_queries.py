@@ -158,6 +158,9 @@ def test_the_first_screen_and_the_table_say_what_the_run_said(start_observabilit
         }.items():
             wait_until(lambda: result(expression) == expected, f"{expression} is {expected}")
 
+        _, warned = wait_until(lambda: result(told["Time in each level"][1]), "the time in warning")
+        assert 0 < warned <= 600, "seconds within the range of ten minutes"
+
         def shares() -> dict[str, float]:
             aggregator.handle_ppo_update(update)
             titles = told["Share of gradient steps by level"]
