@@ -539,7 +539,7 @@ class FireDrill:
                 try:
                     event = step.look()
                     trouble = ""
-                except (OSError, ValueError, KeyError) as error:
+                except (OSError, ValueError, LookupError) as error:
                     event, trouble = None, f" (the last look failed: {_reason(error)})"
                 if event is not None:
                     break
@@ -556,7 +556,7 @@ class FireDrill:
     def _advice(self, step: Step) -> str:
         try:
             return step.advice()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError) as error:
             return f"Asking why failed as well: {_reason(error)}"
 
     def _alert_in_alertmanager(self) -> Event | None:

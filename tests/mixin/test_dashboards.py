@@ -125,7 +125,8 @@ def test_the_heatmap_has_colours():
 
 def test_alerts_are_marked_on_the_cv_panel_alone():
     annotations = RUN["annotations"]["list"]
-    assert {annotation["iconColor"] for annotation in annotations} == {"red", "yellow"}
+    colors = {re.search(r'severity="(\w+)"', each["expr"])[1]: each["iconColor"] for each in annotations}
+    assert colors == {"critical": "red", "warning": "yellow"}
     for annotation in annotations:
         assert annotation["filter"] == {"ids": [CV_PANEL_ID], "exclude": False}
 
