@@ -37,14 +37,16 @@ class TargetFile:
         target: `host:port` of the endpoint, which also names the file.
         runs: the runs behind it; their names, joined by a comma, become the `run`
             label of `up` and of the process metrics.
+        scheme: http, or https where the endpoint speaks TLS.
 
     Raises:
         OSError: the folder or the file cannot be written.
     """
 
-    def __init__(self, directory: Path, target: str, *runs: str) -> None:
+    def __init__(self, directory: Path, target: str, *runs: str, scheme: str = "http") -> None:
         self.path = directory / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', target)}.json"
         self._target = target
+        self._scheme = scheme
         self._process = ProcessIdentity.own()
         self._runs: list[str] = []
         self._touched_at = time.monotonic()
@@ -86,6 +88,8 @@ class TargetFile:
 
     def _write(self) -> None:
         labels = {"run": ",".join(self._runs), "instance": self._target}
+        if self._scheme != "http":
+            labels["__scheme__"] = self._scheme
         if self._process is not None:
             labels[PROCESS_LABEL] = str(self._process)
         content = [{"targets": [self._target], "labels": labels}]

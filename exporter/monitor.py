@@ -187,6 +187,7 @@ class GradientMonitor:
         targets_dir: str | Path | None = None,
         textfile_dir: str | Path | None = None,
         pushgateway: str | None = None,
+        web_config_file: str | Path | None = None,
         every_rank: bool = False,
     ) -> str | None:
         """Serve `/metrics` in a thread of this process; monitors that name the same port share it.
@@ -200,13 +201,15 @@ class GradientMonitor:
             textfile_dir: keep the run in a file there too, for node_exporter's textfile collector; removed like the
                 target file.
             pushgateway: URL of a Pushgateway that gets the run's final state by `close()`.
+            web_config_file: TLS and users of the endpoint, see docs/endpoint.md; that of the first monitor counts
+                where several share a port.
 
         Returns:
             The URL, or None on a rank that does not serve.
 
         Raises:
             OSError: the address cannot be bound, or a file not written.
-            ValueError: `pushgateway` is no such URL.
+            ValueError: `pushgateway` is no such URL, or the web configuration file is wrong.
         """
         if pushgateway is not None:
             check_pushgateway_url(pushgateway)
@@ -218,7 +221,7 @@ class GradientMonitor:
                 labels = {RANK_LABEL: str(rank)}
             elif rank != 0:
                 return None
-        served = _SharedServer.join(self._aggregator, address, port, labels)
+        served = _SharedServer.join(self._aggregator, address, port, labels, web_config_file)
         self._served.append(served)
         if targets_dir is not None:
             served.announce(Path(targets_dir).resolve(), self.run)
@@ -356,11 +359,18 @@ class _SharedServer:
         self._target_files: dict[Path, TargetFile] = {}
 
     @classmethod
-    def join(cls, aggregator: RunAggregator, address: str, port: int, labels: Mapping[str, str]) -> "_SharedServer":
+    def join(
+        cls,
+        aggregator: RunAggregator,
+        address: str,
+        port: int,
+        labels: Mapping[str, str],
+        web_config_file: str | Path | None,
+    ) -> "_SharedServer":
         with cls._lock:
             served = cls._open.get((aggregator, address, port))
             if served is None:
-                server = MetricsServer(aggregator, address, port, labels)
+                server = MetricsServer(aggregator, address, port, labels, web_config_file=web_config_file)
                 served = cls(server, (aggregator, address, server.port))
                 cls._open[served._key] = served
             served._monitors += 1
@@ -372,7 +382,7 @@ class _SharedServer:
                 self._target_files[directory].add(run)
             else:
                 target = host_and_port(TargetFile.reachable(self.server.address), self.server.port)
-                self._target_files[directory] = TargetFile(directory, target, run)
+                self._target_files[directory] = TargetFile(directory, target, run, scheme=self.server.scheme)
 
     def touch(self) -> None:
         for target_file in list(self._target_files.values()):

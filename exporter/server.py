@@ -1,5 +1,6 @@
 """The endpoint of a training process: `/metrics` and the rest, over HTTP or HTTPS, in a thread."""
 
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,8 @@ class MetricsServer:
         try:
             listener = _listen(address, port)
         except (OSError, OverflowError, UnicodeError) as error:
-            reason = getattr(error, "strerror", None) or error
+            # The standard library adds the address to strerror, which is there already.
+            reason = os.strerror(error.errno) if getattr(error, "errno", None) else error
             raise OSError(f"cannot serve /metrics on {host_and_port(address, port)}: {reason}") from error
         self.port: int = listener.getsockname()[1]
         if self.scheme == "https":

@@ -381,7 +381,7 @@ def _lead(training: Training, stop: StopRequest) -> int:
     with server, Checkpoints(training) as checkpoints:
         target = config.metrics_target or host_and_port(TargetFile.reachable(server.address), server.port)
         try:
-            target_file = TargetFile(Path(config.targets_dir), target, config.run_name)
+            target_file = TargetFile(Path(config.targets_dir), target, config.run_name, scheme=server.scheme)
         except OSError as error:
             raise StartError(f"cannot write a target file to {config.targets_dir}: {error.strerror}") from error
         textfile = None
