@@ -56,7 +56,7 @@ def record(samples: int, seconds_between: float, port: int, progress: Callable[[
     drill = f"dominate:op:{length * 0.5:.1f}s-{length * 0.55:.1f}s"
     command = [sys.executable, "-m", "trainer", "--run", RECORDED, "--metrics-port", str(port), "--drill", drill]
     with tempfile.TemporaryDirectory(prefix="ppo-recording-") as folder, open(Path(folder, "log"), "w+") as log:
-        command += ["--targets-dir", folder, *TRAINER.split()]
+        command += ["--targets-dir", folder, "--checkpoint-every", "0", *TRAINER.split()]
         trainer = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
         try:
             kept: list[tuple[float, str]] = []
