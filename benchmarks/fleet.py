@@ -371,7 +371,7 @@ class OtherPrograms:
         self._began, self._before = time.monotonic(), self._seconds()
 
     def cores(self) -> float:
-        return (self._seconds() - self._before) / (time.monotonic() - self._began)
+        return max(0.0, self._seconds() - self._before) / (time.monotonic() - self._began)
 
     def _seconds(self) -> float:
         """CPU time since the machine started; NaN where the kernel is not Linux."""
