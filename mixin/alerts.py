@@ -41,6 +41,7 @@ from mixin.promql import (
     ENVIRONMENT_STEPS_RECORD,
     IDENTITY,
     LEVEL_RECORD,
+    NONFINITE_RECORD,
     level_of,
     per_run,
     quoted,
@@ -145,6 +146,19 @@ def _gradient_cv(config: MixinConfig) -> str:
     )
 
 
+def _new_steps(family: MetricFamily, matchers: str) -> str:
+    """Increase in ten minutes; a young process' counter that is above zero when it is first seen counts whole.
+
+    Unless the run was resumed: then the counter begins with what was told long ago.
+    """
+    counter = select(family, matchers)
+    young = f"time() - process_start_time_seconds{{{matchers}}} < 600"
+    return (
+        f"(increase({counter}[10m]) > 0 or ({counter} unless {counter} offset 10m) and on (job, instance) ({young}) "
+        f"unless on ({IDENTITY}) {select(RESUMES, matchers)} > 0)"
+    )
+
+
 def recordings(config: MixinConfig) -> dict[str, str]:
     """Recorded series and their expressions, in the order in which they build upon each other."""
     job = f"job={quoted(config.job)}"
@@ -154,6 +168,7 @@ def recordings(config: MixinConfig) -> dict[str, str]:
         LEVEL_RECORD: level_of(f"{CV_RECORD}{{{job}}}", config),
         DOMINATING_HEAD_RECORD: f"topk by ({IDENTITY}) (1, {select(HEAD_GRADIENT_SHARE, job)} > 0)",
         CRITICAL_STEPS_RECORD: f"{steps_of_level(HealthLevel.CRITICAL, job, '10m', config)} / {all_steps}",
+        NONFINITE_RECORD: f"max by ({IDENTITY}, {HEAD_LABEL}) ({_new_steps(NONFINITE_GRADIENTS, job)})",
         ENVIRONMENT_STEPS_RECORD: per_run("sum", f"rate({select(ENVIRONMENT_STEPS, job)}[5m])"),
     }
 
@@ -167,17 +182,9 @@ def alerts(config: MixinConfig) -> list[Alert]:
     def increase(family: MetricFamily, minutes: int) -> str:
         return f"increase({select(family, job)}[{minutes}m])"
 
-    def new_steps(family: MetricFamily) -> str:
-        """Increase in ten minutes; a young process' counter that is above zero when it is first seen counts whole.
-
-        Unless the run was resumed: then the counter begins with what was told long ago.
-        """
-        counter = select(family, job)
-        young = f"time() - process_start_time_seconds{{{job}}} < 600"
-        return (
-            f"({increase(family, 10)} > 0 or ({counter} unless {counter} offset 10m) and on (job, instance) ({young}) "
-            f"unless on ({IDENTITY}) {select(RESUMES, job)} > 0)"
-        )
+    def nonfinite(in_heads: str) -> str:
+        skipped = f"{_new_steps(SKIPPED_GRADIENT_STEPS, job)} unless on ({IDENTITY}) {in_heads} > 0"
+        return f"max by ({IDENTITY}, {HEAD_LABEL}) ({in_heads} > 0 or ({skipped}))"
 
     def alert(key: AlertKey, value: str, condition: str, *, raw_value: str = "", **texts: str | int) -> Alert:
         timing = config.timing(key)
@@ -229,9 +236,9 @@ def alerts(config: MixinConfig) -> list[Alert]:
         alert(
             NONFINITE,
             # Per head, and once for the run when steps were skipped although every head was finite.
-            f"max by ({IDENTITY}, {HEAD_LABEL}) ({new_steps(NONFINITE_GRADIENTS)} > 0 or "
-            f"({new_steps(SKIPPED_GRADIENT_STEPS)} unless on ({IDENTITY}) {new_steps(NONFINITE_GRADIENTS)} > 0))",
+            nonfinite(recorded[NONFINITE_RECORD]),
             "> 0",
+            raw_value=nonfinite(raw[NONFINITE_RECORD]),
             summary=f"Non-finite gradients {where} in {_RUN}",
             description=f'In about {{{{ printf "%.0f" $value }}}} gradient steps of the last 10 minutes a gradient '
             f"{where} of {_RUN} was NaN or infinite.",

@@ -19,6 +19,8 @@ LEVEL_RECORD = "job_instance_run:ppo_gradient_level:max"
 DOMINATING_HEAD_RECORD = "job_instance_run_head:ppo_head_gradient_share:topk1"
 """Share of the head with the largest one, 0 to 1, with the label `head`; absent where no head has a gradient."""
 CRITICAL_STEPS_RECORD = "job_instance_run:ppo_critical_gradient_steps:ratio_increase10m"
+NONFINITE_RECORD = "job_instance_run_head:ppo_nonfinite_gradients:increase10m"
+"""Absent where there were none, but for processes younger than ten minutes."""
 ENVIRONMENT_STEPS_RECORD = "job_instance_run:ppo_environment_steps:rate5m"
 
 

@@ -46,6 +46,7 @@ from mixin.promql import (
     DOMINATING_HEAD_RECORD,
     ENVIRONMENT_STEPS_RECORD,
     LEVEL_RECORD,
+    NONFINITE_RECORD,
     quoted,
 )
 
@@ -240,6 +241,7 @@ class _Tests:
                     *heads,
                     *self._gradient_steps(healthy=[(75, 60)], critical=[(25, 60)]),
                     self._series(ENVIRONMENT_STEPS, "0+300x60"),
+                    self._series(NONFINITE_GRADIENTS, "0x40 2x20", head="op"),
                 ],
                 self._result(5, CV_RECORD, ({"__name__": CV_RECORD}, self._below)),
                 *(
@@ -248,6 +250,8 @@ class _Tests:
                 ),
                 self._result(30, DOMINATING_HEAD_RECORD, ({"__name__": DOMINATING_HEAD_RECORD, "head": "op"}, 0.75)),
                 self._result(30, f"round({CRITICAL_STEPS_RECORD}, 0.001)", ({}, 0.25)),
+                self._result(30, NONFINITE_RECORD),
+                self._result(45, NONFINITE_RECORD, ({"__name__": NONFINITE_RECORD, "head": "op"}, 2)),
                 self._result(30, ENVIRONMENT_STEPS_RECORD, ({"__name__": ENVIRONMENT_STEPS_RECORD}, 10)),
             ),
             self._test(
