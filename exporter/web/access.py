@@ -7,6 +7,7 @@ import threading
 import time
 from base64 import b64decode
 from collections import OrderedDict
+from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 
@@ -40,8 +41,11 @@ class Access:
         own = {name.lower() for name, _ in response.headers}
         return tuple((name, value) for name, value in self._config.headers.items() if name.lower() not in own)
 
-    async def refusal(self, request: Request) -> Response | None:
-        """Why the request is turned away: 429 too many, 401 not authenticated, 503 too many to authenticate."""
+    def refusal(self, request: Request) -> Response | None | Awaitable[Response | None]:
+        """Why the request is turned away: 429 too many, 401 not authenticated, 503 too many to authenticate.
+
+        None where it is not. It takes time only to compare a password that was not compared before.
+        """
         config = self._config
         if config.rate_limit != self._bucket.limit:
             self._bucket = _TokenBucket(config.rate_limit)
@@ -50,19 +54,27 @@ class Access:
         if not config.users:
             return None
         credentials = _credentials(request.headers.get("authorization", ""))
-        if credentials is not None:
-            try:
-                if await self._passwords.are_right(config.users, *credentials):
-                    return None
-            except _Busy:
-                return Response.text(
-                    HTTPStatus.SERVICE_UNAVAILABLE, "Too many passwords to check.", ("Retry-After", "1")
-                )
-        return Response.text(HTTPStatus.UNAUTHORIZED, "Unauthorized.", ("WWW-Authenticate", 'Basic realm="metrics"'))
+        if credentials is None:
+            return _unauthorized()
+        is_right = self._passwords.known(config.users, *credentials)
+        if is_right is None:
+            return asyncio.get_running_loop().create_task(self._refusal_by_password(config.users, *credentials))
+        return None if is_right else _unauthorized()
+
+    async def _refusal_by_password(self, users: Mapping[str, str], user: str, password: bytes) -> Response | None:
+        try:
+            is_right = await self._passwords.are_right(users, user, password)
+        except _Busy:
+            return Response.text(HTTPStatus.SERVICE_UNAVAILABLE, "Too many passwords to check.", ("Retry-After", "1"))
+        return None if is_right else _unauthorized()
 
     def close(self) -> None:
         """End the thread that checks passwords."""
         self._passwords.close()
+
+
+def _unauthorized() -> Response:
+    return Response.text(HTTPStatus.UNAUTHORIZED, "Unauthorized.", ("WWW-Authenticate", 'Basic realm="metrics"'))
 
 
 class _Busy(Exception):
@@ -84,18 +96,17 @@ class _Passwords:
         self._closed = threading.Event()
         self._free_at = 0.0
 
-    async def are_right(self, users: dict[str, str], user: str, password: bytes) -> bool:
-        # An unknown user's password is compared with somebody's hash, the same one each time, so that neither time
-        # nor its spread over users with hashes of different cost tells who is known.
-        pick = int.from_bytes(self._digest(user.encode())) % len(users)
-        hashed = users.get(user) or list(users.values())[pick]
-        digest = self._digest(user.encode(), password, hashed.encode())
-        if digest in self._known:
-            self._known.move_to_end(digest)
-            is_right = self._known[digest]
-        elif digest in self._waiting:
-            is_right = await asyncio.shield(self._waiting[digest])
-        else:
+    def known(self, users: Mapping[str, str], user: str, password: bytes) -> bool | None:
+        """What was found before; None where nothing was."""
+        digest, _ = self._question(users, user, password)
+        if digest not in self._known:
+            return None
+        self._known.move_to_end(digest)
+        return self._known[digest] and user in users
+
+    async def are_right(self, users: Mapping[str, str], user: str, password: bytes) -> bool:
+        digest, hashed = self._question(users, user, password)
+        if digest not in self._waiting:
             if len(self._waiting) >= MAX_PASSWORD_CHECKS:
                 raise _Busy
             if self._worker is None:
@@ -103,13 +114,22 @@ class _Passwords:
             checking = asyncio.get_running_loop().run_in_executor(self._worker, self._check, password, hashed)
             self._waiting[digest] = checking
             checking.add_done_callback(lambda done: self._checked(digest, done))
-            is_right = await asyncio.shield(checking)
-        return is_right and user in users
+        return await asyncio.shield(self._waiting[digest]) and user in users
 
     def close(self) -> None:
         self._closed.set()
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
+
+    def _question(self, users: Mapping[str, str], user: str, password: bytes) -> tuple[bytes, str]:
+        """What is asked, as a digest, and the hash to compare with.
+
+        An unknown user's password is compared with somebody's hash, the same one each time, so that neither time nor
+        its spread over users with hashes of different cost tells who is known.
+        """
+        pick = int.from_bytes(self._digest(user.encode())) % len(users)
+        hashed = users.get(user) or list(users.values())[pick]
+        return self._digest(user.encode(), password, hashed.encode()), hashed
 
     def _digest(self, *parts: bytes) -> bytes:
         message = b"".join(len(part).to_bytes(4) + part for part in parts)

@@ -1,8 +1,7 @@
 """Paths of the endpoint, and what is said on each."""
 
-import gzip
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from urllib.parse import parse_qs
 
@@ -10,12 +9,11 @@ from exporter.aggregator import RunAggregator
 from exporter.health import STALLED_SECONDS
 from exporter.web.access import Access
 from exporter.web.connections import Request, Response
-from exporter.web.exposition import Exposition, accepts_gzip, negotiate
+from exporter.web.exposition import Exposition, negotiate
 from exporter.web.status import StatusPage
 
 DEFAULT_MAX_REQUESTS = 40
 RETRY_AFTER_SECONDS = 1
-_GZIP_LEVEL = 1  # a quarter of the size; higher levels save little more and cost the training several times as much
 _METHODS = ("GET", "HEAD")
 
 Handler = Callable[[Request], Response]
@@ -49,11 +47,20 @@ class Application:
             "/-/ready": self._ready,
         }
 
-    async def __call__(self, request: Request) -> Response:
-        response = await self._access.refusal(request) or self._answer(request)
+    def __call__(self, request: Request) -> Response | Awaitable[Response]:
+        refusal = self._access.refusal(request)
+        if isinstance(refusal, Awaitable):
+            return self._answer_later(request, refusal)
+        return self._answer(request, refusal)
+
+    async def _answer_later(self, request: Request, refusal: Awaitable[Response | None]) -> Response:
+        return self._answer(request, await refusal)
+
+    def _answer(self, request: Request, refusal: Response | None) -> Response:
+        response = refusal or self._answer_on_path(request)
         return Response(response.status, (*response.headers, *self._access.headers(response)), response.body)
 
-    def _answer(self, request: Request) -> Response:
+    def _answer_on_path(self, request: Request) -> Response:
         handler = self.handlers.get(_path(request))
         if handler is None:
             return Response.text(HTTPStatus.NOT_FOUND, "Not found; there are " + ", ".join(sorted(self.handlers)))
@@ -74,12 +81,11 @@ class Application:
         except ValueError:
             return Response.text(HTTPStatus.BAD_REQUEST, "Too many names.")
         format = negotiate(request.headers.get("accept", ""))
-        body = self._exposition.render(format, names)
-        headers = [("Content-Type", format.content_type), ("Vary", "Accept, Accept-Encoding")]
-        if accepts_gzip(request.headers.get("accept-encoding", "")):
-            body = gzip.compress(body, _GZIP_LEVEL, mtime=0)
-            headers.append(("Content-Encoding", "gzip"))
-        return Response(HTTPStatus.OK, tuple(headers), body)
+        return self._exposition.render(format, names).response(
+            request.headers.get("accept-encoding", ""),
+            ("Content-Type", format.content_type),
+            ("Vary", "Accept, Accept-Encoding"),
+        )
 
     def _healthy(self, request: Request) -> Response:
         return Response.text(HTTPStatus.OK, "Healthy.")

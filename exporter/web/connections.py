@@ -1,6 +1,6 @@
 """HTTP/1.1 in one thread, with bounds on everything that a client could use up.
 
-h11 reads the protocol, OpenSSL the encryption, and asyncio moves the bytes. What is added here keeps a process that has better things to do
+h11 reads the protocol, OpenSSL the encryption, and asyncio tells when there is something to do. What is added here keeps a process that has better things to do
 out of the hands of its clients: how long, how many, how large, and how much of the CPU.
 """
 
@@ -15,10 +15,11 @@ import ssl
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import formatdate
-from functools import partial
+from functools import wraps
 from http import HTTPStatus
 
 import h11
@@ -32,13 +33,14 @@ MAX_CONNECTIONS = 600
 longest with its request is closed."""
 MAX_HEADER_BYTES = 16 * 1024
 MAX_BODY_BYTES = 16 * 1024  # of requests, where it is read only to be thrown away
-CPU_SHARE = 0.04
+CPU_SHARE = 0.035
 """Of one core, that the serving thread takes in the long run; what it cannot do with that waits. The training loses
-more than that, for every answer makes it change threads a few times."""
-CPU_BURST_SECONDS = 0.4
+about twice as much, for every answer makes it change threads a few times."""
+CPU_BURST_SECONDS = 0.2
 """Of CPU time, that the serving thread saves up while it is idle."""
-_OVERDRAFT_SECONDS = 0.005  # so that there are few pauses, and several clients are served between two
+_SPELL_SECONDS = 0.005  # of CPU time between two pauses, so that they are few, and several clients are served
 _LONGEST_PAUSE_SECONDS = 0.25
+_RECEIVED_BYTES = 64 * 1024  # at a time
 _TLS_RECORD_BYTES = 16 * 1024
 
 _log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class HttpServer:
     """Serves `respond` from a thread of its own, from construction until `close()`.
 
     Args:
-        respond: coroutine function that turns a request into a response; runs in the serving thread.
+        respond: turns a request into a response, at once or later; runs in the serving thread.
         listener: a bound and listening socket, which the server takes over.
         tls: gives the context for a new connection, or None for plain HTTP.
         admits: says whether an established TLS connection may go on, from the client's certificate.
@@ -84,7 +86,7 @@ class HttpServer:
 
     def __init__(
         self,
-        respond: Callable[[Request], Awaitable[Response]],
+        respond: Callable[[Request], Response | Awaitable[Response]],
         listener: socket.socket,
         tls: Callable[[], ssl.SSLContext | None] = lambda: None,
         admits: Callable[[dict | None], bool] = lambda certificate: True,
@@ -95,6 +97,7 @@ class HttpServer:
         self.in_flight = 0
         self.connections: set[_Connection] = set()
         self.waiting: dict[_Connection, None] = {}  # for a request, the longest first
+        self._to_answer: deque[_Connection] = deque()
         self._max_connections = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._listener = listener
         self._selector = _PacedSelector()
@@ -109,17 +112,16 @@ class HttpServer:
     def close(self) -> None:
         """Stop listening and close every connection; nothing happens in a forked child, or the second time."""
         if self._pid == os.getpid() and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._accepting.cancel)
+            self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self._accepting = self.loop.create_task(self._accept())
+        self._listen()
         try:
-            self.loop.run_until_complete(self._accepting)
-        except asyncio.CancelledError:
-            pass
+            self.loop.run_forever()
         finally:
+            self.loop.remove_reader(self._listener)
             self._listener.close()
             for connection in tuple(self.connections):
                 connection.abort()
@@ -130,22 +132,36 @@ class HttpServer:
             self.loop.run_until_complete(asyncio.sleep(0))  # transports close in callbacks
             self.loop.close()
 
-    async def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = await self.loop.sock_accept(self._listener)
-            except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    _log.warning("cannot accept a connection: %s", error.strerror)
-                    await asyncio.sleep(1.0)
-                continue
-            if len(self.connections) >= self._max_connections:
-                if not self.waiting:
-                    sock.close()
-                    continue
-                next(iter(self.waiting)).abort()
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self.loop.connect_accepted_socket(partial(_Connection, self, sock), sock)
+    def _listen(self) -> None:
+        self.loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:  # otherwise the client is gone already
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                _log.warning("cannot accept a connection: %s", error.strerror)
+                self.loop.remove_reader(self._listener)
+                self.loop.call_later(1.0, self._listen)
+            return
+        if len(self.connections) >= self._max_connections:
+            if not self.waiting:
+                return sock.close()
+            next(iter(self.waiting)).abort()
+        sock.setblocking(False)
+        _Connection(self, sock)
+
+    def answer_in_turn(self, connection: "_Connection") -> None:
+        """One request between two looks at the clock: a pile of them must not take more than the share."""
+        if not self._to_answer:
+            self.loop.call_soon(self._answer_next)
+        self._to_answer.append(connection)
+
+    def _answer_next(self) -> None:
+        connection = self._to_answer.popleft()
+        if self._to_answer:
+            self.loop.call_soon(self._answer_next)
+        connection.respond()
 
     def abandon(self) -> None:
         """In a forked child: let go of what belongs to the parent, without a word to its clients."""
@@ -155,20 +171,40 @@ class HttpServer:
         self._selector.close()
 
 
-class _Connection(asyncio.Protocol):
-    """One client: reads a request, writes its response, and so on until somebody has had enough."""
+def _ends_on_error(method: Callable[..., None]) -> Callable[..., None]:
+    """An error of ours must not leave a connection behind that nobody tends any more."""
+
+    @wraps(method)
+    def guarded(connection: "_Connection") -> None:
+        try:
+            method(connection)
+        except Exception:
+            _log.exception("a connection had to be closed")
+            connection.abort()
+
+    return guarded
+
+
+class _Connection:
+    """One client: reads a request, writes its response, and so on until somebody has had enough.
+
+    It is on sockets and not on asyncio's transports: opening one of those takes several times as long.
+    """
 
     def __init__(self, server: HttpServer, sock: socket.socket) -> None:
         self.sock = sock
+        self._descriptor = sock.fileno()  # by which asyncio finds its handlers faster than by the socket
         context = server.tls()
         self._tls = _Tls(context, server.admits) if context is not None else None
         self._server = server
-        self._transport: asyncio.Transport | None = None
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
         self._request: h11.Request | None = None
         self._body_bytes = 0
+        self._unsent = memoryview(b"")
+        self._is_reading = self._is_writing = False
         self._is_answering = False
-        self._is_flushed = True
+        self._is_closing = False
+        self._in_flight = 0
         self._task: asyncio.Task | None = None
         self._deadline: asyncio.TimerHandle | None = None
         server.connections.add(self)
@@ -176,60 +212,81 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """End the connection at once, whatever it is doing."""
-        self._forget()
-        self._transport.abort()
-
-    def _forget(self) -> None:
+        self._is_closing = True
+        self._read_on(False)
+        self._write_on(False)
         self._deadline.cancel()
         self._server.connections.discard(self)
         self._server.waiting.pop(self, None)
         if self._is_answering:
             self._is_answering = False
             self._server.in_flight -= 1
+        if self._task is not None:
+            self._task.cancel()
+        self.sock.close()
 
-    def _expect_request(self) -> None:
-        self._request, self._body_bytes = None, 0
-        self._server.waiting[self] = None
-        self._within(REQUEST_SECONDS)
+    def _close(self) -> None:
+        """End the connection when all is sent."""
+        self._is_closing = True
+        self._read_on(False)
+        self._write(self._tls.last_words() if self._tls is not None else b"")
+
+    def _read_on(self, is_on: bool) -> None:
+        if is_on != self._is_reading:
+            self._is_reading = is_on
+            if is_on:
+                self._server.loop.add_reader(self._descriptor, self._receive)
+            else:
+                self._server.loop.remove_reader(self._descriptor)
+
+    def _write_on(self, is_on: bool) -> None:
+        if is_on != self._is_writing:
+            self._is_writing = is_on
+            if is_on:
+                self._server.loop.add_writer(self._descriptor, self._flush)
+            else:
+                self._server.loop.remove_writer(self._descriptor)
 
     def _within(self, seconds: float) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = self._server.loop.call_later(seconds, self.abort)
 
-    def _close(self) -> None:
-        if self._tls is not None:
-            self._transport.write(self._tls.last_words())
-        self._transport.close()
+    def _expect_request(self) -> None:
+        self._request, self._body_bytes = None, 0
+        self._server.waiting[self] = None
+        self._within(REQUEST_SECONDS)
+        rest, is_end = self._http.trailing_data
+        self._read_on(not is_end)
+        if rest or is_end:
+            # What came meanwhile must not wait for more, nor keep others waiting.
+            self._server.loop.call_soon(self._read)
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        transport.set_write_buffer_limits(0)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._forget()
-        if self._task is not None:
-            self._task.cancel()
-
-    def data_received(self, data: bytes) -> None:
-        if self._tls is not None:
+    @_ends_on_error
+    def _receive(self) -> None:
+        try:
+            data = self.sock.recv(_RECEIVED_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            return self.abort()
+        is_end = not data
+        if self._tls is not None and not is_end:
             try:
                 data = self._tls.decrypt(data)
             except (ssl.SSLError, _NotAdmitted):
                 return self._close()
             if to_send := self._tls.to_send():
-                self._transport.write(to_send)
-            if not data:
-                return
-        self._http.receive_data(data)
+                self._write(to_send)
+        if data or is_end:
+            self._http.receive_data(data)
+        if is_end or self._is_answering:  # which is then read when it is its turn
+            self._read_on(False)
         self._read()
 
-    def eof_received(self) -> None:
-        self._http.receive_data(b"")
-        self._read()
-
+    @_ends_on_error
     def _read(self) -> None:
-        if self._is_answering or self._transport.is_closing():
+        if self._is_answering or self._is_closing:
             return
         try:
             while (event := self._http.next_event()) is not h11.NEED_DATA:
@@ -253,29 +310,40 @@ class _Connection(asyncio.Protocol):
         self._server.in_flight += 1
         self._server.waiting.pop(self, None)
         self._within(RESPONSE_SECONDS)
-        self._transport.pause_reading()
         if refusal is None:
-            self._task = self._server.loop.create_task(self._respond())
+            self._in_flight = self._server.in_flight
+            self._server.answer_in_turn(self)
         else:
             self._send(Response.text(refusal, refusal.phrase), is_last=True)
 
-    async def _respond(self) -> None:
+    @_ends_on_error
+    def respond(self) -> None:
+        """Answer the request that has been read."""
+        if self._is_closing:
+            return
+        headers: dict[str, str] = {}
+        for name, value in self._request.headers:
+            key, text = name.decode("ascii"), value.decode("latin-1")
+            headers[key] = f"{headers[key]}, {text}" if key in headers else text
+        request = Request(
+            self._request.method.decode("ascii"), self._request.target.decode("latin-1"), headers, self._in_flight
+        )
         try:
-            headers: dict[str, str] = {}
-            for name, value in self._request.headers:
-                key, text = name.decode("ascii"), value.decode("latin-1")
-                headers[key] = f"{headers[key]}, {text}" if key in headers else text
-            request = Request(
-                self._request.method.decode("ascii"),
-                self._request.target.decode("latin-1"),
-                headers,
-                self._server.in_flight,
-            )
-            response = await self._server.respond(request)
+            response = self._server.respond(request)
         except Exception:
-            _log.exception("a request could not be answered")
-            response = Response.text(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error; see the log.")
-        if not self._transport.is_closing():
+            response = _internal_error()
+        if isinstance(response, Response):
+            self._send(response)
+        else:
+            self._task = self._server.loop.create_task(self._send_later(response))
+
+    async def _send_later(self, to_come: Awaitable[Response]) -> None:
+        try:
+            response = await to_come
+        except Exception:
+            response = _internal_error()
+        self._task = None
+        if not self._is_closing:
             self._send(response)
 
     def _send(self, response: Response, is_last: bool = False) -> None:
@@ -287,37 +355,53 @@ class _Connection(asyncio.Protocol):
         if is_last or self._http.their_state not in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL):
             headers.append(("Connection", "close"))
         if self._http.our_state is h11.ERROR:
-            return self._transport.abort()
+            return self.abort()
         data = self._http.send(
             h11.Response(status_code=response.status, reason=response.status.phrase.encode(), headers=headers)
         )
         if self._request is None or self._request.method != b"HEAD":
             data += self._http.send(h11.Data(data=response.body))
         data += self._http.send(h11.EndOfMessage())
-        self._transport.write(data if self._tls is None else self._tls.encrypt(data))
-        self._sent_when_flushed()
+        if self._tls is not None:
+            try:
+                data = self._tls.encrypt(data)
+            except ssl.SSLError:  # the client has said that it takes nothing any more
+                return self.abort()
+        self._write(data)
 
-    def pause_writing(self) -> None:
-        self._is_flushed = False
+    def _write(self, data: bytes) -> None:
+        self._unsent = memoryview(bytes(self._unsent) + data if self._unsent else data)
+        self._flush()
 
-    def resume_writing(self) -> None:
-        self._is_flushed = True
-        self._sent_when_flushed()
-
-    def _sent_when_flushed(self) -> None:
-        # TLS has messages of its own to flush before a response.
-        is_written = self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY)
-        if not (self._is_answering and is_written and self._is_flushed):
+    @_ends_on_error
+    def _flush(self) -> None:
+        if self._unsent:
+            try:
+                sent = self.sock.send(self._unsent)
+            except (BlockingIOError, InterruptedError):
+                sent = 0
+            except OSError:
+                return self.abort()
+            self._unsent = self._unsent[sent:]
+        self._write_on(bool(self._unsent))
+        if self._unsent:
             return
-        self._is_answering = False
-        self._server.in_flight -= 1
-        if self._http.our_state is not h11.DONE:
-            return self._close()
-        self._http.start_next_cycle()
-        self._expect_request()
-        self._transport.resume_reading()
-        # What came meanwhile must not wait for more, nor keep others waiting.
-        self._server.loop.call_soon(self._read)
+        if self._is_closing:
+            return self.abort()
+        # TLS has messages of its own to flush before a response.
+        is_answered = self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY)
+        if self._is_answering and is_answered:
+            self._is_answering = False
+            self._server.in_flight -= 1
+            if self._http.our_state is not h11.DONE:
+                return self._close()
+            self._http.start_next_cycle()
+            self._expect_request()
+
+
+def _internal_error() -> Response:
+    _log.exception("a request could not be answered")
+    return Response.text(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error; see the log.")
 
 
 class _NotAdmitted(Exception):
@@ -380,6 +464,7 @@ class _PacedSelector(selectors.DefaultSelector):
         super().__init__()
         self._saved_up = CPU_BURST_SECONDS
         self._at: tuple[float, float] | None = None
+        self._paused_at = 0.0
 
     def select(self, timeout: float | None = None) -> list:
         now, used = time.monotonic(), time.thread_time()
@@ -387,7 +472,8 @@ class _PacedSelector(selectors.DefaultSelector):
             earned = CPU_SHARE * (now - self._at[0]) - (used - self._at[1])
             self._saved_up = min(self._saved_up + earned, CPU_BURST_SECONDS)
         self._at = now, used
-        if self._saved_up < -_OVERDRAFT_SECONDS:
+        if self._saved_up < 0 and used - self._paused_at > _SPELL_SECONDS:
+            self._paused_at = used
             time.sleep(min(-self._saved_up / CPU_SHARE, _LONGEST_PAUSE_SECONDS))
         return super().select(timeout)
 

@@ -1,11 +1,13 @@
 """What `/metrics` says: the formats that Prometheus knows, the metrics of each collector, and how long they took."""
 
+import gzip
 import logging
 import operator
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from http import HTTPStatus
 
 from prometheus_client import exposition as text
 from prometheus_client.metrics_core import Metric
@@ -13,10 +15,12 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from exporter.metrics import COLLECTOR_DURATION, COLLECTOR_SUCCESS, Collection
+from exporter.web.connections import Response
 
 _ESCAPINGS = (openmetrics.UNDERSCORES, openmetrics.ALLOWUTF8, openmetrics.DOTS, openmetrics.VALUES)
 BODY_SECONDS = 0.2
 """A whole body is sent again for this long, where no collector has a new state: the next scrape of a flood."""
+_GZIP_LEVEL = 1  # a quarter of the size; higher levels save little more and cost the training several times as much
 _END = b"# EOF\n"
 _log = logging.getLogger(__name__)
 
@@ -94,6 +98,23 @@ def preferences(header: str) -> Iterable[tuple[str, dict[str, str], float]]:
             yield value.lower(), parameters, quality
 
 
+@dataclass(frozen=True)
+class Body:
+    """A body, and what becomes of it for those who accept gzip."""
+
+    plain: bytes
+
+    @cached_property
+    def gzipped(self) -> bytes:
+        return gzip.compress(self.plain, _GZIP_LEVEL, mtime=0)
+
+    def response(self, accept_encoding: str, *headers: tuple[str, str]) -> Response:
+        """200 with this body, encoded as that header wishes."""
+        if accepts_gzip(accept_encoding):
+            return Response(HTTPStatus.OK, (*headers, ("Content-Encoding", "gzip")), self.gzipped)
+        return Response(HTTPStatus.OK, headers, self.plain)
+
+
 class Exposition:
     """Renders collectors, each by itself: one that fails takes nothing but its own metrics with it.
 
@@ -108,17 +129,17 @@ class Exposition:
         self._collectors = dict(collectors)
         self._labels = dict(labels)
         self._rendered: dict[tuple[str, Format], tuple[object, bytes]] = {}
-        self._bodies: dict[Format, tuple[list[object], float, bytes]] = {}
+        self._bodies: dict[Format, tuple[list[object], float, Body]] = {}
         self._failing: set[str] = set()
 
-    def render(self, format: Format, names: frozenset[str] = frozenset()) -> bytes:
+    def render(self, format: Format, names: frozenset[str] = frozenset()) -> Body:
         """The samples of all collectors, or only those with one of `names`, in `format`."""
         if names:
-            return self._rendered_now(format, names)
+            return Body(self._rendered_now(format, names))
         states = [getattr(collector, "state", None) for collector in self._collectors.values()]
-        known, until, body = self._bodies.get(format, ((), 0.0, b""))
+        known, until, body = self._bodies.get(format, ((), 0.0, None))
         if time.monotonic() >= until or not all(map(operator.is_, known, states)):
-            body = self._rendered_now(format, names)
+            body = Body(self._rendered_now(format, names))
             self._bodies[format] = states, time.monotonic() + BODY_SECONDS, body
         return body
 

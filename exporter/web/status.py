@@ -3,7 +3,6 @@
 It is rendered when somebody asks, and once per snapshot; a script in it asks again and shows what has changed.
 """
 
-import gzip
 import math
 import statistics
 import time
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
-from http import HTTPStatus
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,11 +23,10 @@ from exporter.health import CRITICAL_THRESHOLD, STALLED_SECONDS, WARNING_THRESHO
 from exporter.metrics import LAST_UPDATE_TIMESTAMP, METRIC_FAMILIES, MetricFamily
 from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
 from exporter.web.connections import Request, Response
-from exporter.web.exposition import accepts_gzip
+from exporter.web.exposition import Body
 
 RELOAD_SECONDS = 5
 """Where there is no JavaScript, the browser loads the page anew so often."""
-_GZIP_LEVEL = 1
 _LEAST = {HealthLevel.HEALTHY: 0.0, HealthLevel.WARNING: WARNING_THRESHOLD, HealthLevel.CRITICAL: CRITICAL_THRESHOLD}
 _SIGNALS = [
     family
@@ -47,26 +44,23 @@ class StatusPage:
     def __init__(self, aggregator: RunAggregator) -> None:
         self._aggregator = aggregator
         self._rendered: tuple[Snapshot, frozenset[str]] | None = None
-        self._body = self._gzipped = b""
+        self._body = Body(b"")
 
     def __call__(self, request: Request) -> Response:
         snapshot = self._aggregator.snapshot
         stalled = frozenset(_stalled(snapshot, time.time()))
         if self._rendered is None or self._rendered[0] is not snapshot or self._rendered[1] != stalled:
-            self._body = self._document.render(snapshot, stalled)
-            self._gzipped = gzip.compress(self._body, _GZIP_LEVEL, mtime=0)
+            self._body = Body(self._document.render(snapshot, stalled))
             self._rendered = snapshot, stalled
-        headers = [
+        return self._body.response(
+            request.headers.get("accept-encoding", ""),
             ("Content-Type", "text/html; charset=utf-8"),
             ("Content-Security-Policy", self._document.policy),
             ("X-Content-Type-Options", "nosniff"),
             ("Referrer-Policy", "no-referrer"),
             ("Cache-Control", "no-store"),
             ("Vary", "Accept-Encoding"),
-        ]
-        if accepts_gzip(request.headers.get("accept-encoding", "")):
-            return Response(HTTPStatus.OK, (*headers, ("Content-Encoding", "gzip")), self._gzipped)
-        return Response(HTTPStatus.OK, tuple(headers), self._body)
+        )
 
     @cached_property
     def _document(self) -> "_Document":
