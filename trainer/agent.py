@@ -153,7 +153,8 @@ class PPOAgent:
                 own = ranks.own_samples(batch, rollout.num_envs).to(device, non_blocking=True)
                 old_log_probs, advantage, returns, old_values = experience.index_select(0, own).unbind(1)
                 # Of a single sample the deviation is 0, not NaN.
-                deviation, mean = torch.std_mean(all_advantages[batch], correction=min(1, len(batch) - 1))
+                of_all_ranks = all_advantages.index_select(0, batch.to(device, non_blocking=True))
+                deviation, mean = torch.std_mean(of_all_ranks, correction=min(1, len(batch) - 1))
                 advantage = (advantage - mean) / (deviation + 1e-8)
 
                 distribution, values = self.policy(observations.index_select(0, own))

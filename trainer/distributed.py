@@ -108,5 +108,5 @@ class Ranks:
 
     def close(self) -> None:
         """Part from the others."""
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_initialized():  # by a single rank of torchrun too
             dist.destroy_process_group()
