@@ -278,9 +278,12 @@ class _Connection:
                 return self._close()
             if to_send := self._tls.to_send():
                 self._write(to_send)
-        if data or is_end:
+            is_end = self._tls.is_end
+        if data:
             self._http.receive_data(data)
-        if is_end or self._is_answering:  # which is then read when it is its turn
+        if is_end:
+            self._http.receive_data(b"")
+        if is_end or self._is_answering:  # what has come is read when it is its turn
             self._read_on(False)
         self._read()
 
@@ -416,12 +419,14 @@ class _Tls:
         self._object = context.wrap_bio(self._received, self._to_send, server_side=True)
         self._admits = admits
         self._is_established = False
+        self.is_end = False
+        """Whether the client has said that it will say no more."""
 
     def decrypt(self, data: bytes) -> bytes:
         """What the client says with `data`; nothing as long as it shakes hands, or speaks of TLS alone.
 
         Raises:
-            ssl.SSLError: it does not speak TLS as it should, or has said that it ends.
+            ssl.SSLError: it does not speak TLS as it should.
             _NotAdmitted: it may not go on.
         """
         self._received.write(data)
@@ -436,6 +441,8 @@ class _Tls:
                 plain += part
         except ssl.SSLWantReadError:
             pass
+        except ssl.SSLZeroReturnError:
+            self.is_end = True
         return plain
 
     def encrypt(self, data: bytes) -> bytes:

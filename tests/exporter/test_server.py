@@ -5,8 +5,10 @@ import os
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,13 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8; escap
 def url() -> Iterator[str]:
     with MetricsServer(trained_aggregator(), port=0) as server:
         yield server.url
+
+
+def protected(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """A client's side of TLS, and the web configuration file of the server's."""
+    certificate, file = make_certificate(folder / "server.pem"), folder / "web.yml"
+    file.write_text("tls_server_config: {cert_file: server.pem, key_file: server.key}\n")
+    return client_context(certificate), file
 
 
 @pytest.mark.parametrize(
@@ -175,6 +184,22 @@ def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(url):
     assert answers.endswith(b"Healthy.\n")
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_who_has_said_all_it_has_to_say_is_answered_all_the_same(tmp_path, scheme):
+    tls, file = protected(tmp_path) if scheme == "https" else (None, None)
+    with MetricsServer(trained_aggregator(), port=0, web_config_file=file) as server:
+        with hold(server.port, b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n", tls) as client:
+            if tls is None:
+                client.shutdown(socket.SHUT_WR)
+            else:
+                client.setblocking(False)
+                with pytest.raises(ssl.SSLWantReadError):
+                    client.unwrap()  # says so, and does not wait for the same from the other side
+                client.setblocking(True)
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 200 OK") and answer.endswith(b"Healthy.\n")
+
+
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
@@ -200,11 +225,47 @@ def test_a_request_that_cannot_be_served_is_refused_and_ends_the_connection(url,
 
 
 def slow_reader(port: int) -> socket.socket:
+    """Asks 400 times, and has no room for the answers."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     client.connect(("127.0.0.1", port))
     client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
     return client
+
+
+def test_who_reads_slowly_gets_everything_in_order(url, monkeypatch):
+    monkeypatch.setattr(connections, "CPU_SHARE", 100.0)
+    with slow_reader(int(url.split(":")[2].split("/")[0])) as client:
+        client.settimeout(20)
+        client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+    *scrapes, last = received.split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert len(scrapes) == 400 and last.endswith(b"Healthy.\n")
+    for head, _, body in (scrape.partition(b"\r\n\r\n") for scrape in scrapes):
+        assert f"Content-Length: {len(body)}\r\n".encode() in head
+
+
+def test_clients_take_no_more_of_the_cpu_than_their_share():
+    def ask_without_end(url: str, ended: threading.Event) -> None:
+        while not ended.is_set():
+            ask(url, "/metrics?name[]=ppo_gradient_cv")  # costly, for it is rendered for this client alone
+
+    def seconds(thread: int) -> float:
+        """Of CPU time that the thread has used."""
+        return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0]) / 1e9
+
+    others = set(threading.enumerate())
+    with MetricsServer(trained_aggregator(), port=0) as server:
+        (thread,) = (each.native_id for each in set(threading.enumerate()) - others)
+        ended, started, before = threading.Event(), time.monotonic(), seconds(thread)
+        with ThreadPoolExecutor(8) as clients:
+            for _ in range(8):
+                clients.submit(ask_without_end, server.url, ended)
+            time.sleep(6.0)
+            used = seconds(thread) - before
+            allowed = connections.CPU_SHARE * (time.monotonic() - started) + connections.CPU_BURST_SECONDS
+            ended.set()
+        assert used < allowed + 0.05  # for the spell that may be under way
 
 
 def test_scrapes_beyond_the_limit_are_sent_away():
@@ -229,11 +290,7 @@ def held_connections(port: int, client: ssl.SSLContext | None) -> list[socket.so
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_held_connections_are_closed_and_keep_nobody_from_scraping(tmp_path, scheme):
-    tls, file = None, None
-    if scheme == "https":
-        certificate = make_certificate(tmp_path / "server.pem")
-        tls, file = client_context(certificate), tmp_path / "web.yml"
-        file.write_text("tls_server_config: {cert_file: server.pem, key_file: server.key}\n")
+    tls, file = protected(tmp_path) if scheme == "https" else (None, None)
     with MetricsServer(trained_aggregator(), port=0, web_config_file=file) as server:
         assert ask(server.url, tls=tls).status == 200
         threads, descriptors = resources()
