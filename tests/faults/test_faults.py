@@ -323,6 +323,8 @@ EMIT = f"""
 import itertools, time
 from exporter import MetricsServer, RunAggregator, emit_ppo_update
 from exporter.telemetry import GradientStep, summarize_gradient_steps
+from exporter.web import connections
+connections.CPU_SHARE = 1.0  # so that scrapes come as fast as they are asked for
 aggregator = RunAggregator()
 aggregator.register_run("r", ["op", "slot", "alpha", "blueprint", "curve"])
 kinds = ([1.0, 1.1, 0.9, 1.0, 1.0], [1.0, 0.2, 0.2, 0.9, 0.3], [1.0, 0.0, 0.0, 0.0, 0.0], [float("nan")] + [1.0] * 4)
