@@ -4,10 +4,11 @@
 connection that the server closes is opened again), floods it, and scrapes it once a second meanwhile. Servers that are
 not installed are left out: `pip install cheroot uvicorn hypercorn granian` into an environment of your own.
 
-`training` runs the real trainer in one process: with the endpoint scraped once a second, and flooded by eight clients,
-in blocks of some seconds in an order that changes from round to round, each between two blocks without the endpoint.
-The table gives medians of the ratio of a block's speed to the mean of its two neighbours; its first row, of one such
-block to the one before, shows how much of that is noise. Clients run on another core.
+`training` times the same updates of the real trainer again and again: with the endpoint scraped once a second, and
+flooded by eight clients, in an order that changes from round to round, each between two blocks without the endpoint.
+The table gives medians of the ratio of a block's speed to that of its two neighbours, by wall time and by CPU time of
+the whole process, which other programs and other guests of the machine disturb less. Its first row, of one block
+without the endpoint to the one before, shows how much of that is noise. The trainer has one core, clients another.
 
     .venv/bin/python -m benchmarks.endpoint --help
 """
@@ -29,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,12 +240,16 @@ class Held:
         self._sock: socket.socket | None = None
         self._opened = 0.0
 
-    def tend(self) -> float:
-        """Open what is closed, feed what drips; seconds for which the connection has been held."""
-        held = time.monotonic() - self._opened
+    @property
+    def seconds(self) -> float:
+        """For which the connection has been held, as far as it is known that it still is."""
+        return time.monotonic() - self._opened if self._sock is not None else 0.0
+
+    def tend(self) -> None:
+        """Open what is closed, feed what drips."""
         try:
             if self._sock is None:
-                self._opened, held = time.monotonic(), 0.0
+                self._opened = time.monotonic()
                 self._sock = socket.create_connection(("127.0.0.1", self._port), timeout=2.0)
                 if self._tls is not None:
                     self._sock = self._tls.wrap_socket(self._sock)
@@ -262,26 +267,28 @@ class Held:
             if self._sock is not None:
                 self._sock.close()
                 self._sock = None
-        return held
 
 
 def hold(port: int, is_tls: bool, report: multiprocessing.Queue) -> None:
-    """In a process of its own: hold connections; says for how long the longest one has been held."""
+    """In a process of its own: hold connections; says once a second for how long the longest one has been held."""
     pin(1)
     tls = client_tls() if is_tls else None
     kinds = ("idle", "handshake", "half", "drip") if is_tls else ("idle", "half", "drip")
+    held = [Held(port, kinds[index % len(kinds)], tls) for index in range(HELD)]
     threads = 10
 
     def run(number: int) -> None:
-        held = [Held(port, kinds[index % len(kinds)], tls) for index in range(number, HELD, threads)]
         while True:
             until = time.monotonic() + 1.0
-            report.put(max(each.tend() for each in held))
+            for each in held[number::threads]:
+                each.tend()
             time.sleep(max(0.0, until - time.monotonic()))
 
     for number in range(threads):
         threading.Thread(target=run, args=(number,), daemon=True).start()
-    time.sleep(3600)
+    while True:
+        time.sleep(1.0)
+        report.put(max(each.seconds for each in held))
 
 
 def scrape_for(port: int, is_tls: bool, seconds: float) -> list[float]:
@@ -453,42 +460,44 @@ def measure_training(options: argparse.Namespace) -> None:
     from trainer.training import Training
 
     pin(0)
-    training = Training(TrainerConfig(total_timesteps=2**40, run="r", anneal_learning_rate=False))
-    for _ in range(3):
-        training.update(lambda: False)
 
-    def speed() -> float:
-        updates, started = 0, time.monotonic()
-        while time.monotonic() - started < options.block:
-            training.update(lambda: False)
-            updates += 1
-        return updates / (time.monotonic() - started)
+    def block(client: Callable | None = None) -> tuple[float, float]:
+        """Wall time and the process' CPU time of the same updates, each time a new run with the same seed."""
+        training = Training(TrainerConfig(total_timesteps=2**40, run="r", anneal_learning_rate=False))
+        with ExitStack() as stack:
+            if client is not None:
+                server = stack.enter_context(MetricsServer(training.aggregator, port=0))
+                stack.enter_context(process(client, server.port, False)).get(timeout=60)
+            for _ in range(options.before):
+                training.update(lambda: False)
+            wall, cpu = time.monotonic(), time.process_time()
+            for _ in range(options.updates):
+                training.update(lambda: False)
+            return time.monotonic() - wall, time.process_time() - cpu
 
-    def with_endpoint(client: Callable) -> float:
-        with MetricsServer(training.aggregator, port=0) as server:
-            with process(client, server.port, False) as ready:
-                ready.get(timeout=60)
-                return speed()
+    ways = {"scraped every second": scrape_every_second, f"flooded by {FLOODING_CLIENTS} clients": flood}
+    ratios: dict[str, list[tuple[float, float]]] = {"no endpoint": [], **{name: [] for name in ways}}
 
-    ways: dict[str, Callable[[], float]] = {
-        "scraped every second": lambda: with_endpoint(scrape_every_second),
-        f"flooded by {FLOODING_CLIENTS} clients": lambda: with_endpoint(flood),
-    }
-    ratios: dict[str, list[float]] = {"no endpoint": [], **{name: [] for name in ways}}
-    speeds = [speed()]
+    def compare(name: str, measured: tuple[float, float], *alone: tuple[float, float]) -> None:
+        ratios[name].append(tuple(statistics.mean(times) / time for time, times in zip(measured, zip(*alone))))
+
+    alone = [block()]
     for number in range(options.rounds):
         for name in random.Random(number).sample(list(ways), len(ways)):
-            measured = ways[name]()
-            speeds.append(speed())
-            ratios[name].append(measured / statistics.mean(speeds[-2:]))
-            ratios["no endpoint"].append(speeds[-1] / speeds[-2])
+            measured = block(ways[name])
+            alone.append(block())
+            compare(name, measured, *alone[-2:])
+            compare("no endpoint", alone[-1], alone[-2])
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+    middle = statistics.median(wall for wall, _ in alone)
     print(
-        f"{statistics.median(speeds):.2f} updates a second without the endpoint; {options.rounds} rounds of blocks of "
-        f"{options.block:.0f} s\n\n| way | speed, median of ratios | all ratios |\n|---|---|---|"
+        f"{options.rounds} rounds of {options.updates} updates, which take {middle:.1f} s without the endpoint; before "
+        f"them, {options.before} that are not timed\n\n"
+        "| way | speed | by CPU time | all ratios of speed |\n|---|---|---|---|"
     )
     for name, each in ratios.items():
-        print(f"| {name} | {statistics.median(each):.3f} | {' '.join(f'{ratio:.3f}' for ratio in sorted(each))} |")
+        speed, by_cpu = (statistics.median(column) for column in zip(*each))
+        print(f"| {name} | {speed:.3f} | {by_cpu:.3f} | {' '.join(f'{ratio:.3f}' for ratio, _ in sorted(each))} |")
 
 
 def main() -> None:
@@ -500,8 +509,9 @@ def main() -> None:
     servers.add_argument("--seconds", type=float, default=60, help="of scrapes with connections held")
     servers.set_defaults(run=compare_servers)
     training = commands.add_parser("training", help="cost to the real trainer", **defaults)
-    training.add_argument("--rounds", type=int, default=6, help="rounds, each with one block of every way")
-    training.add_argument("--block", type=float, default=20, help="seconds of a block")
+    training.add_argument("--rounds", type=int, default=10, help="rounds, each with one block of every way")
+    training.add_argument("--updates", type=int, default=30, help="updates of a block")
+    training.add_argument("--before", type=int, default=3, help="updates before those that are timed")
     training.set_defaults(run=measure_training)
     options = parser.parse_args()
     print(f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}\n")
