@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -381,6 +382,15 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def named(server: str) -> str:
+    """With its version, where it is a package."""
+    package, comma, rest = server.partition(",")
+    try:
+        return f"{package} {version(package)}{comma}{rest}"
+    except PackageNotFoundError:
+        return server
+
+
 def measure_server(name: str, certificate: Certificate | None, seconds: float) -> list[str] | None:
     """A row of the table, or None where the server is not installed."""
     is_tls, port = certificate is not None, free_port()
@@ -419,7 +429,7 @@ def measure_server(name: str, certificate: Certificate | None, seconds: float) -
             held = drained(longest)
         in_time = sum(took <= 1.0 for took in scrapes)
         return [
-            name,
+            named(name),
             "HTTPS" if is_tls else "HTTP",
             f"{statistics.median(latencies) * 1e3:.1f}",
             f"{in_time} of {len(scrapes)}",
