@@ -4,11 +4,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from numbers import Real
 from types import MappingProxyType
 from typing import Protocol, TypedDict
 
 from exporter.gradient_cv import gradient_cv
+
+_LAST_TIMESTAMP = datetime.max.replace(tzinfo=UTC).timestamp()
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,8 @@ class PPOUpdatePayload:
         for seconds in self.rank_rollout_seconds:
             _require_seconds("rank_rollout_seconds", seconds)
         _require_seconds("timestamp_seconds", self.timestamp_seconds)
+        if self.timestamp_seconds > _LAST_TIMESTAMP:
+            raise ValueError(f"timestamp_seconds must be Unix time in seconds, got {self.timestamp_seconds!r}")
         # Copies, so that what was validated cannot change under a reader.
         for name in ("gradient_cv_per_step", "rank_rollout_seconds"):
             object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -1,5 +1,6 @@
 """Paths of the endpoint, and what is said on each."""
 
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from exporter.web.status import StatusPage
 DEFAULT_MAX_REQUESTS = 40
 RETRY_AFTER_SECONDS = 1
 _METHODS = ("GET", "HEAD")
+_log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Response]
 
@@ -40,6 +42,7 @@ class Application:
         self._exposition = exposition
         self._access = access
         self._max_requests = max_requests
+        self._failing: set[str] = set()
         self.handlers: dict[str, Handler] = {
             "/": StatusPage(aggregator),
             "/metrics": self._metrics,
@@ -61,13 +64,22 @@ class Application:
         return Response(response.status, (*response.headers, *self._access.headers(response)), response.body)
 
     def _answer_on_path(self, request: Request) -> Response:
-        handler = self.handlers.get(_path(request))
+        path = _path(request)
+        handler = self.handlers.get(path)
         if handler is None:
             return Response.text(HTTPStatus.NOT_FOUND, "Not found; there are " + ", ".join(sorted(self.handlers)))
         if request.method not in _METHODS:
             allow = ", ".join(_METHODS)
             return Response.text(HTTPStatus.METHOD_NOT_ALLOWED, f"Use {allow}.", ("Allow", allow))
-        return handler(request)
+        try:
+            response = handler(request)
+        except Exception:
+            if path not in self._failing:
+                _log.exception("%s cannot be answered until this works again", path)
+            self._failing.add(path)
+            return Response.text(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error; see the log.")
+        self._failing.discard(path)
+        return response
 
     def _metrics(self, request: Request) -> Response:
         if 0 < self._max_requests < request.in_flight:
@@ -81,7 +93,7 @@ class Application:
         except ValueError:
             return Response.text(HTTPStatus.BAD_REQUEST, "Too many names.")
         format = negotiate(request.headers.get("accept", ""))
-        return self._exposition.render(format, names).response(
+        return self._exposition.render(format, names, will_take_old=request.will_take_old).response(
             request.headers.get("accept-encoding", ""),
             ("Content-Type", format.content_type),
             ("Vary", "Accept, Accept-Encoding"),

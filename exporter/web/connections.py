@@ -1,7 +1,8 @@
 """HTTP/1.1 in one thread, with bounds on everything that a client could use up.
 
-h11 reads the protocol, OpenSSL the encryption, and asyncio tells when there is something to do. What is added here keeps a process that has better things to do
-out of the hands of its clients: how long, how many, how large, and how much of the CPU.
+h11 reads the protocol, OpenSSL the encryption, and asyncio tells when there is something to do. What is added here
+keeps a process that has better things to do out of the hands of its clients: how long, how many, how large, and how
+much of the CPU.
 """
 
 import asyncio
@@ -53,12 +54,14 @@ class Request:
     Attributes:
         target: as on the request line.
         in_flight: requests that have not got all of their response yet, this one among them.
+        will_take_old: the endpoint has used more than its share of the CPU, so that what was said a moment ago must do.
     """
 
     method: str
     target: str
     headers: dict[str, str]
     in_flight: int = 1
+    will_take_old: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,11 @@ class HttpServer:
             next(iter(self.waiting)).abort()
         sock.setblocking(False)
         _Connection(self, sock)
+
+    @property
+    def is_overdrawn(self) -> bool:
+        """Whether it has used more than its share of the CPU."""
+        return self._selector.saved_up < 0
 
     def answer_in_turn(self, connection: "_Connection") -> None:
         """One request between two looks at the clock: a pile of them must not take more than the share."""
@@ -329,7 +337,11 @@ class _Connection:
             key, text = name.decode("ascii"), value.decode("latin-1")
             headers[key] = f"{headers[key]}, {text}" if key in headers else text
         request = Request(
-            self._request.method.decode("ascii"), self._request.target.decode("latin-1"), headers, self._in_flight
+            self._request.method.decode("ascii"),
+            self._request.target.decode("latin-1"),
+            headers,
+            self._in_flight,
+            self._server.is_overdrawn,
         )
         try:
             response = self._server.respond(request)
@@ -469,7 +481,7 @@ class _PacedSelector(selectors.DefaultSelector):
 
     def __init__(self) -> None:
         super().__init__()
-        self._saved_up = CPU_BURST_SECONDS
+        self.saved_up = CPU_BURST_SECONDS
         self._at: tuple[float, float] | None = None
         self._paused_at = 0.0
 
@@ -477,11 +489,11 @@ class _PacedSelector(selectors.DefaultSelector):
         now, used = time.monotonic(), time.thread_time()
         if self._at is not None:
             earned = CPU_SHARE * (now - self._at[0]) - (used - self._at[1])
-            self._saved_up = min(self._saved_up + earned, CPU_BURST_SECONDS)
+            self.saved_up = min(self.saved_up + earned, CPU_BURST_SECONDS)
         self._at = now, used
-        if self._saved_up < 0 and used - self._paused_at > _SPELL_SECONDS:
+        if self.saved_up < 0 and used - self._paused_at > _SPELL_SECONDS:
             self._paused_at = used
-            time.sleep(min(-self._saved_up / CPU_SHARE, _LONGEST_PAUSE_SECONDS))
+            time.sleep(min(-self.saved_up / CPU_SHARE, _LONGEST_PAUSE_SECONDS))
         return super().select(timeout)
 
 

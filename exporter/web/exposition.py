@@ -20,6 +20,8 @@ from exporter.web.connections import Response
 _ESCAPINGS = (openmetrics.UNDERSCORES, openmetrics.ALLOWUTF8, openmetrics.DOTS, openmetrics.VALUES)
 BODY_SECONDS = 0.2
 """A whole body is sent again for this long, where no collector has a new state: the next scrape of a flood."""
+OLD_SECONDS = 1.0
+"""So old may be what is sent while the endpoint has to save: new states come faster than it may render them."""
 _GZIP_LEVEL = 1  # a quarter of the size; higher levels save little more and cost the training several times as much
 _END = b"# EOF\n"
 _log = logging.getLogger(__name__)
@@ -115,6 +117,15 @@ class Body:
         return Response(HTTPStatus.OK, headers, self.plain)
 
 
+@dataclass(frozen=True)
+class _Rendered:
+    """A body, the collectors' states that it shows, and when it was rendered (monotonic clock)."""
+
+    body: Body
+    states: list[object]
+    at: float
+
+
 class Exposition:
     """Renders collectors, each by itself: one that fails takes nothing but its own metrics with it.
 
@@ -129,18 +140,26 @@ class Exposition:
         self._collectors = dict(collectors)
         self._labels = dict(labels)
         self._rendered: dict[tuple[str, Format], tuple[object, bytes]] = {}
-        self._bodies: dict[Format, tuple[list[object], float, Body]] = {}
+        self._bodies: dict[Format, _Rendered] = {}
         self._failing: set[str] = set()
 
-    def render(self, format: Format, names: frozenset[str] = frozenset()) -> Body:
-        """The samples of all collectors, or only those with one of `names`, in `format`."""
+    def render(self, format: Format, names: frozenset[str] = frozenset(), *, will_take_old: bool = False) -> Body:
+        """The samples of all collectors, or only those with one of `names`, in `format`.
+
+        `will_take_old`: a whole body may be `OLD_SECONDS` old, whatever has happened since.
+        """
         if names:
             return Body(self._rendered_now(format, names))
         states = [getattr(collector, "state", None) for collector in self._collectors.values()]
-        known, until, body = self._bodies.get(format, ((), 0.0, None))
-        if time.monotonic() >= until or not all(map(operator.is_, known, states)):
-            body = Body(self._rendered_now(format, names))
-            self._bodies[format] = states, time.monotonic() + BODY_SECONDS, body
+        rendered = self._bodies.get(format)
+        if rendered is not None:
+            age = time.monotonic() - rendered.at
+            if age < BODY_SECONDS and all(map(operator.is_, rendered.states, states)):
+                return rendered.body
+            if will_take_old and age < OLD_SECONDS:
+                return rendered.body
+        body = Body(self._rendered_now(format, names))
+        self._bodies[format] = _Rendered(body, states, time.monotonic())
         return body
 
     def _rendered_now(self, format: Format, names: frozenset[str]) -> bytes:

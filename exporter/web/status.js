@@ -2,12 +2,13 @@
 // The server renders the page, and this brings what is shown up to the one that it renders now.
 const POLL_SECONDS = 2, HIDDEN_POLL_SECONDS = 30, TIMEOUT_SECONDS = 5;
 const connection = document.getElementById("connection");
+const icon = document.querySelector("link[rel=icon]");
 let timer, serverClock, lastAnswer;
 
 // Changes no more than differs, so that focus, selection and a screen reader's place stay where they are.
 function sync(shown, fresh) {
   if (shown.isEqualNode(fresh)) return;
-  if (shown.nodeName !== fresh.nodeName || shown.childNodes.length !== fresh.childNodes.length) {
+  if (shown.nodeName !== fresh.nodeName) {
     shown.replaceWith(fresh);
     return;
   }
@@ -17,8 +18,32 @@ function sync(shown, fresh) {
   }
   for (const { name } of [...shown.attributes]) if (!fresh.hasAttribute(name)) shown.removeAttribute(name);
   for (const { name, value } of fresh.attributes) shown.setAttribute(name, value);
-  const freshChildren = [...fresh.childNodes];
-  [...shown.childNodes].forEach((child, index) => sync(child, freshChildren[index]));
+  syncChildren(shown, [...fresh.childNodes]);
+}
+
+// A child with a key, a run's, is brought up to the one of the same key; the others to those in their place.
+function syncChildren(shown, fresh) {
+  const key = (node) => node.dataset?.key;
+  const wanted = new Set(fresh.map(key));
+  const keyed = new Map(), others = [];
+  for (const child of [...shown.childNodes]) {
+    if (key(child) === undefined) others.push(child);
+    else if (wanted.has(key(child))) keyed.set(key(child), child);
+    else child.remove();
+  }
+  const surplus = others.length - fresh.filter((node) => key(node) === undefined).length;
+  if (surplus > 0) others.splice(-surplus).forEach((child) => child.remove());
+  let next = shown.firstChild;
+  for (const node of fresh) {
+    const known = key(node) === undefined ? others.shift() : keyed.get(key(node));
+    if (known === undefined) {
+      shown.insertBefore(node, next);
+    } else {
+      if (known === next) next = next.nextSibling;
+      else shown.insertBefore(known, next);
+      sync(known, node);
+    }
+  }
 }
 
 function spoken(seconds) {
@@ -38,39 +63,64 @@ function showAges() {
 
 function showConnection(isDead, text) {
   document.documentElement.classList.toggle("dead", isDead);
-  connection.setAttribute("role", isDead ? "alert" : "status");
+  const role = isDead ? "alert" : "status";
+  if (connection.getAttribute("role") !== role) connection.setAttribute("role", role);
   if (connection.textContent !== text) connection.textContent = text;
+}
+
+// Without the name and password that the page's own address may have: fetch() refuses those.
+const address = location.origin + location.pathname;
+
+async function ask() {
+  const since = lastAnswer ? ` since ${lastAnswer.toLocaleString()}` : "";
+  let response, text;
+  try {
+    response = await fetch(address, { cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_SECONDS * 1000) });
+    text = await response.text();
+  } catch (error) {
+    const reason = error.name === "TimeoutError" ? `none within ${TIMEOUT_SECONDS} s` : "it cannot be reached";
+    throw new Error(`No answer from the trainer${since}: ${reason}.`);
+  }
+  if (!response.ok) throw new Error(`Nothing new${since}: the answer is ${response.status} ${response.statusText}.`);
+  const fresh = new DOMParser().parseFromString(text, "text/html");
+  if (!fresh.querySelector("main#runs")) throw new Error(`Nothing new${since}: something else answers at this address.`);
+  return { fresh, date: Date.parse(response.headers.get("Date")) };
+}
+
+function show({ fresh, date }) {
+  serverClock = date - performance.now();
+  sync(document.querySelector("main"), fresh.querySelector("main"));
+  sync(icon, fresh.querySelector("link[rel=icon]"));
+  document.title = fresh.title;
+  showConnection(false, "Live");
+  showAges();
+  lastAnswer = new Date();
+}
+
+function showDead(reason) {
+  showConnection(true, `${reason} Below is the last that was said.`);
+  icon.href = icon.href.replace(/fill='\w+'/, "fill='gray'");
+  if (!document.title.startsWith("No answer")) document.title = `No answer · ${document.title}`;
 }
 
 async function poll() {
   clearTimeout(timer);
   try {
-    const response = await fetch("/", { cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_SECONDS * 1000) });
-    if (!response.ok) throw new Error(`it answers ${response.status} ${response.statusText}`);
-    const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
-    serverClock = Date.parse(response.headers.get("Date")) - performance.now();
-    lastAnswer = new Date();
-    sync(document.querySelector("main"), fresh.querySelector("main"));
-    sync(document.querySelector("link[rel=icon]"), fresh.querySelector("link[rel=icon]"));
-    document.title = fresh.title;
-    showConnection(false, "Live");
-    showAges();
+    show(await ask());
   } catch (error) {
-    const since = lastAnswer ? ` since ${lastAnswer.toLocaleTimeString()}` : "";
-    const reason = error instanceof TypeError ? "it cannot be reached" : error.message;
-    showConnection(true, `No answer from the trainer${since}: ${reason}. Below is the last that it said.`);
-    if (!document.title.startsWith("No answer")) document.title = `No answer · ${document.title}`;
+    showDead(error.message);
   }
   timer = setTimeout(poll, 1000 * (document.hidden ? HIDDEN_POLL_SECONDS : POLL_SECONDS));
 }
 
+const docs = document.getElementById("docs");
 function openDocs() {
-  if (location.hash === "#docs") document.getElementById("docs").open = true;
+  docs.open = true;
 }
 
+docs.open = location.hash === "#docs"; // open in the source, for whoever has no script
+document.querySelector('a[href="#docs"]').addEventListener("click", openDocs);
 document.addEventListener("visibilitychange", () => document.hidden || poll());
-addEventListener("hashchange", openDocs);
-openDocs();
 showConnection(false, "Connecting");
 setInterval(showAges, 1000);
 poll();

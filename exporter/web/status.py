@@ -19,11 +19,12 @@ from pathlib import Path
 from prometheus_client.utils import floatToGoString
 
 from exporter.aggregator import RunAggregator
+from exporter.gradient_cv import unreachable_critical_warning
 from exporter.health import CRITICAL_THRESHOLD, STALLED_SECONDS, WARNING_THRESHOLD, HealthLevel, cv_text
 from exporter.metrics import LAST_UPDATE_TIMESTAMP, METRIC_FAMILIES, MetricFamily
 from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
 from exporter.web.connections import Request, Response
-from exporter.web.exposition import Body
+from exporter.web.exposition import OLD_SECONDS, Body
 
 RELOAD_SECONDS = 5
 """Where there is no JavaScript, the browser loads the page anew so often."""
@@ -43,15 +44,17 @@ class StatusPage:
 
     def __init__(self, aggregator: RunAggregator) -> None:
         self._aggregator = aggregator
-        self._rendered: tuple[Snapshot, frozenset[str]] | None = None
+        self._shown: tuple[Snapshot, frozenset[str]] | None = None
+        self._rendered_at = 0.0
         self._body = Body(b"")
 
     def __call__(self, request: Request) -> Response:
         snapshot = self._aggregator.snapshot
         stalled = frozenset(_stalled(snapshot, time.time()))
-        if self._rendered is None or self._rendered[0] is not snapshot or self._rendered[1] != stalled:
+        is_current = self._shown is not None and self._shown[0] is snapshot and self._shown[1] == stalled
+        if not is_current and not (request.will_take_old and time.monotonic() < self._rendered_at + OLD_SECONDS):
             self._body = Body(self._document.render(snapshot, stalled))
-            self._rendered = snapshot, stalled
+            self._shown, self._rendered_at = (snapshot, stalled), time.monotonic()
         return self._body.response(
             request.headers.get("accept-encoding", ""),
             ("Content-Type", "text/html; charset=utf-8"),
@@ -94,6 +97,7 @@ class _Document:
             iso=_iso,
             cv_text=cv_text,
             heads=_heads,
+            unreachable=_unreachable,
             signals=_signals,
             spoken=_spoken,
             families=METRIC_FAMILIES,
@@ -107,16 +111,52 @@ class _Document:
 
     def render(self, snapshot: Snapshot, stalled: frozenset[str]) -> bytes:
         runs = list(snapshot.runs.values())
-        levels = Counter(run.gradient_quality.health for run in runs)
-        worst = max(runs, key=lambda run: _LEAST[run.gradient_quality.health], default=None)
+        states = {run.run: _State.of(run, run.run in stalled) for run in runs}
+        worst = max(runs, key=lambda run: states[run.run].urgency, default=None)
+        counts = Counter((state.word, state.color) for state in states.values())
         return self._template.render(
             runs=runs,
-            stalled=stalled,
-            levels=[(level, levels[level]) for level in HealthLevel if levels[level]],
-            worst=worst and worst.gradient_quality.health,
-            title=f"{cv_text(worst.gradient_quality.gradient_cv)} · {worst.run}" if worst else "PPO gradient health",
+            states=states,
+            counts=[(count, word, color) for (word, color), count in counts.items()],
+            icon=states[worst.run].color if worst else _DIM,
+            title=f"{states[worst.run].text} · {worst.run}" if worst else "PPO gradient health",
             charts={run.run: _Chart(run.recent_gradient_cvs, run.updates) for run in runs},
         ).encode()
+
+
+_DIM = "dim"
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is to be said first of a run.
+
+    Attributes:
+        text: as long as there is room; otherwise `word`.
+        color: a class of the style sheet.
+        urgency: the larger, the sooner somebody should look.
+    """
+
+    text: str
+    word: str
+    color: str
+    urgency: tuple[int, float]
+
+    @classmethod
+    def of(cls, run: RunSnapshot, is_stalled: bool) -> "_State":
+        quality = run.gradient_quality
+        if run.last_update_timestamp_seconds is None:
+            text = "No update since the resume" if run.resumes else "No update yet"
+            return cls(text, "without an update", _DIM, (0, 0.0))
+        if is_stalled:
+            return cls("stalled", "stalled", "red", (3, quality.gradient_cv))
+        rank = {HealthLevel.HEALTHY: 1, HealthLevel.WARNING: 2, HealthLevel.CRITICAL: 4}[quality.health]
+        return cls(cv_text(quality.gradient_cv), quality.health.word, quality.health.color, (rank, quality.gradient_cv))
+
+    @property
+    def is_news(self) -> bool:
+        """Whether the run's values say how it is now."""
+        return self.word in {level.word for level in HealthLevel}
 
 
 @dataclass(frozen=True)
@@ -204,6 +244,12 @@ def _stalled(snapshot: Snapshot, now: float) -> Iterable[str]:
 def _signals(run: RunSnapshot) -> list[tuple[MetricFamily, float]]:
     """What is one number per run, as far as it is known: the same as on `/metrics`."""
     return [(family, value) for family in _SIGNALS for _, value in family.samples(run)]
+
+
+def _unreachable(quality: GradientQuality) -> str | None:
+    """What the number of heads keeps the CV from, once heads are known."""
+    heads = len(_heads(quality))
+    return unreachable_critical_warning(heads) if heads else None
 
 
 def _heads(quality: GradientQuality) -> list[str]:

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import select
 import socket
 import ssl
@@ -17,8 +18,11 @@ from endpoint import UPDATE, ask, client_context, hold, make_certificate, resour
 
 from exporter import MetricsServer, RunAggregator, emit_ppo_update
 from exporter.health import STALLED_SECONDS
+from exporter.metrics import build_collectors
 from exporter.snapshot import Snapshot
 from exporter.web import connections
+from exporter.web.connections import Request, Response
+from exporter.web.exposition import DEFAULT_FORMAT, Exposition
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 TEXT_1 = "text/plain; version=1.0.0; charset=utf-8; escaping=underscores"
@@ -170,6 +174,30 @@ def test_a_collector_that_fails_takes_only_its_own_metrics_with_it(caplog):
         answer = ask(server.url)
         assert "ppo_gradient_cv{" in answer.text
         assert 'ppo_exporter_collector_success{collector="run"} 1.0' in answer.text
+
+
+def test_a_page_that_fails_is_logged_once_and_takes_nothing_with_it(caplog):
+    def fail(request: Request) -> Response:
+        raise RuntimeError
+
+    with MetricsServer(trained_aggregator(), port=0, handlers={"/fails": fail}) as server:
+        assert [ask(server.url, path).status for path in ("/fails", "/fails", "/metrics", "/fails")] == [500, 500, 200, 500]
+    assert [record.message for record in caplog.records] == ["/fails cannot be answered until this works again"]
+
+
+def test_where_the_cpu_is_short_what_was_said_a_moment_ago_must_do():
+    aggregator = trained_aggregator()
+    exposition = Exposition(build_collectors(aggregator), {})
+
+    def updates(will_take_old: bool) -> bytes:
+        body = exposition.render(DEFAULT_FORMAT, will_take_old=will_take_old).plain
+        return re.search(rb"^ppo_updates_total.* (\S+)$", body, re.MULTILINE)[1]
+
+    assert updates(True) == b"1.0"
+    emit_ppo_update(UPDATE, run="r", handler=aggregator)
+    assert (updates(True), updates(False), updates(True)) == (b"1.0", b"2.0", b"2.0")
+    emit_ppo_update(UPDATE, run="r", handler=aggregator)
+    wait_until(lambda: updates(True) == b"3.0", "a moment is over", 5)
 
 
 def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(url):

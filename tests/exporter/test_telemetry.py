@@ -104,6 +104,7 @@ def test_shares_are_never_nan(norms, shares):
         ({"policy_loss": "low"}, TypeError, "policy_loss"),
         ({"update_duration_seconds": math.inf}, ValueError, "update_duration_seconds"),
         ({"timestamp_seconds": None}, TypeError, "timestamp_seconds"),
+        ({"timestamp_seconds": 1.7e12}, ValueError, "timestamp_seconds must be Unix time in seconds"),
     ],
 )
 def test_a_payload_names_the_field_that_is_wrong(fields, error, message):

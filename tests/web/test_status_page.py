@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 
+import bcrypt
 import chromium
 import pytest
 from conftest import fetch, free_ports, wait_until
@@ -22,6 +24,7 @@ from exporter import MetricsServer, RunAggregator, emit_ppo_update
 from exporter.health import CRITICAL_THRESHOLD, STALLED_SECONDS, WARNING_THRESHOLD, HealthLevel, cv_text
 from exporter.snapshot import HISTORY_UPDATES
 from exporter.telemetry import TRAINING_SIGNALS, GradientStep, summarize_gradient_steps
+from exporter.web.connections import Response
 from stack.servers import ROOT
 from trainer.environments.host_growth import ACTION_HEADS
 
@@ -158,6 +161,11 @@ def color(page: Page, selector: str, what: str = "color") -> tuple[float, ...]:
     return tuple(float(part) / 255 for part in re.findall(r"[\d.]+", value)[:3])
 
 
+def icon(page: Page) -> str:
+    """The color of the tab's icon."""
+    return re.search(r"fill='(\w+)'", page.locator("link[rel=icon]").get_attribute("href"))[1]
+
+
 def test_it_shows_what_metrics_says_while_a_run_is_going(train, visit):
     _, url = train("--drill", "nan:op:2-3")
     page = visit(url).page
@@ -204,11 +212,13 @@ def test_a_trainer_that_is_stopped_or_killed_is_shown_as_dead_with_its_last_valu
     alert, live = page.get_by_role("alert"), page.get_by_role("banner").get_by_role("status")
     expect(live).to_have_text("Live")
     trainer.send_signal(signal.SIGSTOP)
-    expect(alert).to_have_text(re.compile("^No answer from the trainer since "), timeout=30_000)
+    expect(alert).to_have_text(re.compile("^No answer from the trainer since .*: none within 5 s"), timeout=30_000)
+    assert icon(page) == "gray"
     trainer.send_signal(signal.SIGCONT)
     expect(live).to_have_text("Live", timeout=30_000)
     expect(alert).to_have_count(0)
     expect(page).to_have_title(re.compile("^CV:"))
+    assert icon(page) != "gray"
     trainer.kill()
     expect(alert).to_have_text(re.compile("No answer from the trainer since .*: it cannot be reached"), timeout=15_000)
     expect(alert).to_be_visible()
@@ -216,6 +226,39 @@ def test_a_trainer_that_is_stopped_or_killed_is_shown_as_dead_with_its_last_valu
     expect(page.locator(".level")).to_have_text(re.compile(r"^CV:\d\.\d{3} "))
     red, *others = color(page, "#connection")
     assert red > max(others)
+    # Nobody may take old values for new ones, wherever they have scrolled to.
+    page.set_viewport_size(PHONE)
+    page.locator(".signals").scroll_into_view_if_needed()
+    expect(alert).to_be_in_viewport(ratio=1)
+    for text in ("main", ".level", ".facts", "figcaption", ".signals td", "#connection"):
+        assert contrast(page, text) >= 4.5, text
+
+
+def test_what_else_is_answered_is_told_apart_from_no_answer(visit):
+    aggregator = RunAggregator()
+    update(aggregator)
+    with MetricsServer(aggregator, port=0) as server:
+        page = visit(server.url).page
+        expect(page.get_by_text("Live")).to_be_visible()
+    alert = page.get_by_role("alert")
+    said = {"Not found.": HTTPStatus.NOT_FOUND, "<main>Another page</main>": HTTPStatus.OK}
+    reasons = ["the answer is 404 Not Found", "something else answers at this address"]
+    for (text, status), reason in zip(said.items(), reasons):
+        answer = Response.text(status, text)
+        with MetricsServer(aggregator, port=server.port, handlers={"/": lambda request, answer=answer: answer}):
+            expect(alert).to_have_text(re.compile(f"^Nothing new since .*: {reason}"), timeout=15_000)
+    expect(page.locator(".level")).to_have_text("CV:0.300 stable")
+
+
+def test_it_is_live_for_who_has_written_name_and_password_into_the_address(tmp_path, aggregator, visit):
+    update(aggregator)
+    file = tmp_path / "web.yml"
+    file.write_text(f"basic_auth_users:\n  op: {bcrypt.hashpw(b'secret', bcrypt.gensalt(4)).decode()}\n")
+    with MetricsServer(aggregator, port=0, web_config_file=file) as server:
+        page = visit(server.url.replace("//", "//op:secret@")).page
+        expect(page.get_by_text("Live")).to_be_visible()
+        update(aggregator, cv=0.7)
+        expect(page.locator(".level")).to_have_text("CV:0.700 warn")
 
 
 def test_it_is_brought_up_to_date_in_place(aggregator, url, visit):
@@ -236,8 +279,11 @@ def test_it_is_brought_up_to_date_in_place(aggregator, url, visit):
     expect(page.get_by_role("table", name="Metrics")).to_be_visible()
     update(aggregator, cv=math.inf, run="third")
     expect(page.get_by_role("region", name="third").locator(".level")).to_have_text("CV:inf BAD")
-    aggregator.remove_run("third")
+    expect(page).to_have_title("CV:inf BAD · third")
     aggregator.remove_run("r")
+    expect(page.get_by_role("region")).to_have_count(2)
+    assert page.evaluate("document.activeElement.textContent") == "another"
+    aggregator.remove_run("third")
     expect(runs).to_have_count(0)
     expect(page.get_by_role("region")).to_have_count(1)
     expect(level).to_have_text("CV:0.900 warn")
@@ -275,7 +321,8 @@ def test_without_javascript_it_is_a_table_that_the_browser_loads_anew(aggregator
     expect(signals.get_by_role("row", name="policy loss 0.5000")).to_be_visible()
     expect(page.get_by_role("table", name="Gradient per head").get_by_role("row", name="slot 3.000")).to_be_visible()
     expect(page.get_by_role("banner").get_by_role("status")).to_have_text("Reloaded every 5 seconds")
-    expect(page.locator("time")).to_have_text(re.compile(r"^at \d\d:\d\d:\d\d UTC$"))
+    expect(page.locator("time")).to_have_text(re.compile(r"^at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC$"))
+    expect(page.get_by_role("row", name="critical from 2.0 BAD")).to_be_visible()
     update(aggregator, cv=2.5)
     expect(page.locator(".level")).to_have_text("CV:2.500 BAD", timeout=20_000)
 
@@ -346,12 +393,20 @@ def test_it_can_be_read_on_a_phone_by_day_and_by_night(aggregator, url, visit, s
     page.get_by_role("link", name="docs").click()
     expect(page.get_by_role("table", name="Metrics")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
-    ground = luminance(color(page, "body", "background-color"))
-    assert (ground > 0.5) == (scheme == "light")
-    texts = ["body", ".facts", "figcaption", *(f".level.{level.color}" for level in HealthLevel)]
-    for text in texts:
-        contrast = sorted([luminance(color(page, text)), ground])
-        assert (contrast[1] + 0.05) / (contrast[0] + 0.05) >= 4.5, text  # WCAG 2, AA
+    assert (luminance(color(page, "body", "background-color")) > 0.5) == (scheme == "light")
+    for text in ("body", ".facts", "figcaption", *(f".level.{level.color}" for level in HealthLevel)):
+        assert contrast(page, text) >= 4.5, text
+    # Names have the width, and what is said of them is beside or below, not out of sight.
+    assert page.locator(".overview tbody th").first.bounding_box()["width"] > 200
+    for cell in (".overview td:last-child", ".heads td:last-child"):
+        box = page.locator(cell).first.bounding_box()
+        assert box["x"] + box["width"] <= PHONE["width"], cell
+
+
+def contrast(page: Page, text: str) -> float:
+    """Of the text with the page behind it: https://www.w3.org/TR/WCAG21/#dfn-contrast-ratio, AA wants 4.5."""
+    dark, light = sorted(map(luminance, (color(page, text), color(page, "body", "background-color"))))
+    return (light + 0.05) / (dark + 0.05)
 
 
 def luminance(rgb: tuple[float, ...]) -> float:
@@ -364,15 +419,44 @@ def test_runs_without_an_update_and_stalled_ones_do_not_look_healthy(aggregator,
     page = visit(url).page
     expect(page.get_by_text("No run yet.")).to_be_visible()
     aggregator.register_run("r", ["op"])
-    expect(page.get_by_text("No update yet").first).to_be_visible()
-    waiting = color(page, ".level")
-    update(aggregator)
+    expect(page).to_have_title("No update yet · r")
+    waiting, summary = color(page, ".level"), page.get_by_role("main").get_by_role("status")
+    expect(summary).to_have_text("1 run: 1 without an update")
+    assert icon(page) == "gray"
+    update(aggregator, cv=0.1)
     expect(page.locator(".update")).to_have_text(re.compile(r"^last update [0-4] s ago$"))
-    assert color(page, ".level") != waiting
+    assert color(page, ".level") != waiting and icon(page) == "green"
+    update(aggregator, run="r2")
     update(aggregator, timestamp_seconds=time.time() - STALLED_SECONDS - 60)
     expect(page.get_by_text("Stalled: last update 6 min ago")).to_be_visible()
-    expect(page.get_by_role("main").get_by_role("status")).to_contain_text("1 stalled")
-    assert color(page, ".level") == waiting
+    expect(page).to_have_title("stalled · r")
+    expect(summary).to_have_text("2 runs: 1 stalled 1 stable")
+    expect(page.get_by_role("table", name="All runs").get_by_role("row", name="r stalled 2")).to_be_visible()
+    assert color(page, ".level") == color(page, ".signals td") == waiting and icon(page) == "red"
+
+
+def test_the_last_values_of_a_resumed_run_are_no_news(aggregator, url, visit):
+    update(aggregator, cv=2.5)
+    state = aggregator.snapshot.runs["r"].plain()
+    aggregator.remove_run("r")
+    aggregator.register_run("r", ["op", "slot"])
+    aggregator.resume_run("r", state)
+    page = visit(url).page
+    expect(page).to_have_title("No update since the resume · r")
+    before = color(page, ".level")
+    update(aggregator, cv=2.5)
+    expect(page).to_have_title("CV:2.500 BAD · r")
+    assert color(page, ".level") != before
+
+
+def test_a_run_with_too_few_heads_is_said_to_have_them(aggregator, url, visit):
+    update(aggregator)
+    page = visit(url).page
+    expect(page.get_by_text("2 heads: CV cannot exceed 1.414; critical at 2.0 can never be reached")).to_be_visible()
+    aggregator.remove_run("r")
+    aggregator.register_run("r", ACTION_HEADS)
+    expect(page).to_have_title("No update yet · r")
+    expect(page.get_by_text("can never be reached")).to_have_count(0)
 
 
 def test_its_path_is_like_the_others(aggregator, url):
