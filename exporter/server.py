@@ -61,10 +61,11 @@ class MetricsServer:
         self.address = address
         file = WebConfigFile(web_config_file) if web_config_file is not None else None
         self.scheme = "https" if file is not None and file.is_tls else "http"
-        self._access = Access(file)
         exposition = Exposition(build_collectors(aggregator, process_labels), process_labels)
-        application = Application(aggregator, exposition, self._access, max_requests)
+        application = Application(aggregator, exposition, Access(file), max_requests)
         application.handlers.update(handlers)
+        if not address:
+            raise OSError("cannot serve /metrics on no address; every address of this machine is 0.0.0.0, or ::")
         try:
             listener = _listen(address, port)
         except (OSError, OverflowError, UnicodeError) as error:
@@ -89,7 +90,6 @@ class MetricsServer:
     def close(self) -> None:
         """Stop serving and free the port."""
         self._server.close()
-        self._access.close()
 
     def __enter__(self) -> "MetricsServer":
         return self
@@ -104,6 +104,5 @@ def host_and_port(address: str, port: int) -> str:
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    infos = socket.getaddrinfo(address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, *_, name = infos[0]
-    return socket.create_server(name[:2], family=family, backlog=_BACKLOG)
+    family, *_, name = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(name, family=family, backlog=_BACKLOG)

@@ -1,14 +1,17 @@
 """Who may read the endpoint, how often, and the headers of every response."""
 
 import asyncio
+import contextlib
 import hashlib
+import logging
 import secrets
 import threading
 import time
 from base64 import b64decode
-from collections import OrderedDict
-from collections.abc import Awaitable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 
 import bcrypt
@@ -16,12 +19,11 @@ import bcrypt
 from exporter.web.config import RateLimit, WebConfig, WebConfigFile
 from exporter.web.connections import Request, Response
 
-MAX_PASSWORD_CHECKS = 8
-"""Password checks that may wait; each takes tens of milliseconds of CPU, which is what bcrypt is for."""
 CHECKING_SHARE = 0.1
 """Of one core, that password checks take in the long run."""
 _REMEMBERED_CHECKS = 1024
 _BCRYPT_BYTES = 72  # bcrypt knows no more of a password
+_log = logging.getLogger(__name__)
 
 
 class Access:
@@ -41,10 +43,10 @@ class Access:
         own = {name.lower() for name, _ in response.headers}
         return tuple((name, value) for name, value in self._config.headers.items() if name.lower() not in own)
 
-    def refusal(self, request: Request) -> Response | None | Awaitable[Response | None]:
-        """Why the request is turned away: 429 too many, 401 not authenticated, 503 too many to authenticate.
+    def refusal(self, request: Request) -> Response | None | Callable[[], Awaitable[Response | None]]:
+        """Why the request is turned away, 429 too many or 401 not authenticated; None where it is not.
 
-        None where it is not. It takes time only to compare a password that was not compared before.
+        It takes time to compare a password that was not compared before: then what to call for the answer.
         """
         config = self._config
         if config.rate_limit != self._bucket.limit:
@@ -58,43 +60,46 @@ class Access:
             return _unauthorized()
         is_right = self._passwords.known(config.users, *credentials)
         if is_right is None:
-            return asyncio.get_running_loop().create_task(self._refusal_by_password(config.users, *credentials))
+            return partial(self._refusal_by_password, config.users, *credentials, request.client)
         return None if is_right else _unauthorized()
 
-    async def _refusal_by_password(self, users: Mapping[str, str], user: str, password: bytes) -> Response | None:
-        try:
-            is_right = await self._passwords.are_right(users, user, password)
-        except _Busy:
-            return Response.text(HTTPStatus.SERVICE_UNAVAILABLE, "Too many passwords to check.", ("Retry-After", "1"))
+    async def _refusal_by_password(
+        self, users: Mapping[str, str], user: str, password: bytes, client: str
+    ) -> Response | None:
+        is_right = await self._passwords.are_right(users, user, password, client)
         return None if is_right else _unauthorized()
-
-    def close(self) -> None:
-        """End the thread that checks passwords."""
-        self._passwords.close()
 
 
 def _unauthorized() -> Response:
     return Response.text(HTTPStatus.UNAUTHORIZED, "Unauthorized.", ("WWW-Authenticate", 'Basic realm="metrics"'))
 
 
-class _Busy(Exception):
-    """More password checks are waiting than may wait."""
+@dataclass(eq=False)
+class _Question:
+    """Whether a password is that of a bcrypt hash, which a client at this address was the first to ask."""
+
+    client: str
+    digest: bytes
+    password: bytes
+    hashed: str
+    answer: asyncio.Future[bool]
+    askers: int = 0
 
 
 class _Passwords:
     """Compares passwords with bcrypt hashes, one at a time, beside the serving thread and paced.
 
-    Results are remembered, right and wrong ones, under a keyed hash of user, password and bcrypt hash, so that
-    memory holds no password and a changed hash is a new question.
+    Clients take turns by their addresses, so that who guesses waits for itself. Results are remembered, right and
+    wrong ones, under a keyed hash of user, password and bcrypt hash, so that memory holds no password for long and a
+    changed hash is a new question.
     """
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
         self._known: OrderedDict[bytes, bool] = OrderedDict()
-        self._waiting: dict[bytes, asyncio.Future[bool]] = {}
-        self._worker: ThreadPoolExecutor | None = None
-        self._closed = threading.Event()
-        self._free_at = 0.0
+        self._asked: dict[bytes, _Question] = {}
+        self._turns: OrderedDict[str, deque[_Question]] = OrderedDict()  # by client, the next one first
+        self._checking: asyncio.Task[None] | None = None
 
     def known(self, users: Mapping[str, str], user: str, password: bytes) -> bool | None:
         """What was found before; None where nothing was."""
@@ -104,22 +109,41 @@ class _Passwords:
         self._known.move_to_end(digest)
         return self._known[digest] and user in users
 
-    async def are_right(self, users: Mapping[str, str], user: str, password: bytes) -> bool:
+    async def are_right(self, users: Mapping[str, str], user: str, password: bytes, client: str) -> bool:
+        """Whether `user` has this password; found out when it is the turn of `client`."""
+        loop = asyncio.get_running_loop()
         digest, hashed = self._question(users, user, password)
-        if digest not in self._waiting:
-            if len(self._waiting) >= MAX_PASSWORD_CHECKS:
-                raise _Busy
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="metrics-passwords")
-            checking = asyncio.get_running_loop().run_in_executor(self._worker, self._check, password, hashed)
-            self._waiting[digest] = checking
-            checking.add_done_callback(lambda done: self._checked(digest, done))
-        return await asyncio.shield(self._waiting[digest]) and user in users
+        question = self._asked.get(digest)
+        if question is None:
+            question = self._asked[digest] = _Question(client, digest, password, hashed, loop.create_future())
+            self._turns.setdefault(client, deque()).append(question)
+            if self._checking is None or self._checking.done():
+                self._checking = loop.create_task(self._check_all())
+        question.askers += 1
+        try:
+            return await asyncio.shield(question.answer) and user in users
+        finally:
+            question.askers -= 1
+            questions = self._turns.get(question.client, ())
+            if not question.askers and question in questions:  # nobody waits for the answer any more
+                questions.remove(question)
+                del self._asked[digest]
 
-    def close(self) -> None:
-        self._closed.set()
-        if self._worker is not None:
-            self._worker.shutdown(cancel_futures=True)
+    async def _check_all(self) -> None:
+        while self._turns:
+            client, questions = self._turns.popitem(last=False)
+            if not questions:
+                continue
+            question = questions.popleft()
+            self._turns[client] = questions  # at the end
+            is_right, seconds = await _compare(question.password, question.hashed)
+            self._known[question.digest] = is_right
+            while len(self._known) > _REMEMBERED_CHECKS:
+                self._known.popitem(last=False)
+            del self._asked[question.digest]
+            question.answer.set_result(is_right)
+            # The answer goes out at once; it is the next question that waits.
+            await asyncio.sleep(seconds * (1 / CHECKING_SHARE - 1))
 
     def _question(self, users: Mapping[str, str], user: str, password: bytes) -> tuple[bytes, str]:
         """What is asked, as a digest, and the hash to compare with.
@@ -135,20 +159,28 @@ class _Passwords:
         message = b"".join(len(part).to_bytes(4) + part for part in parts)
         return hashlib.blake2b(message, key=self._key, digest_size=32).digest()
 
-    def _check(self, password: bytes, hashed: str) -> bool:
-        self._closed.wait(max(0.0, self._free_at - time.monotonic()))
+
+def _compare(password: bytes, hashed: str) -> asyncio.Future[tuple[bool, float]]:
+    """Whether they belong together, and the seconds of CPU time that it took, from a thread that nobody waits for."""
+    loop = asyncio.get_running_loop()
+    compared: asyncio.Future[tuple[bool, float]] = loop.create_future()
+
+    def settle(is_right: bool, seconds: float) -> None:
+        if not compared.done():
+            compared.set_result((is_right, seconds))
+
+    def compare() -> None:
         started = time.thread_time()
         try:
-            return bcrypt.checkpw(password[:_BCRYPT_BYTES], hashed.encode())
-        finally:  # the answer goes out at once; it is the next check that waits
-            self._free_at = time.monotonic() + (time.thread_time() - started) * (1 / CHECKING_SHARE - 1)
+            is_right = bcrypt.checkpw(password[:_BCRYPT_BYTES], hashed.encode())
+        except Exception:
+            _log.exception("a password could not be compared")
+            is_right = False
+        with contextlib.suppress(RuntimeError):  # the server is closed
+            loop.call_soon_threadsafe(settle, is_right, time.thread_time() - started)
 
-    def _checked(self, digest: bytes, done: asyncio.Future) -> None:
-        del self._waiting[digest]
-        if not done.cancelled() and done.exception() is None:
-            self._known[digest] = done.result()
-            while len(self._known) > _REMEMBERED_CHECKS:
-                self._known.popitem(last=False)
+    threading.Thread(target=compare, name="metrics-passwords", daemon=True).start()
+    return compared
 
 
 class _TokenBucket:

@@ -1,8 +1,12 @@
 """Paths of the endpoint, and what is said on each."""
 
+import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from urllib.parse import parse_qs
 
@@ -28,7 +32,8 @@ class Application:
         aggregator: whose runs decide on readiness.
         exposition: what `/metrics` says.
         access: who may ask, how often, and what headers every response carries.
-        max_requests: scrapes at a time, above which `/metrics` sends them away; 0 for no limit.
+        max_requests: of a path, whose clients have not taken their answers whole, above which further ones are sent
+            away; 0 for no limit.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Application:
         self._exposition = exposition
         self._access = access
         self._max_requests = max_requests
+        self._unfinished: Counter[str] = Counter()  # by path, answers of which the client has not taken everything
         self._failing: set[str] = set()
         self.handlers: dict[str, Handler] = {
             "/": StatusPage(aggregator),
@@ -50,18 +56,18 @@ class Application:
             "/-/ready": self._ready,
         }
 
-    def __call__(self, request: Request) -> Response | Awaitable[Response]:
+    def __call__(self, request: Request) -> Response | asyncio.Task[Response]:
         refusal = self._access.refusal(request)
-        if isinstance(refusal, Awaitable):
-            return self._answer_later(request, refusal)
+        if callable(refusal):
+            return asyncio.get_running_loop().create_task(self._answer_later(request, refusal))
         return self._answer(request, refusal)
 
-    async def _answer_later(self, request: Request, refusal: Awaitable[Response | None]) -> Response:
-        return self._answer(request, await refusal)
+    async def _answer_later(self, request: Request, refusal: Callable[[], Awaitable[Response | None]]) -> Response:
+        return self._answer(request, await refusal())
 
     def _answer(self, request: Request, refusal: Response | None) -> Response:
         response = refusal or self._answer_on_path(request)
-        return Response(response.status, (*response.headers, *self._access.headers(response)), response.body)
+        return replace(response, headers=(*response.headers, *self._access.headers(response)))
 
     def _answer_on_path(self, request: Request) -> Response:
         path = _path(request)
@@ -71,6 +77,8 @@ class Application:
         if request.method not in _METHODS:
             allow = ", ".join(_METHODS)
             return Response.text(HTTPStatus.METHOD_NOT_ALLOWED, f"Use {allow}.", ("Allow", allow))
+        if 0 < self._max_requests <= self._unfinished[path]:
+            return _busy(f"There are {self._max_requests} requests already that have not got their answer whole.")
         try:
             response = handler(request)
         except Exception:
@@ -79,19 +87,19 @@ class Application:
             self._failing.add(path)
             return Response.text(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error; see the log.")
         self._failing.discard(path)
-        return response
+        self._unfinished[path] += 1
+        return replace(response, ended=partial(self._finish, path))
+
+    def _finish(self, path: str) -> None:
+        self._unfinished[path] -= 1
 
     def _metrics(self, request: Request) -> Response:
-        if 0 < self._max_requests < request.in_flight:
-            return Response.text(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                f"There are {self._max_requests} requests already; try again later.",
-                ("Retry-After", str(RETRY_AFTER_SECONDS)),
-            )
         try:
             names = frozenset(parse_qs(_query(request), max_num_fields=1000).get("name[]", ()))
         except ValueError:
             return Response.text(HTTPStatus.BAD_REQUEST, "Too many names.")
+        if names and request.will_take_old:
+            return _busy("What is chosen by name[] is rendered for each client, for which there is no time now.")
         format = negotiate(request.headers.get("accept", ""))
         return self._exposition.render(format, names, will_take_old=request.will_take_old).response(
             request.headers.get("accept-encoding", ""),
@@ -117,9 +125,13 @@ class Application:
         return Response.text(HTTPStatus.OK, "Ready.")
 
 
+def _busy(reason: str) -> Response:
+    return Response.text(HTTPStatus.SERVICE_UNAVAILABLE, reason, ("Retry-After", str(RETRY_AFTER_SECONDS)))
+
+
 def _path(request: Request) -> str:
     target = request.target.partition("?")[0]
-    if target.startswith(("http://", "https://")):  # as a proxy is asked; the host does not matter here
+    if target.lower().startswith(("http://", "https://")):  # as a proxy is asked; the host does not matter here
         target = "/" + target.split("://", 1)[1].partition("/")[2]
     return target
 

@@ -4,16 +4,17 @@ https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuratio
 key is either honoured or refused, and a file that is not wholly understood is no file to protect an endpoint with.
 """
 
+import contextlib
 import difflib
 import ipaddress
 import logging
-import os
+import math
 import re
 import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +35,7 @@ _CLIENT_AUTH = {
     "VerifyClientCertIfGiven": ssl.CERT_OPTIONAL,
     "RequireAndVerifyClientCert": ssl.CERT_REQUIRED,
 }
-_UNVERIFIED_CLIENT_AUTH = ("RequestClientCert", "RequireAnyClientCert")
+_UNVERIFIED_CLIENT_AUTH = ("RequestClientCert", "RequireAnyClientCert", "RequireClientCert")
 _CURVES = {"CurveP256": "prime256v1", "CurveP384": "secp384r1", "CurveP521": "secp521r1", "X25519": "X25519"}
 # What Go calls them, and OpenSSL. Those of TLS 1.3 are always on, in both.
 _TLS13_CIPHERS = ("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256")
@@ -61,13 +62,19 @@ _HEADERS = {
     "X-XSS-Protection": None,
     "Strict-Transport-Security": None,
 }
-_BCRYPT = re.compile(r"\$2[abxy]?\$(0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
+# The last character of the 16 bytes of salt carries two bits.
+_BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
+_MAX_BURST = 1_000_000
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(h|ms|m|s|us|µs|ns)")
 
 
 class WebConfigError(ValueError):
     """The file cannot be used; the message names it, the line and the key."""
+
+
+FileState = tuple[int, int, int]
+"""Time of the last change in nanoseconds, size and inode: what tells one version of a file from another."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class WebConfig:
     users: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     rate_limit: RateLimit | None = None
-    files: tuple[Path, ...] = ()
+    files: Mapping[Path, "FileState | None"] = field(default_factory=lambda: MappingProxyType({}))
+    """The file and those that it names, as they were before they were read."""
 
     def admits(self, certificate: dict | None) -> bool:
         """Whether a client with this certificate, as `SSLSocket.getpeercert()` gives it, may go on."""
@@ -100,8 +108,8 @@ class WebConfig:
 class WebConfigFile:
     """A web configuration file that is read again when it, or a file that it names, has changed.
 
-    A new version that cannot be used is logged, and the last good one stays in force. Whether there is TLS at all is
-    settled at the start.
+    A new version that cannot be used is logged, and the last good one stays in force. Whether there is TLS, and
+    whether there are users, is settled at the start: a file that is half written must not open the endpoint.
 
     Raises:
         WebConfigError: the file cannot be used.
@@ -110,8 +118,8 @@ class WebConfigFile:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._config = read_web_config(self._path)
-        self._state = self._stat()
         self._checked_at = time.monotonic()
+        self._complaint = ""
         self._lock = threading.Lock()
 
     @property
@@ -123,32 +131,35 @@ class WebConfigFile:
         with self._lock:
             if time.monotonic() - self._checked_at >= _RECHECK_SECONDS:
                 self._checked_at = time.monotonic()
-                if (state := self._stat()) != self._state:
-                    self._state = state
+                if any(_state(path) != state for path, state in self._config.files.items()):
                     self._reload()
             return self._config
 
     def _reload(self) -> None:
+        """As often as it takes: what fails now may be on its way."""
         try:
             config = read_web_config(self._path)
-            if (config.tls is None) != (self._config.tls is None):
-                raise WebConfigError(f"{self._path}: TLS is switched on or off by a restart only")
+            for what, is_on, was_on in (
+                ("TLS is", config.tls is not None, self._config.tls is not None),
+                ("users are", bool(config.users), bool(self._config.users)),
+            ):
+                if is_on != was_on:
+                    raise WebConfigError(f"{self._path}: {what} switched on or off by a restart only")
         except WebConfigError as error:
-            _log.error("%s; the configuration before stays in force", error)
+            if str(error) != self._complaint:
+                _log.error("%s; the configuration before stays in force", error)
+            self._complaint = str(error)
         else:
-            self._config = config
-            self._state = self._stat()  # it may name other files now
+            self._config, self._complaint = config, ""
             _log.info("%s: read again", self._path)
 
-    def _stat(self) -> list[tuple[int, int, int] | None]:
-        def state(path: Path) -> tuple[int, int, int] | None:
-            try:
-                status = path.stat()
-            except OSError:
-                return None
-            return status.st_mtime_ns, status.st_size, status.st_ino
 
-        return [state(path) for path in (self._path, *self._config.files)]
+def _state(path: Path) -> FileState | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def read_web_config(path: Path) -> WebConfig:
@@ -157,9 +168,10 @@ def read_web_config(path: Path) -> WebConfig:
     Raises:
         WebConfigError: the file, or one that it names, cannot be read or used.
     """
+    files = {path: _state(path)}
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise WebConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -169,33 +181,33 @@ def read_web_config(path: Path) -> WebConfig:
         raise WebConfigError(f"{place}: {getattr(error, 'problem', None) or error}") from error
     except RecursionError:
         raise WebConfigError(f"{path}: nested too deeply") from None
-    if node is None:
-        return WebConfig()
-    root = _Key(path, "", node, node.start_mark.line + 1).section(
-        "tls_server_config", "http_server_config", "basic_auth_users", "rate_limit"
-    )
-    settings = {}
-    if "tls_server_config" in root:
-        settings |= _tls(root["tls_server_config"])
-    if "http_server_config" in root:
-        settings |= _http(root["http_server_config"])
-    if "basic_auth_users" in root:
-        settings["users"] = MappingProxyType(
-            {name: key.bcrypt_hash() for name, key in dict(root["basic_auth_users"].items()).items()}
+    settings: dict[str, object] = {}
+    if node is not None:
+        root = _Key(path, "", node, node.start_mark.line + 1, files).section(
+            "tls_server_config", "http_server_config", "basic_auth_users", "rate_limit"
         )
-    if "rate_limit" in root:
-        settings["rate_limit"] = _rate_limit(root["rate_limit"])
-    return WebConfig(**settings)
+        if "tls_server_config" in root:
+            settings |= _tls(root["tls_server_config"])
+        if "http_server_config" in root:
+            settings |= _http(root["http_server_config"])
+        if "basic_auth_users" in root:
+            settings["users"] = MappingProxyType(
+                {name: key.bcrypt_hash() for name, key in dict(root["basic_auth_users"].items()).items()}
+            )
+        if "rate_limit" in root:
+            settings["rate_limit"] = _rate_limit(root["rate_limit"])
+    return WebConfig(**settings, files=MappingProxyType(files))
 
 
 @dataclass(frozen=True)
 class _Key:
-    """A key of the file, the node behind it, and where it stands."""
+    """A key of the file, the node behind it, and where it stands; what is read on the way is noted in `files`."""
 
     path: Path
     name: str
     node: yaml.Node
     line: int
+    files: dict[Path, FileState | None]
 
     def error(self, message: str) -> WebConfigError:
         return WebConfigError(f"{self.path}:{self.line}: {self.name + ': ' if self.name else ''}{message}")
@@ -211,21 +223,21 @@ class _Key:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise WebConfigError(f"{self.path}:{line}: a key must be a word")
-            key = _Key(self.path, f"{self.name}.{key_node.value}".lstrip("."), value, line)
+            key = _Key(self.path, f"{self.name}.{key_node.value}".lstrip("."), value, line, self.files)
             if key_node.value in seen:
                 raise key.error(f"is there twice, before in line {seen[key_node.value]}")
             seen[key_node.value] = line
             yield key_node.value, key
 
     def section(self, *known: str) -> dict[str, "_Key"]:
-        """The keys below this one, all of which are among `known`; those without a value are left out."""
+        """The keys below this one, all of which are among `known`; those without a value, or an empty one, are left out."""
         found = {}
         for name, key in self.items():
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1)
                 raise key.error("unknown key" + (f"; did you mean {nearest[0]}?" if nearest else ""))
             found[name] = key
-        return {name: key for name, key in found.items() if not self._is_null(key.node)}
+        return {name: key for name, key in found.items() if not self._is_null(key.node) and key.node.value != ""}
 
     def text(self) -> str:
         if not isinstance(self.node, yaml.ScalarNode) or self._is_null(self.node):
@@ -241,7 +253,7 @@ class _Key:
         """The elements of a list, each with its own line."""
         if not isinstance(self.node, yaml.SequenceNode):
             raise self.error("expected a list")
-        return [_Key(self.path, self.name, node, node.start_mark.line + 1) for node in self.node.value]
+        return [_Key(self.path, self.name, node, node.start_mark.line + 1, self.files) for node in self.node.value]
 
     def boolean(self) -> bool:
         if not isinstance(self.node, yaml.ScalarNode) or self.node.tag != "tag:yaml.org,2002:bool":
@@ -250,12 +262,27 @@ class _Key:
 
     def file(self) -> Path:
         """A file that can be read; a relative path begins at the folder of the configuration file."""
-        path = self.path.parent / self.text()
         try:
+            path = self.path.parent / self.text()
+            self.files[path] = _state(path)
             path.read_bytes()
-        except OSError as error:
-            raise self.error(f"cannot read {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise self.error(f"cannot read {self.text()!r}: {getattr(error, 'strerror', None) or error}") from error
         return path
+
+    @contextlib.contextmanager
+    def as_file(self) -> Iterator[Path]:
+        """The file that the key names, or one that holds its text: OpenSSL loads from files only."""
+        if self.name.endswith("_file"):
+            yield self.file()
+            return
+        with tempfile.TemporaryDirectory() as folder:  # this user's alone
+            path = Path(folder, "inline")
+            try:
+                path.write_text(self.text(), encoding="utf-8")
+            except UnicodeEncodeError as error:
+                raise self.error(str(error)) from error
+            yield path
 
     def bcrypt_hash(self) -> str:
         if not _BCRYPT.fullmatch(hashed := self.text()):
@@ -268,7 +295,9 @@ class _Key:
         parts = _DURATION_PART.findall(text)
         if text != "0" and (not parts or "".join(number + unit for number, unit in parts) != text):
             raise self.error(f"must be a duration such as 1s or 100ms, got {text!r}")
-        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+        if not math.isfinite(seconds := sum(float(number) * _SECONDS[unit] for number, unit in parts)):
+            raise self.error(f"is too long: {text[:20]!r}")
+        return seconds
 
     @staticmethod
     def _is_null(node: yaml.Node) -> bool:
@@ -291,12 +320,14 @@ def _http(key: _Key) -> dict[str, object]:
 
 def _rate_limit(key: _Key) -> RateLimit | None:
     keys = key.section("interval", "burst")
+    interval = keys["interval"].seconds() if "interval" in keys else None
+    if interval == 0:
+        return None  # which is how the format switches it off
     _require_all(key, keys, "interval", "burst")
-    interval = keys["interval"].seconds()
     burst = keys["burst"].text()
-    if not burst.isdecimal() or int(burst) < 1:
-        raise keys["burst"].error(f"must be a whole number from 1, got {burst!r}")
-    return RateLimit(interval, int(burst)) if interval else None
+    if not re.fullmatch(r"[1-9]\d{0,6}", burst) or int(burst) > _MAX_BURST:
+        raise keys["burst"].error(f"must be a whole number from 1 to {_MAX_BURST}, got {burst[:20]!r}")
+    return RateLimit(interval, int(burst))
 
 
 def _require_all(parent: _Key, keys: Mapping[str, _Key], *names: str) -> None:
@@ -326,9 +357,8 @@ def _tls(key: _Key) -> dict[str, object]:
     context.num_tickets = 0  # scrapers do not resume sessions
     _set_versions(context, keys)
     _set_ciphers(context, keys)
-    files = [keys[name].file() for name in ("cert_file", "key_file", "client_ca_file") if name in keys]
     _load_certificate(context, certificate, private)
-    return {"tls": context, "client_sans": _set_client_auth(context, keys), "files": tuple(files)}
+    return {"tls": context, "client_sans": _set_client_auth(context, keys)}
 
 
 def _set_versions(context: ssl.SSLContext, keys: Mapping[str, _Key]) -> None:
@@ -380,37 +410,29 @@ def _set_client_auth(context: ssl.SSLContext, keys: Mapping[str, _Key]) -> froze
             raise keys["client_auth_type"].error("needs client_ca_file or client_ca as well")
         raise authority.error("needs a client_auth_type that verifies, RequireAndVerifyClientCert say, as well")
     if authority is not None:
-        try:
-            if "client_ca" in keys:
-                context.load_verify_locations(cadata=authority.text())
-            else:
-                context.load_verify_locations(cafile=authority.file())
-        except ssl.SSLError as error:
-            raise authority.error(f"holds no certificate: {error.reason or error}") from error
+        with authority.as_file() as path:
+            try:
+                context.load_verify_locations(cafile=path)
+            except ssl.SSLError as error:
+                raise authority.error(f"holds no certificate: {error.reason or error}") from error
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # any certificate in it is trusted, not only a root
     context.verify_mode = mode
     if "client_allowed_sans" not in keys:
         return frozenset()
     if mode is not ssl.CERT_REQUIRED:
         raise keys["client_allowed_sans"].error("needs client_auth_type RequireAndVerifyClientCert as well")
-    return frozenset(_san(each.text()) for each in keys["client_allowed_sans"].texts())
+    if not (sans := keys["client_allowed_sans"].texts()):
+        raise keys["client_allowed_sans"].error("must name somebody")
+    return frozenset(_san(each.text()) for each in sans)
 
 
 def _load_certificate(context: ssl.SSLContext, certificate: _Key, private: _Key) -> None:
     def refuse_to_prompt() -> str:
         raise private.error("is encrypted, which is not supported here")
 
-    with tempfile.TemporaryDirectory() as inline:  # OpenSSL loads from files only; the folder is this user's alone
-
-        def path(key: _Key) -> Path:
-            if key.name.endswith("_file"):
-                return key.file()
-            file = Path(inline, key.name)
-            with open(file, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as output:
-                output.write(key.text())
-            return file
-
+    with certificate.as_file() as certificate_path, private.as_file() as private_path:
         try:
-            context.load_cert_chain(path(certificate), path(private), refuse_to_prompt)
+            context.load_cert_chain(certificate_path, private_path, refuse_to_prompt)
         except ssl.SSLError as error:
             reason = error.reason or str(error)
             if reason == "KEY_VALUES_MISMATCH":

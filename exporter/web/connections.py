@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import wraps
@@ -29,48 +29,57 @@ REQUEST_SECONDS = 8.0
 """A connection has this long for its TLS handshake and a whole request, and again after each response."""
 RESPONSE_SECONDS = 8.0
 """A client has this long to take its response."""
+PATIENCE_SECONDS = 30.0
+"""A response that is not ready at once may take this long."""
+DRAIN_SECONDS = 1.0
+"""A client whose request is not read to its end has this long to see that, before the connection is cut."""
 MAX_CONNECTIONS = 600
 """Or as many as half of the descriptors that the process may have. Where there are more, the one that has waited
 longest with its request is closed."""
 MAX_HEADER_BYTES = 16 * 1024
-MAX_BODY_BYTES = 16 * 1024  # of requests, where it is read only to be thrown away
 CPU_SHARE = 0.035
 """Of one core, that the serving thread takes in the long run; what it cannot do with that waits. The training loses
 about twice as much, for every answer makes it change threads a few times."""
 CPU_BURST_SECONDS = 0.2
 """Of CPU time, that the serving thread saves up while it is idle."""
 _SPELL_SECONDS = 0.005  # of CPU time between two pauses, so that they are few, and several clients are served
-_LONGEST_PAUSE_SECONDS = 0.25
-_RECEIVED_BYTES = 64 * 1024  # at a time
-_TLS_RECORD_BYTES = 16 * 1024
+_ACCEPTED_AT_ONCE = 16  # so that who is new has its turn among many who are not
+_RECEIVED_BYTES = 16 * 1024  # at a time
+_MAX_DRAINED_BYTES = 256 * 1024
+_LONGEST_FORK_DELAY_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A whole request. Header names are in lower case, and a header that came twice is joined by a comma.
+    """The head of a request. Header names are in lower case, and a header that came twice is joined by a comma.
 
     Attributes:
         target: as on the request line.
-        in_flight: requests that have not got all of their response yet, this one among them.
+        client: the client's address.
         will_take_old: the endpoint has used more than its share of the CPU, so that what was said a moment ago must do.
     """
 
     method: str
     target: str
     headers: dict[str, str]
-    in_flight: int = 1
+    client: str = ""
     will_take_old: bool = False
 
 
 @dataclass(frozen=True)
 class Response:
-    """A response; `Content-Length`, `Date` and `Connection` are added on the way."""
+    """A response; `Content-Length`, `Date` and `Connection` are added on the way.
+
+    Attributes:
+        ended: called when the client has taken all of it, or never will.
+    """
 
     status: HTTPStatus
     headers: tuple[tuple[str, str], ...] = ()
     body: bytes = b""
+    ended: Callable[[], None] = lambda: None
 
     @classmethod
     def text(cls, status: HTTPStatus, text: str, *headers: tuple[str, str]) -> "Response":
@@ -81,7 +90,7 @@ class HttpServer:
     """Serves `respond` from a thread of its own, from construction until `close()`.
 
     Args:
-        respond: turns a request into a response, at once or later; runs in the serving thread.
+        respond: turns a request into a response, at once or by a task; runs in the serving thread.
         listener: a bound and listening socket, which the server takes over.
         tls: gives the context for a new connection, or None for plain HTTP.
         admits: says whether an established TLS connection may go on, from the client's certificate.
@@ -89,7 +98,7 @@ class HttpServer:
 
     def __init__(
         self,
-        respond: Callable[[Request], Response | Awaitable[Response]],
+        respond: Callable[[Request], Response | asyncio.Task[Response]],
         listener: socket.socket,
         tls: Callable[[], ssl.SSLContext | None] = lambda: None,
         admits: Callable[[dict | None], bool] = lambda certificate: True,
@@ -97,14 +106,13 @@ class HttpServer:
         self.respond = respond
         self.tls = tls
         self.admits = admits
-        self.in_flight = 0
         self.connections: set[_Connection] = set()
         self.waiting: dict[_Connection, None] = {}  # for a request, the longest first
-        self._to_answer: deque[_Connection] = deque()
+        self._to_read: deque[_Connection] = deque()
         self._max_connections = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._listener = listener
-        self._selector = _PacedSelector()
-        self.loop = asyncio.SelectorEventLoop(self._selector)
+        self.selector = _PacedSelector()
+        self.loop = asyncio.SelectorEventLoop(self.selector)
         self.loop.set_exception_handler(_log_loop_error)
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="metrics-server", daemon=True)
@@ -116,76 +124,78 @@ class HttpServer:
         """Stop listening and close every connection; nothing happens in a forked child, or the second time."""
         if self._pid == os.getpid() and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.loop.stop)
+            self.selector.hurry.set()
             self._thread.join()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self._listen()
-        try:
-            self.loop.run_forever()
-        finally:
-            self.loop.remove_reader(self._listener)
-            self._listener.close()
-            for connection in tuple(self.connections):
-                connection.abort()
-            tasks = asyncio.all_tasks(self.loop)
-            for task in tasks:
-                task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            self.loop.run_until_complete(asyncio.sleep(0))  # transports close in callbacks
-            self.loop.close()
+        with self.selector.working:
+            try:
+                self.loop.run_forever()
+            finally:
+                self.loop.remove_reader(self._listener)
+                self._listener.close()
+                for connection in tuple(self.connections):
+                    connection.abort()
+                tasks = asyncio.all_tasks(self.loop)
+                for task in tasks:
+                    task.cancel()
+                self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+                self.loop.close()
 
     def _listen(self) -> None:
         self.loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError as error:  # otherwise the client is gone already
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                _log.warning("cannot accept a connection: %s", error.strerror)
-                self.loop.remove_reader(self._listener)
-                self.loop.call_later(1.0, self._listen)
-            return
-        if len(self.connections) >= self._max_connections:
-            if not self.waiting:
-                return sock.close()
-            next(iter(self.waiting)).abort()
-        sock.setblocking(False)
-        _Connection(self, sock)
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                sock, (client, *_) = self._listener.accept()
+            except OSError as error:  # most often that nobody else is there
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    _log.warning("cannot accept a connection: %s", error.strerror)
+                    self.loop.remove_reader(self._listener)
+                    self.loop.call_later(1.0, self._listen)
+                return
+            if len(self.connections) >= self._max_connections:
+                if not self.waiting:
+                    sock.close()
+                    continue
+                next(iter(self.waiting)).abort()
+            try:
+                sock.setblocking(False)
+                _Connection(self, sock, client)
+            except Exception:
+                sock.close()
+                raise
 
-    @property
-    def is_overdrawn(self) -> bool:
-        """Whether it has used more than its share of the CPU."""
-        return self._selector.saved_up < 0
+    def read_in_turn(self, connection: "_Connection") -> None:
+        """One between two looks at the clock: clients that have sent many requests at once take turns with others."""
+        if not self._to_read:
+            self.loop.call_soon(self._read_next)
+        self._to_read.append(connection)
 
-    def answer_in_turn(self, connection: "_Connection") -> None:
-        """One request between two looks at the clock: a pile of them must not take more than the share."""
-        if not self._to_answer:
-            self.loop.call_soon(self._answer_next)
-        self._to_answer.append(connection)
-
-    def _answer_next(self) -> None:
-        connection = self._to_answer.popleft()
-        if self._to_answer:
-            self.loop.call_soon(self._answer_next)
-        connection.respond()
+    def _read_next(self) -> None:
+        connection = self._to_read.popleft()
+        if self._to_read:
+            self.loop.call_soon(self._read_next)
+        connection.read()
 
     def abandon(self) -> None:
         """In a forked child: let go of what belongs to the parent, without a word to its clients."""
         self._listener.close()
         for connection in self.connections:
             connection.sock.close()
-        self._selector.close()
+        self.selector.close()
 
 
 def _ends_on_error(method: Callable[..., None]) -> Callable[..., None]:
     """An error of ours must not leave a connection behind that nobody tends any more."""
 
     @wraps(method)
-    def guarded(connection: "_Connection") -> None:
+    def guarded(connection: "_Connection", *args: object) -> None:
         try:
-            method(connection)
+            method(connection, *args)
         except Exception:
             _log.exception("a connection had to be closed")
             connection.abort()
@@ -196,24 +206,28 @@ def _ends_on_error(method: Callable[..., None]) -> Callable[..., None]:
 class _Connection:
     """One client: reads a request, writes its response, and so on until somebody has had enough.
 
-    It is on sockets and not on asyncio's transports: opening one of those takes several times as long.
+    It is on sockets and not on asyncio's transports: opening one of those takes several times as long. Of a request
+    that has a body only the head is read, and its connection ends with the answer. No more is received while there
+    are whole requests to answer.
     """
 
-    def __init__(self, server: HttpServer, sock: socket.socket) -> None:
+    def __init__(self, server: HttpServer, sock: socket.socket, client: str) -> None:
         self.sock = sock
         self._descriptor = sock.fileno()  # by which asyncio finds its handlers faster than by the socket
+        self._client = client
         context = server.tls()
         self._tls = _Tls(context, server.admits) if context is not None else None
         self._server = server
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
         self._request: h11.Request | None = None
-        self._body_bytes = 0
+        self._response: Response | None = None
         self._unsent = memoryview(b"")
+        self._drained_bytes = 0
         self._is_reading = self._is_writing = False
         self._is_answering = False
         self._is_closing = False
-        self._in_flight = 0
-        self._task: asyncio.Task | None = None
+        self._must_drain = False
+        self._task: asyncio.Task[Response] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         server.connections.add(self)
         self._expect_request()
@@ -226,9 +240,7 @@ class _Connection:
         self._deadline.cancel()
         self._server.connections.discard(self)
         self._server.waiting.pop(self, None)
-        if self._is_answering:
-            self._is_answering = False
-            self._server.in_flight -= 1
+        self._answered()
         if self._task is not None:
             self._task.cancel()
         self.sock.close()
@@ -261,14 +273,12 @@ class _Connection:
         self._deadline = self._server.loop.call_later(seconds, self.abort)
 
     def _expect_request(self) -> None:
-        self._request, self._body_bytes = None, 0
         self._server.waiting[self] = None
         self._within(REQUEST_SECONDS)
         rest, is_end = self._http.trailing_data
-        self._read_on(not is_end)
-        if rest or is_end:
-            # What came meanwhile must not wait for more, nor keep others waiting.
-            self._server.loop.call_soon(self._read)
+        self._read_on(not (rest or is_end))
+        if rest or is_end:  # which must not wait for more, nor keep others waiting
+            self._server.read_in_turn(self)
 
     @_ends_on_error
     def _receive(self) -> None:
@@ -278,11 +288,14 @@ class _Connection:
             return
         except OSError:
             return self.abort()
+        if self._is_closing:
+            return self._drain(data)
         is_end = not data
         if self._tls is not None and not is_end:
             try:
                 data = self._tls.decrypt(data)
             except (ssl.SSLError, _NotAdmitted):
+                self._must_drain = True
                 return self._close()
             if to_send := self._tls.to_send():
                 self._write(to_send)
@@ -293,81 +306,90 @@ class _Connection:
             self._http.receive_data(b"")
         if is_end or self._is_answering:  # what has come is read when it is its turn
             self._read_on(False)
-        self._read()
+        self.read()
 
     @_ends_on_error
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Deal with the next request of what has been received."""
         if self._is_answering or self._is_closing:
             return
+        unread = len(self._http.trailing_data[0])
         try:
-            while (event := self._http.next_event()) is not h11.NEED_DATA:
-                if isinstance(event, h11.Request):
-                    self._request = event
-                elif isinstance(event, h11.Data):
-                    self._body_bytes += len(event.data)
-                    if self._body_bytes > MAX_BODY_BYTES:
-                        return self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-                elif isinstance(event, h11.EndOfMessage):
-                    return self._answer()
-                else:
-                    return self._close()
+            event = self._http.next_event()
         except h11.RemoteProtocolError as error:
-            return self._answer(HTTPStatus(error.error_status_hint))
-        if self._http.they_are_waiting_for_100_continue:
-            self._answer()  # whatever would follow, no body is wanted
+            error.__traceback__ = None  # or it and its frames hold each other, and this connection, till the GC comes
+            return self._refuse(HTTPStatus(error.error_status_hint))
+        if event is h11.NEED_DATA:
+            return self._read_on(True)
+        if not isinstance(event, h11.Request):
+            return self._close()
+        if unread - len(self._http.trailing_data[0]) > MAX_HEADER_BYTES:
+            return self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        self._respond(event, has_body=not self._is_at_end_of_message())
 
-    def _answer(self, refusal: HTTPStatus | None = None) -> None:
+    def _is_at_end_of_message(self) -> bool:
+        try:
+            return isinstance(self._http.next_event(), h11.EndOfMessage)
+        except h11.RemoteProtocolError as error:
+            error.__traceback__ = None
+            return False
+
+    def _begin_answer(self, request: h11.Request | None, is_last: bool) -> None:
+        self._request = request
         self._is_answering = True
-        self._server.in_flight += 1
+        self._must_drain = is_last
         self._server.waiting.pop(self, None)
         self._within(RESPONSE_SECONDS)
-        if refusal is None:
-            self._in_flight = self._server.in_flight
-            self._server.answer_in_turn(self)
-        else:
-            self._send(Response.text(refusal, refusal.phrase), is_last=True)
 
-    @_ends_on_error
-    def respond(self) -> None:
-        """Answer the request that has been read."""
-        if self._is_closing:
-            return
+    def _refuse(self, status: HTTPStatus) -> None:
+        self._begin_answer(None, is_last=True)
+        self._send(Response.text(status, status.phrase))
+
+    def _respond(self, head: h11.Request, has_body: bool) -> None:
+        self._begin_answer(head, is_last=has_body)
         headers: dict[str, str] = {}
-        for name, value in self._request.headers:
+        for name, value in head.headers:
             key, text = name.decode("ascii"), value.decode("latin-1")
             headers[key] = f"{headers[key]}, {text}" if key in headers else text
         request = Request(
-            self._request.method.decode("ascii"),
-            self._request.target.decode("latin-1"),
+            head.method.decode("ascii"),
+            head.target.decode("latin-1"),
             headers,
-            self._in_flight,
-            self._server.is_overdrawn,
+            self._client,
+            self._server.selector.is_overdrawn,
         )
         try:
             response = self._server.respond(request)
         except Exception:
             response = _internal_error()
         if isinstance(response, Response):
-            self._send(response)
-        else:
-            self._task = self._server.loop.create_task(self._send_later(response))
+            return self._send(response)
+        self._task = response
+        self._within(PATIENCE_SECONDS)
+        response.add_done_callback(self._respond_late)
 
-    async def _send_later(self, to_come: Awaitable[Response]) -> None:
+    @_ends_on_error
+    def _respond_late(self, done: asyncio.Task[Response]) -> None:
+        self._task = None
+        if done.cancelled():
+            return self.abort()
         try:
-            response = await to_come
+            response = done.result()
         except Exception:
             response = _internal_error()
-        self._task = None
-        if not self._is_closing:
-            self._send(response)
+        if self._is_closing:
+            return response.ended()
+        self._within(RESPONSE_SECONDS)
+        self._send(response)
 
-    def _send(self, response: Response, is_last: bool = False) -> None:
+    def _send(self, response: Response) -> None:
+        self._response = response
         headers = [
             *response.headers,
             ("Content-Length", str(len(response.body))),
             ("Date", formatdate(usegmt=True)),
         ]
-        if is_last or self._http.their_state not in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL):
+        if self._must_drain or self._http.their_state not in (h11.DONE, h11.MIGHT_SWITCH_PROTOCOL):
             headers.append(("Connection", "close"))
         if self._http.our_state is h11.ERROR:
             return self.abort()
@@ -383,6 +405,12 @@ class _Connection:
             except ssl.SSLError:  # the client has said that it takes nothing any more
                 return self.abort()
         self._write(data)
+
+    def _answered(self) -> None:
+        self._is_answering = False
+        if self._response is not None:
+            response, self._response = self._response, None
+            response.ended()
 
     def _write(self, data: bytes) -> None:
         self._unsent = memoryview(bytes(self._unsent) + data if self._unsent else data)
@@ -402,16 +430,30 @@ class _Connection:
         if self._unsent:
             return
         if self._is_closing:
-            return self.abort()
+            return self._end()
         # TLS has messages of its own to flush before a response.
-        is_answered = self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY)
-        if self._is_answering and is_answered:
-            self._is_answering = False
-            self._server.in_flight -= 1
+        if self._is_answering and self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY):
+            self._answered()
             if self._http.our_state is not h11.DONE:
                 return self._close()
             self._http.start_next_cycle()
             self._expect_request()
+
+    def _end(self) -> None:
+        """All is sent. Closing a socket on what was not read cuts the connection before the answer has arrived."""
+        if not self._must_drain:
+            return self.abort()
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            return self.abort()
+        self._within(DRAIN_SECONDS)
+        self._read_on(True)
+
+    def _drain(self, data: bytes) -> None:
+        self._drained_bytes += len(data)
+        if not data or self._drained_bytes > _MAX_DRAINED_BYTES:
+            self.abort()
 
 
 def _internal_error() -> Response:
@@ -449,7 +491,7 @@ class _Tls:
                 self._is_established = True
                 if not self._admits(self._object.getpeercert()):
                     raise _NotAdmitted
-            while part := self._object.read(_TLS_RECORD_BYTES):
+            while part := self._object.read(_RECEIVED_BYTES):
                 plain += part
         except ssl.SSLWantReadError:
             pass
@@ -476,25 +518,51 @@ class _Tls:
 class _PacedSelector(selectors.DefaultSelector):
     """Lets the event loop have its share of the CPU, and after a quiet time a burst, and no more.
 
-    A client can therefore make others wait, but not the training in whose process this runs.
+    It gives the loop one event at a time, and looks at the clock between two. A client can therefore make others wait,
+    but not the training in whose process this runs.
+
+    Attributes:
+        saved_up: seconds of CPU time that may be used at once; below 0 the loop has used more than its share.
+        hurry: once it is set there are no pauses any more.
+        working: held while the loop does something, and not while it waits.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.saved_up = CPU_BURST_SECONDS
+        self.hurry = threading.Event()
+        self.working = threading.RLock()
         self._at: tuple[float, float] | None = None
         self._paused_at = 0.0
+        self._ready: deque[tuple[selectors.SelectorKey, int]] = deque()
 
-    def select(self, timeout: float | None = None) -> list:
+    @property
+    def is_overdrawn(self) -> bool:
+        """Whether more than the share has been used."""
+        return self.saved_up < 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         now, used = time.monotonic(), time.thread_time()
         if self._at is not None:
             earned = CPU_SHARE * (now - self._at[0]) - (used - self._at[1])
             self.saved_up = min(self.saved_up + earned, CPU_BURST_SECONDS)
         self._at = now, used
-        if self.saved_up < 0 and used - self._paused_at > _SPELL_SECONDS:
-            self._paused_at = used
-            time.sleep(min(-self.saved_up / CPU_SHARE, _LONGEST_PAUSE_SECONDS))
-        return super().select(timeout)
+        self.working.release()
+        try:
+            if self.is_overdrawn and used - self._paused_at > _SPELL_SECONDS:
+                self._paused_at = used
+                self.hurry.wait(-self.saved_up / CPU_SHARE)
+            if not self._ready:
+                self._ready.extend(super().select(timeout))
+        finally:
+            self.working.acquire()
+        while self._ready:
+            key, events = self._ready.popleft()
+            # Meanwhile somebody may have lost interest.
+            key = self.get_map().get(key.fd)
+            if key is not None and (events := events & key.events):
+                return [(key, events)]
+        return []
 
 
 def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict) -> None:
@@ -504,11 +572,24 @@ def _log_loop_error(loop: asyncio.AbstractEventLoop, context: dict) -> None:
 
 
 _servers: weakref.WeakSet[HttpServer] = weakref.WeakSet()
+_fork = threading.local()
+
+
+def _await_rest() -> None:
+    """Before a fork, so that the child knows of every socket, and of none that is being closed."""
+    waits = [(each.selector, each.selector.working.acquire(timeout=_LONGEST_FORK_DELAY_SECONDS)) for each in _servers]
+    _fork.held = [selector for selector, is_held in waits if is_held]
+
+
+def _go_on() -> None:
+    for selector in _fork.held:
+        selector.working.release()
 
 
 def _abandon_all() -> None:
     for server in _servers:
         server.abandon()
+    _servers.clear()
 
 
-os.register_at_fork(after_in_child=_abandon_all)
+os.register_at_fork(before=_await_rest, after_in_parent=_go_on, after_in_child=_abandon_all)

@@ -23,6 +23,7 @@ BODY_SECONDS = 0.2
 OLD_SECONDS = 1.0
 """So old may be what is sent while the endpoint has to save: new states come faster than it may render them."""
 _GZIP_LEVEL = 1  # a quarter of the size; higher levels save little more and cost the training several times as much
+_MAX_PREFERENCES = 100
 _END = b"# EOF\n"
 _log = logging.getLogger(__name__)
 
@@ -85,9 +86,10 @@ def accepts_gzip(accept_encoding: str) -> bool:
 def preferences(header: str) -> Iterable[tuple[str, dict[str, str], float]]:
     """(value, parameters, quality 0 to 1) of each element of an Accept or Accept-Encoding header (RFC 9110, 12.5).
 
-    Names are in lower case; an element whose quality is no such number is left out.
+    Names are in lower case; an element whose quality is no such number is left out, and so are those after the
+    hundredth.
     """
-    for element in header.split(","):
+    for element in header.split(",", _MAX_PREFERENCES)[:_MAX_PREFERENCES]:
         value, *pairs = (part.strip() for part in element.split(";"))
         parameters = {
             name.strip().lower(): text.strip().strip('"') for name, _, text in (p.partition("=") for p in pairs)

@@ -44,6 +44,7 @@ SEEDS = {
     "Cookie": ["a=b"],
 }
 TARGETS = [
+    "/",
     "/metrics",
     "/metrics?name[]=ppo_gradient_cv&name[]=up",
     "/-/healthy",
@@ -148,6 +149,7 @@ def attack(port: int, tls: ssl.SSLContext | None, seed: int, requests: int) -> C
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.filterwarnings("error")
 def test_malformed_requests_do_no_harm(tmp_path, scheme, caplog, monkeypatch):
     # As fast as it goes: what holds attackers up is tested elsewhere.
     monkeypatch.setattr(connections, "CPU_SHARE", 100.0)

@@ -1,21 +1,31 @@
 """The web configuration file: what it protects, that nothing in it is overlooked, and that node_exporter takes it too."""
 
 import base64
+import contextlib
+import gc
+import itertools
 import os
 import shutil
+import socket
 import ssl
+import struct
 import subprocess
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import bcrypt
 import pytest
 from conftest import free_ports, wait_until
-from endpoint import Answer, ask, client_context, make_certificate, trained_aggregator
+from endpoint import Answer, ask, client_context, hold, make_certificate, trained_aggregator
 
 from exporter import MetricsServer
 from exporter.server import WebConfigError
-from exporter.web import access
+from exporter.web import access, config
 from stack.servers import DIRECTORY, _fetch
 
 ALICE = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
@@ -56,6 +66,7 @@ def serve(certificates: Path, tmp_path: Path) -> Callable[[str], MetricsServer]:
 
 
 TLS = "tls_server_config:\n  cert_file: server.pem\n  key_file: server.key\n"
+VERIFIED = TLS + "  client_ca_file: ca.pem\n  client_auth_type: RequireAndVerifyClientCert\n"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +107,17 @@ TLS = "tls_server_config:\n  cert_file: server.pem\n  key_file: server.key\n"
         ("rate_limit:\n  burst: 3\n", ":2: rate_limit.burst: needs interval as well"),
         ("rate_limit:\n  burst: 3\n  interval: often\n", ":3: rate_limit.interval: must be a duration"),
         ("rate_limit:\n  burst: 0\n  interval: 1s\n", ":2: rate_limit.burst: must be a whole number from 1"),
+        ("rate_limit:\n  burst: " + "9" * 5000 + "\n  interval: 1s\n", ":2: rate_limit.burst: must be a whole number"),
+        ("rate_limit:\n  burst: 1\n  interval: " + "9" * 400 + "h\n", ":3: rate_limit.interval: is too long"),
+        (TLS + "  client_auth_type: RequireClientCert\n", "RequireClientCert is not supported here"),
+        (VERIFIED + "  client_allowed_sans: []\n", ":6: tls_server_config.client_allowed_sans: must name somebody"),
+        (TLS + "  client_auth_type: VerifyClientCertIfGiven\n  client_ca: ''\n", ":4: .*needs client_ca_file or client_ca"),
+        (TLS + "  client_auth_type: VerifyClientCertIfGiven\n  client_ca: é\n", ":5: .*holds no certificate"),
+        (TLS.replace("server.pem", '"a\\0b"'), ":2: tls_server_config.cert_file: cannot read"),
+        (TLS.replace("server.pem", '"\\ud800"'), ":2: tls_server_config.cert_file: cannot read"),
+        (TLS.replace("cert_file: server.pem", 'cert: "\\ud800"'), ":2: tls_server_config.cert: "),
+        (f"basic_auth_users:\n  a: {ALICE.replace('2b', '2')}\n", ":2: basic_auth_users.a: must be a bcrypt hash"),
+        (f"basic_auth_users:\n  a: {ALICE[:28]}x{ALICE[29:]}\n", ":2: basic_auth_users.a: must be a bcrypt hash"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused_with_its_line(serve, tmp_path, text, message):
@@ -110,7 +132,16 @@ def test_what_is_not_understood_is_refused_with_its_line(serve, tmp_path, text, 
     assert "BEGIN" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "basic_auth_users: {}\nhttp_server_config:\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# nothing\n",
+        "basic_auth_users: {}\nhttp_server_config:\n",
+        "rate_limit: {interval: 0, burst: 0}\n",
+        "rate_limit: {interval: 0s}\n",
+    ],
+)
 def test_an_empty_file_changes_nothing(serve, text):
     server = serve(text)
     assert server.url.startswith("http://")
@@ -133,8 +164,7 @@ def test_certificates_can_stand_in_the_file_itself(serve, tmp_path):
 
 
 def test_only_clients_with_the_right_certificate_get_in(serve, tmp_path):
-    client = "  client_ca_file: ca.pem\n  client_auth_type: RequireAndVerifyClientCert\n"
-    server = serve(TLS + client + '  client_allowed_sans: ["prometheus.example", "0:0::1", "b@example.org"]\n')
+    server = serve(VERIFIED + '  client_allowed_sans: ["prometheus.example", "0:0::1", "b@example.org"]\n')
     authority = tmp_path / "ca.pem"
     assert ask(server.url, tls=client_context(authority, tmp_path / "prometheus.pem")).status == 200
     for name in ("other.pem", "stranger.pem"):
@@ -146,11 +176,16 @@ def test_only_clients_with_the_right_certificate_get_in(serve, tmp_path):
         ask(server.url.replace("https", "http"))
 
 
+def test_a_certificate_that_is_named_itself_is_trusted(serve, tmp_path):
+    """As in Go, and so in Prometheus' own exporters: an authority need not be a root."""
+    server = serve(VERIFIED.replace("ca.pem", "prometheus.pem"))
+    assert ask(server.url, tls=client_context(tmp_path / "ca.pem", tmp_path / "prometheus.pem")).status == 200
+    with pytest.raises(OSError):
+        ask(server.url, tls=client_context(tmp_path / "ca.pem", tmp_path / "other.pem"))
+
+
 def handshake(url: str, context: ssl.SSLContext) -> tuple[str, str]:
     """Version and cipher suite that were agreed on."""
-    import socket
-    from urllib.parse import urlsplit
-
     with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=10) as plain:
         with context.wrap_socket(plain, server_hostname="127.0.0.1") as client:
             return client.version(), client.cipher()[0]
@@ -211,6 +246,54 @@ def test_a_password_is_hashed_once_and_an_unknown_user_as_often_as_a_known_one(s
         assert len(checked) == 1
 
 
+@pytest.mark.parametrize("source", ["127.0.0.1", "127.0.0.2"])
+def test_who_guesses_passwords_keeps_nobody_out(serve, source):
+    hashed = bcrypt.hashpw(b"secret", bcrypt.gensalt(8)).decode()
+    server = serve(f"basic_auth_users:\n  alice: {hashed}\n")
+    ended = threading.Event()
+
+    def guess(number: int) -> None:
+        for attempt in itertools.count():
+            if ended.is_set():
+                return
+            connection = HTTPConnection("127.0.0.1", server.port, source_address=(source, 0))
+            with contextlib.suppress(OSError, HTTPException):
+                connection.request("GET", "/", headers={"Authorization": basic("alice", f"{number} {attempt}")})
+                connection.getresponse().read()
+            connection.close()
+
+    with ThreadPoolExecutor(16) as guessers:
+        for number in range(16):
+            guessers.submit(guess, number)
+        try:
+            wait_until(lambda: threading.active_count() > 17, "passwords are being compared")
+            assert ask(server.url, Authorization=basic("alice", "secret")).status == 200
+        finally:
+            ended.set()
+
+
+def test_a_password_that_nobody_waits_for_is_not_compared_and_closing_waits_for_none(serve, monkeypatch, recwarn):
+    compared = []
+
+    def slow(password: bytes, hashed: bytes) -> bool:
+        compared.append(password)
+        time.sleep(1.0)
+        return False
+
+    monkeypatch.setattr(access.bcrypt, "checkpw", slow)
+    server = serve(f"basic_auth_users:\n  alice: {ALICE}\n")
+    for number in range(50):
+        request = f"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('alice', str(number))}\r\n\r\n"
+        with hold(server.port, request.encode(), None) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # ends with a reset
+    assert ask(server.url, Authorization=basic("alice", "last")).status == 401
+    assert compared[-1] == b"last" and len(compared) <= 3
+    hold(server.port, request.encode(), None).close()
+    server.close()
+    gc.collect()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_headers_and_rate_limit(serve):
     server = serve(
         "http_server_config:\n  headers:\n    X-Frame-Options: deny\n    Strict-Transport-Security: max-age=1\n"
@@ -233,7 +316,7 @@ def test_users_and_certificates_are_read_again_and_a_broken_file_changes_nothing
     alice, bob = basic("alice", "secret"), basic("bob", "пароль:s")
     assert ask(server.url, tls=old, Authorization=alice).status == 200
 
-    for broken in (text + "rate_limit: 5\n", f"basic_auth_users:\n  alice: {BOB}\n"):
+    for broken in (text + "rate_limit: 5\n", f"basic_auth_users:\n  alice: {BOB}\n", TLS):
         caplog.clear()
         (tmp_path / "web.yml").write_text(broken)
         wait_until(lambda: ask(server.url, tls=old, Authorization=alice) and caplog.records, "it is found broken")
@@ -254,6 +337,29 @@ def test_users_and_certificates_are_read_again_and_a_broken_file_changes_nothing
             return None
 
     assert wait_until(renewed, "the new certificate is served").status == 200
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again_and_an_emptied_one_opens_nothing(
+    serve, tmp_path, monkeypatch
+):
+    file, read = tmp_path / "web.yml", config.read_web_config
+    server = serve(f"basic_auth_users:\n  alice: {ALICE}\n")
+    alice, bob = basic("alice", "secret"), basic("bob", "пароль:s")
+    assert ask(server.url, Authorization=alice).status == 200
+    reads = []
+
+    def read_slowly(path: Path) -> object:
+        read_before = read(path)
+        if not reads:  # somebody writes on
+            file.write_text(f"basic_auth_users:\n  bob: {BOB}\n")
+        reads.append(path)
+        return read_before
+
+    monkeypatch.setattr(config, "read_web_config", read_slowly)
+    file.write_text("")
+    assert wait_until(lambda: reads or ask(server.url).status == 200, "it is read") is reads
+    wait_until(lambda: ask(server.url, Authorization=bob).status == 200, "the rest is found")
+    assert ask(server.url).status == ask(server.url, Authorization=alice).status == 401
 
 
 @pytest.fixture(scope="session")
