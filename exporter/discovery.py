@@ -2,11 +2,14 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import logging
 import os
 import re
 import socket
+import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,10 @@ from typing import NamedTuple
 STALE_AFTER_SECONDS = 3600.0
 """How long the file of a dead process stays at least, so that the alert on it has been told."""
 TOUCH_SECONDS = 60.0
+"""So often a living process touches its file."""
+_CLEAN_UP_TOUCHES = 60  # between two looks for what the dead have left
+_LOCK_SECONDS = 5.0
+_MAX_BYTES = 64 * 1024  # of a target file of ours
 PROCESS_LABEL = "__meta_ppo_process"
 """Prometheus drops labels that begin with two underscores before it scrapes."""
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # a constant of Linux; containers have others
@@ -25,12 +32,14 @@ class TargetFile:
     """Target file of one endpoint: written atomically, and removed at a clean end.
 
     After a crash the file stays on purpose: Prometheus goes on scraping, `up` is 0,
-    and the alert on it fires. The next endpoint at the same address replaces it. At another
-    address on the same host the next one removes it, if its process is certain to be
-    gone and it has not been touched for `STALE_AFTER_SECONDS`.
+    and the alert on it fires. The next endpoint at the same address replaces it, and
+    so does the same run at another one. Otherwise an endpoint on the same host removes
+    it, at its start and once an hour, when its process is certain to be gone and has
+    not touched it for `STALE_AFTER_SECONDS`.
 
     Its label `instance` is the target, so that a restart at the same address continues
-    the same series, whatever Prometheus' configuration makes of the address.
+    the same series, whatever Prometheus' configuration makes of the address. In a
+    forked child nothing happens.
 
     Args:
         directory: folder that Prometheus' `file_sd_configs` watches; created if missing.
@@ -44,21 +53,20 @@ class TargetFile:
     """
 
     def __init__(self, directory: Path, target: str, *runs: str, scheme: str = "http") -> None:
-        self.path = directory / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', target)}.json"
+        self.path = directory.resolve() / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', target)}.json"
         self._target = target
         self._scheme = scheme
         self._process = ProcessIdentity.own()
+        self._pid = os.getpid()
         self._runs: list[str] = []
-        self._touched_at = time.monotonic()
+        self._ended = threading.Event()
         directory.mkdir(parents=True, exist_ok=True)
         # Nobody may replace a file between the look at it and its removal.
-        with _locked(directory):
+        with _locked(self.path.parent) as is_alone:
             self.add(*runs)
-            for path in directory.glob("*.json"):
-                if path != self.path and _is_stale(path):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-                        _log.warning("removed %s, whose process is gone since long", path)
+            if is_alone:
+                self._clean_up()
+        threading.Thread(target=self._keep, name="ppo-target-file", daemon=True).start()
 
     def add(self, *runs: str) -> None:
         """Name further runs behind the endpoint."""
@@ -67,24 +75,38 @@ class TargetFile:
 
     def discard(self, run: str) -> None:
         """A run has ended cleanly; with the last one the target goes out of service discovery. Failure is logged."""
+        if os.getpid() != self._pid:
+            return
         if run in self._runs:
             self._runs.remove(run)
         try:
             if self._runs:
                 self._write()
             else:
+                self._ended.set()
                 self.path.unlink(missing_ok=True)
         except OSError as error:
             # The end of a run must not fail for it.
             _log.warning("%s still names run %s, which will look down: %s", self.path, run, error.strerror)
 
-    def touch(self) -> None:
-        """Let the file's age tell when its process was last seen training; once a minute is enough, and all it does."""
-        now = time.monotonic()
-        if now - self._touched_at >= TOUCH_SECONDS:
-            self._touched_at = now
+    def _keep(self) -> None:
+        """In a thread of its own, for a file system may keep one waiting, and training must not wait."""
+        for touches in itertools.count(1):
+            if self._ended.wait(TOUCH_SECONDS):
+                return
             with contextlib.suppress(OSError):
                 os.utime(self.path)
+                if touches % _CLEAN_UP_TOUCHES == 0:
+                    with _locked(self.path.parent) as is_alone:
+                        if is_alone:
+                            self._clean_up()
+
+    def _clean_up(self) -> None:
+        for path in self.path.parent.glob("*.json"):
+            if path != self.path and _is_left_behind(path, self._runs):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    _log.warning("removed %s, whose process is gone", path)
 
     def _write(self) -> None:
         labels = {"run": ",".join(self._runs), "instance": self._target}
@@ -178,28 +200,47 @@ def _start_ticks(pid: int) -> int:
     """
     with contextlib.suppress(PermissionError):
         os.kill(pid, 0)  # /proc may hide processes of others (hidepid); this does not
-    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    # A name that the kernel has cut need not be text any more.
+    state, *fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
     if state in "ZX":
         raise ProcessLookupError(f"{pid} has ended")
     return int(fields[18])
 
 
-def _is_stale(path: Path) -> bool:
+def _is_left_behind(path: Path, runs: list[str]) -> bool:
+    """Whether its process is gone, and nobody has to be told any more: for long, or because its run is one of `runs`."""
     try:
-        age = time.time() - path.stat().st_mtime
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+            return False
         (entry,) = json.loads(path.read_text())
-        return age > STALE_AFTER_SECONDS and ProcessIdentity.parse(entry["labels"][PROCESS_LABEL]).is_gone
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return False  # somebody else's
+        labels = entry["labels"]
+        is_told = time.time() - status.st_mtime > STALE_AFTER_SECONDS or labels["run"] in (*runs, ",".join(runs))
+        return is_told and ProcessIdentity.parse(labels[PROCESS_LABEL]).is_gone
+    except Exception:
+        return False  # somebody else's, whatever it may be
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Alone among those that take this lock on `directory`, where its file system has locks."""
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether one is alone among those that take this lock on `directory`; not where somebody keeps it for long."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield _is_taken(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_taken(descriptor: int) -> bool:
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+        except OSError:
+            return True  # a file system without locks
+        else:
+            return True

@@ -98,6 +98,7 @@ class GradientMonitor:
         self._served: list[_SharedServer] = []
         self._textfiles: list[Textfile] = []
         self._pushgateways: list[tuple[str, dict[str, str]]] = []
+        self._pid = os.getpid()
         self._has_logged_error = False
         self._info = info
         self._is_registered = False
@@ -127,6 +128,7 @@ class GradientMonitor:
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
         if not self._is_registered:
+            _SharedServer.forget_crashed(self._aggregator, self.run)
             self._aggregator.register_run(self.run, meter.head_names, self._info)
             self._is_registered = True
             warning = unreachable_critical_warning(len(meter.head_names))
@@ -153,23 +155,34 @@ class GradientMonitor:
             self._failed(error)
 
     def close(self) -> None:
-        """Detach, leave the endpoint (which closes with its last monitor), and take the run's series off it."""
+        """Detach, leave the endpoint (which closes with its last monitor), and take the run's series off it.
+
+        Nothing happens in a forked child.
+        """
         self._leave(crashed=False)
 
     def _leave(self, crashed: bool) -> None:
-        self.detach()
-        for served in self._served:
-            served.leave(self.run, crashed)
-        for textfile in self._textfiles:
-            textfile.close(remove=not crashed)
-        for url, labels in () if crashed else self._pushgateways:
-            try:
-                push_final_state(url, self._aggregator, self.run, labels)
-            except OSError as error:
-                _log.warning("run %s: %s", self.run, error)
-        self._served, self._textfiles, self._pushgateways = [], [], []
-        if self._is_registered:
-            self._aggregator.remove_run(self.run)
+        if os.getpid() != self._pid:
+            return  # in a forked child: all of it is the parent's
+        # What is interrupted must not be done twice by another call.
+        served, self._served = self._served, []
+        textfiles, self._textfiles = self._textfiles, []
+        pushgateways, self._pushgateways = self._pushgateways, []
+        must_stay = False
+        try:
+            self.detach()
+            for each in served:
+                must_stay |= each.leave(self.run, crashed)
+            for textfile in textfiles:
+                textfile.close(remove=not crashed)
+            for url, labels in () if crashed else pushgateways:
+                try:
+                    push_final_state(url, self._aggregator, self.run, labels)
+                except OSError as error:
+                    _log.warning("run %s: %s", self.run, error)
+        finally:
+            if self._is_registered and not must_stay:
+                self._aggregator.remove_run(self.run)
             self._is_registered = False
 
     def __enter__(self) -> "GradientMonitor":
@@ -222,11 +235,15 @@ class GradientMonitor:
             elif rank != 0:
                 return None
         served = _SharedServer.join(self._aggregator, address, port, labels, web_config_file)
+        try:
+            if targets_dir is not None:
+                served.announce(Path(targets_dir).resolve(), self.run)
+            if textfile_dir is not None:
+                self._textfiles.append(Textfile(textfile_dir, self._aggregator, self.run, labels))
+        except BaseException:
+            served.leave(self.run, crashed=False)
+            raise
         self._served.append(served)
-        if targets_dir is not None:
-            served.announce(Path(targets_dir).resolve(), self.run)
-        if textfile_dir is not None:
-            self._textfiles.append(Textfile(textfile_dir, self._aggregator, self.run, labels))
         if pushgateway is not None:
             self._pushgateways.append((pushgateway, labels))
         return served.server.url
@@ -311,8 +328,6 @@ class GradientMonitor:
             if not self._global_norm:
                 metrics["gradient_norm"] = None
             emit_ppo_update(metrics, run=self.run, handler=self._aggregator, **progress)
-            for served in self._served:
-                served.touch()
 
     def _failed(self, error: Exception) -> None:
         self._aggregator.count_error(self.run)
@@ -357,6 +372,7 @@ class _SharedServer:
         self._key = key
         self._monitors = 0
         self._target_files: dict[Path, TargetFile] = {}
+        self._crashed_runs: set[str] = set()
 
     @classmethod
     def join(
@@ -384,16 +400,28 @@ class _SharedServer:
                 target = host_and_port(TargetFile.reachable(self.server.address), self.server.port)
                 self._target_files[directory] = TargetFile(directory, target, run, scheme=self.server.scheme)
 
-    def touch(self) -> None:
-        for target_file in list(self._target_files.values()):
-            target_file.touch()
-
-    def leave(self, run: str, crashed: bool) -> None:
+    def leave(self, run: str, crashed: bool) -> bool:
+        """Whether the series of `run` have to stay: it has crashed, and others go on, so that `up` will not tell."""
         with self._lock:
             if not crashed:
                 for target_file in self._target_files.values():
                     target_file.discard(run)
             self._monitors -= 1
-            if self._monitors == 0:
+            if self._monitors and crashed:
+                self._crashed_runs.add(run)
+                return True
+            if not self._monitors:
                 del self._open[self._key]
                 self.server.close()
+                for each in self._crashed_runs:
+                    self._key[0].remove_run(each)
+            return False
+
+    @classmethod
+    def forget_crashed(cls, aggregator: RunAggregator, run: str) -> None:
+        """The run begins again."""
+        with cls._lock:
+            for served in cls._open.values():
+                if served._key[0] is aggregator and run in served._crashed_runs:
+                    served._crashed_runs.remove(run)
+                    aggregator.remove_run(run)

@@ -282,7 +282,7 @@ def alerts(config: MixinConfig) -> list[Alert]:
             ">= 0",
             summary=f"No PPO update in {_RUN} {{{{ if $value }}}}for {{{{ humanizeDuration $value }}}}{{{{ else }}}}"
             "since it started{{ end }}",
-            description=f"The trainer of {_RUN} answers, but {{{{ if $value }}}}its last PPO update ended {_VALUE} "
+            description=f"Run {{{{ $labels.{RUN_LABEL} }}}} {{{{ if $value }}}}ended its last PPO update {_VALUE} "
             f"seconds ago (alert above {config.stalled_seconds}){{{{ else }}}}has not completed any PPO update "
             f"since it started, more than {stalled} ago{{{{ end }}}}.",
         ),

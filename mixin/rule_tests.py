@@ -662,7 +662,7 @@ class _Tests:
                     late + hold,
                     STALLED,
                     f"No PPO update in run demo for {_spoken(age)}",
-                    f"The trainer of run demo answers, but its last PPO update ended {age}.000 seconds ago (alert above"
+                    f"Run demo ended its last PPO update {age}.000 seconds ago (alert above"
                     f" {limit}).",
                 ),
             ),
@@ -674,7 +674,7 @@ class _Tests:
                     never + hold,
                     STALLED,
                     "No PPO update in run demo since it started",
-                    "The trainer of run demo answers, but has not completed any PPO update since it started, more than "
+                    "Run demo has not completed any PPO update since it started, more than "
                     f"{duration(limit)} ago.",
                 ),
             ),
@@ -689,7 +689,7 @@ class _Tests:
                     3 + never + hold,
                     STALLED,
                     "No PPO update in run demo since it started",
-                    "The trainer of run demo answers, but has not completed any PPO update since it started, more than "
+                    "Run demo has not completed any PPO update since it started, more than "
                     f"{duration(limit)} ago.",
                 ),
             ),

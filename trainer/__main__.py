@@ -62,5 +62,16 @@ def _failed(error: Exception, code: int) -> int:
     return code
 
 
+def _let_go_of_what_cannot_be_written() -> None:
+    """On a full disk, say: Python would try again at the exit, and make an exit code of its own of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    _let_go_of_what_cannot_be_written()
+    sys.exit(code)

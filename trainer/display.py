@@ -1,5 +1,6 @@
 """What a person sees while a run trains: a live display in a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,12 @@ from exporter.snapshot import GradientQuality, RunSnapshot
 
 ReadRun = Callable[[], RunSnapshot]
 REFRESHES_PER_SECOND = 4
+
+
+def say(text: str, *, to_stderr: bool = False) -> None:
+    """A line for whoever reads it. That nobody can, on a full disk or a closed terminal, does not end the training."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
 
 class Display(Protocol):
@@ -70,10 +77,9 @@ class PlainDisplay:
         run = self._read_run()
         if update % self._log_interval == 0 or update == self._updates:
             signals = " ".join(f"{name} {value}" for name, value in _signals(run))
-            print(
+            say(
                 f"update {update}/{self._updates} steps {run.environment_steps} "
-                f"steps/s {self._speed.of(run):.0f} {signals} {cv_text(run.gradient_quality.gradient_cv)}",
-                flush=True,
+                f"steps/s {self._speed.of(run):.0f} {signals} {cv_text(run.gradient_quality.gradient_cv)}"
             )
 
 
@@ -113,14 +119,16 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._print_followed()
-        self._live.__exit__(*exc_info)
+        with contextlib.suppress(OSError):  # the terminal is closed
+            self._print_followed()
+            self._live.__exit__(*exc_info)
         if self._followed:
             self._followed.close()
 
     def updated(self, update: int) -> None:
         self._progress.update(self._task, completed=update)
-        self._print_followed()
+        with contextlib.suppress(OSError):
+            self._print_followed()
 
     def _print_followed(self) -> None:
         if self._followed:

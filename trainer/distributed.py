@@ -24,6 +24,7 @@ class Ranks:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank = rank
         self.size = size
+        self._is_connected = False
 
     @classmethod
     def of_torchrun(cls, timeout_seconds: float = 60.0) -> "Ranks":
@@ -36,7 +37,9 @@ class Ranks:
             return cls()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-        return cls(dist.get_rank(), dist.get_world_size())
+        ranks = cls(dist.get_rank(), dist.get_world_size())
+        ranks._is_connected = True
+        return ranks
 
     @property
     def is_first(self) -> bool:
@@ -108,5 +111,5 @@ class Ranks:
 
     def close(self) -> None:
         """Part from the others."""
-        if dist.is_initialized():  # by a single rank of torchrun too
+        if self._is_connected and dist.is_initialized():
             dist.destroy_process_group()

@@ -1,16 +1,23 @@
-"""How SIGINT and SIGTERM reach a run; imports nothing heavy, so that they count from the first moment."""
+"""How signals reach a run; imports nothing heavy, so that they count from the first moment."""
 
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AGAIN_SECONDS = 1.0
+"""What comes sooner after the first signal is the same request, as when a process group and its leader both get one."""
+
+
 class StopRequest:
-    """Set by SIGINT or SIGTERM; training looks at it after every environment and gradient step."""
+    """Set by SIGINT, SIGTERM or SIGHUP; training looks at it after every environment and gradient step."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._at = 0.0
 
     def __call__(self) -> bool:
         return self.signum is not None
@@ -22,14 +29,19 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Take SIGINT and SIGTERM; a second one interrupts at once, through the usual clean-up."""
+        """Take the signals; a second one interrupts at once, through the usual clean-up.
+
+        Those that are ignored already, SIGHUP under `nohup`, stay so.
+        """
 
         def request(signum: int, frame: FrameType | None) -> None:
-            if self.signum is not None:
+            if self.signum is None:
+                self.signum, self._at = signum, time.monotonic()
+            elif time.monotonic() - self._at > AGAIN_SECONDS:
                 raise KeyboardInterrupt
-            self.signum = signum
 
-        before = {signum: signal.signal(signum, request) for signum in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        before = {signum: signal.signal(signum, request) for signum in heard}
         try:
             yield self
         finally:

@@ -25,7 +25,7 @@ from exporter.telemetry import PPOUpdateMetrics, emit_ppo_update
 from trainer.agent import NonFiniteGradientError, PPOAgent, PPOHyperparameters
 from trainer.checkpoint import CheckpointError, RunFolder, copied, load, totals
 from trainer.config import ConfigError, TrainerConfig, settings_of_run
-from trainer.display import open_display
+from trainer.display import open_display, say
 from trainer.distributed import Ranks
 from trainer.drill import Drill
 from trainer.environments import TrainingEnvironment, UnsupportedEnvironment, make_environment
@@ -307,11 +307,10 @@ class Checkpoints:
             self.last = self._folder.write(self._boundary)
             self._boundary = None
         except OSError as error:
-            print(
+            say(
                 f"warning: no checkpoint of update {self._training.updates} in {self._folder.path}: "
                 f"{error.strerror or error}; training goes on",
-                file=sys.stderr,
-                flush=True,
+                to_stderr=True,
             )
 
     def __enter__(self) -> "Checkpoints":
@@ -365,7 +364,7 @@ def _lead(training: Training, stop: StopRequest) -> int:
         return training.run_snapshot
 
     for note in training.notes:
-        print(f"warning: {note}", file=sys.stderr, flush=True)
+        say(f"warning: {note}", to_stderr=True)
     try:
         server = MetricsServer(
             training.aggregator,
@@ -394,18 +393,15 @@ def _lead(training: Training, stop: StopRequest) -> int:
                 target_file.discard(config.run_name)
                 raise StartError(f"cannot write a file to {config.textfile_dir}: {error.strerror}") from error
         where = f", from {config.resume} on" if config.resume else ""
-        print(
-            f"{config.run_name}: {config.updates} updates on {config.env}{where}, metrics at {server.url}", flush=True
-        )
+        say(f"{config.run_name}: {config.updates} updates on {config.env}{where}, metrics at {server.url}")
         warning = unreachable_critical_warning(len(training.environment.heads))
         if warning is not None:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        follow = Path(config.follow) if config.follow else None
+            say(f"warning: {warning}", to_stderr=True)
         how = "failed"
         try:
+            follow = Path(config.follow) if config.follow else None
             with open_display(read_run, training.updates, config.updates, config.log_interval, follow) as display:
                 for update in training.run(stop):
-                    target_file.touch()
                     checkpoints.updated()
                     display.updated(update)
             checkpoints.finish()
@@ -414,17 +410,18 @@ def _lead(training: Training, stop: StopRequest) -> int:
             # With an error it is no clean end: torchrun sends SIGTERM to all ranks when one of them fails.
             if stop() and isinstance(sys.exception(), (KeyboardInterrupt, types.NoneType)):
                 how = f"stopped by {signal.Signals(stop.signum).name}"
+            # First what cannot be had again: a folder of the others may keep one waiting.
+            checkpoints.close()
             if how != "failed":
                 target_file.discard(config.run_name)
             if textfile is not None:
                 textfile.close(remove=how != "failed")
-            checkpoints.close()
-            print(_closing_line(training, how, checkpoints.last), flush=True)
+            say(_closing_line(training, how, checkpoints.last))
         if config.pushgateway is not None:
             try:
                 push_final_state(config.pushgateway, training.aggregator, config.run_name)
             except OSError as error:
-                print(f"warning: {error}", file=sys.stderr, flush=True)
+                say(f"warning: {error}", to_stderr=True)
     return stop.exit_code
 
 

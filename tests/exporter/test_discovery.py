@@ -1,5 +1,6 @@
 """The target file in a folder that Prometheus watches."""
 
+import fcntl
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import pytest
 from conftest import free_ports, wait_until
 from endpoint import ask, trained_aggregator
 
-from exporter import MetricsServer, TargetFile
+from exporter import MetricsServer, TargetFile, discovery
 from exporter.discovery import PROCESS_LABEL, STALE_AFTER_SECONDS, ProcessIdentity
 from stack import configuration
 
@@ -115,17 +116,72 @@ def test_what_cannot_be_known_to_be_dead_stays(tmp_path: Path):
     assert left == {name for name, (_, is_gone) in cases.items() if not is_gone} | {"127.0.0.1-9842", "note"}
 
 
-def test_training_keeps_the_file_young_and_a_deleted_one_stays_deleted(tmp_path: Path, monkeypatch):
+def test_the_file_that_the_same_run_has_left_elsewhere_goes_at_once(other, tmp_path: Path):
+    path = tmp_path / "127.0.0.1-9001.json"
+    TargetFile(tmp_path, "127.0.0.1:9002", "crashed")
+    assert path.exists()  # two live runs of one name
+    other.kill()
+    other.wait()
+    TargetFile(tmp_path, "127.0.0.1:9003", "crashed")
+    assert not path.exists()
+
+
+def test_a_living_process_keeps_its_file_young_and_cleans_up_and_a_deleted_file_stays_deleted(
+    other, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(discovery, "TOUCH_SECONDS", 0.01)
+    monkeypatch.setattr(discovery, "_CLEAN_UP_TOUCHES", 2)
     file = TargetFile(tmp_path, "127.0.0.1:9842", "r")
+    left = tmp_path / "127.0.0.1-9001.json"
     let_age(file.path)
-    file.touch()
-    assert time.time() - file.path.stat().st_mtime > STALE_AFTER_SECONDS  # not at every update
-    monkeypatch.setattr("exporter.discovery.TOUCH_SECONDS", 0.0)
-    file.touch()
-    assert time.time() - file.path.stat().st_mtime < 60
+    wait_until(lambda: time.time() - file.path.stat().st_mtime < 60, "touched")
+    other.kill()
+    other.wait()
+    assert left.exists()
+    let_age(left)
+    wait_until(lambda: not left.exists(), "cleaned up")
     file.path.unlink()
-    file.touch()
+    time.sleep(0.1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_in_the_folder_keeps_a_run_from_its_start(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(discovery, "_LOCK_SECONDS", 0.2)
+    os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "deep.json").write_text("[" * 60_000)
+    with (tmp_path / "sparse.json").open("wb") as sparse:
+        sparse.truncate(2**40)
+    own = ProcessIdentity.own()
+    labels = {"run": "r", PROCESS_LABEL: str(own._replace(pid=10**20))}
+    (tmp_path / "pid.json").write_text(json.dumps([{"targets": ["x:1"], "labels": labels}]))
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    before = set(os.listdir(tmp_path))
+    held = os.open(tmp_path, os.O_RDONLY)
+    for locks in ((), (held,)):
+        for descriptor in locks:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        TargetFile(tmp_path, "127.0.0.1:9842", "next").discard("next")
+    os.close(held)
+    assert set(os.listdir(tmp_path)) == before
+
+
+def test_a_process_whose_name_was_cut_within_a_character_has_an_identity(tmp_path: Path):
+    code = "import ctypes; ctypes.CDLL(None).prctl(15, b'abcdefghijklmn\\xc3', 0, 0, 0)\n" + START.strip()
+    process = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, "127.0.0.1:9001"], stdin=subprocess.DEVNULL, capture_output=True
+    )
+    assert (process.returncode, process.stdout) == (0, b"ready\n"), process.stderr
+
+
+def test_a_forked_child_leaves_the_file_alone(tmp_path: Path):
+    file = TargetFile(tmp_path, "127.0.0.1:9842", "r")
+    child = os.fork()
+    if child == 0:
+        file.discard("r")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert file.path.exists()
 
 
 def test_prometheus_keeps_the_series_over_a_restart_and_sees_nothing_of_the_process(start_prometheus, tmp_path: Path):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import os
 import tracemalloc
 import urllib.request
 
@@ -372,6 +373,68 @@ def test_monitors_share_one_endpoint_which_closes_with_the_last_one(policy, aggr
     assert not list(tmp_path.iterdir())
     with pytest.raises(OSError):
         samples(url, "ppo_updates_total")
+
+
+def test_a_run_that_crashes_beside_another_stays_to_be_seen_stalled_until_it_begins_again(policy, aggregator, tmp_path):
+    optimizer = adam(policy)
+    first, second = (monitor_of(policy, aggregator, name, window_steps=1) for name in ("a", "b"))
+    second.attach(optimizer)
+    second.serve(port=0, targets_dir=tmp_path)
+    port = next(iter(second._served)).server.port
+    with pytest.raises(ZeroDivisionError), first:
+        first.attach(optimizer)
+        first.serve(port=port, targets_dir=tmp_path)
+        train(policy, optimizer, 1)
+        1 / 0
+    assert set(aggregator.snapshot.runs) == {"a", "b"}
+    assert '"run": "b,a"' in next(tmp_path.glob("*.json")).read_text()
+    again = monitor_of(policy, aggregator, "a").attach(optimizer)
+    assert aggregator.snapshot.runs["a"].updates == 0
+    again.close()
+    second.close()
+    assert aggregator.snapshot.runs == {}
+
+
+def test_closing_that_is_interrupted_and_called_again_takes_nothing_from_others(policy, aggregator, monkeypatch):
+    optimizer = adam(policy)
+    first, second = (monitor_of(policy, aggregator, name).attach(optimizer) for name in ("a", "b"))
+    second.serve(port=0)
+    server = next(iter(second._served)).server
+    first.serve(port=server.port, pushgateway="http://127.0.0.1:9")
+
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("exporter.monitor.push_final_state", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        first.close()
+    first.close()
+    assert urllib.request.urlopen(server.url).status == 200
+    assert set(aggregator.snapshot.runs) == {"b"}
+    second.close()
+
+
+def test_an_endpoint_that_cannot_be_had_whole_is_not_had_at_all(policy, aggregator, tmp_path):
+    monitor = monitor_of(policy, aggregator).attach(adam(policy))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError):
+        monitor.serve(port=0, targets_dir=tmp_path / "targets", textfile_dir=tmp_path / "file")
+    assert list((tmp_path / "targets").iterdir()) == [] and monitor._served == []
+    monitor.close()
+
+
+def test_a_forked_child_that_leaves_takes_nothing_along(policy, aggregator, tmp_path):
+    with monitor_of(policy, aggregator).attach(adam(policy)) as monitor:
+        monitor.serve(port=0, targets_dir=tmp_path, textfile_dir=tmp_path)
+        child = os.fork()
+        if child == 0:
+            try:
+                monitor.__exit__(None, None, None)
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".prom", ".lock"}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_signal_is_refused_with_the_nearest_one(policy, aggregator):

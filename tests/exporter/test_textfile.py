@@ -7,19 +7,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import _with_short_durations as with_short_durations
 from conftest import fetch, free_ports, wait_until
 from endpoint import UPDATE, trained_aggregator
 from prometheus_client.parser import text_string_to_metric_families
 
-from exporter import RunAggregator, emit_ppo_update
+from exporter import RunAggregator, delivery, emit_ppo_update
 from exporter.delivery import Textfile
-from exporter.health import STALLED_SECONDS
 from exporter.metrics import METRIC_FAMILIES
 from stack.servers import ROOT, package_root
 
@@ -52,6 +53,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "textfiles"
 
 
+def names(folder: Path) -> set[str]:
+    """What node_exporter may look at."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
 def start_node_exporter(start, executable: Path, folder: Path, port: int) -> None:
     command = [executable, f"--web.listen-address=127.0.0.1:{port}", f"--collector.textfile.directory={folder}"]
     command += ["--collector.disable-defaults", "--collector.textfile"]
@@ -71,8 +77,9 @@ def train(folder: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pop
     processes = []
 
     def start(run: str, *flags: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "trainer", "--run", run, "--metrics-port", "0", *TINY, *flags]
+        command = [sys.executable, "-m", "trainer", "--run", run, "--metrics-port", "0", *TINY]
         command += ["--textfile-dir", folder, "--textfile-interval", "0.2", "--targets-dir", tmp_path / "targets"]
+        command += flags
         processes.append(
             subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -86,9 +93,9 @@ def train(folder: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pop
 
 
 def test_node_exporter_says_what_the_run_says_of_any_number_of_runs(scrape, folder):
-    names = ["walker/17", "walker-17", 'ünï "code"\\\n']
+    runs = ["walker/17", "walker-17", 'ünï "code"\\\n']
     aggregators, files = [], []
-    for index, name in enumerate(names):
+    for index, name in enumerate(runs):
         aggregator = RunAggregator()
         aggregator.register_run(name, ["op", "slot"], {"environment": "e"} if index else {"seed": "1"})
         emit_ppo_update(UPDATE, run=name, handler=aggregator, environment_steps=index)
@@ -105,11 +112,11 @@ def test_node_exporter_says_what_the_run_says_of_any_number_of_runs(scrape, fold
             assert not written.setdefault(name, {}).keys() & values.keys()
             written[name].update(values)
     assert families == written
-    assert families["ppo_updates_total"] == {(("run", name),): 1.0 for name in names}
+    assert families["ppo_updates_total"] == {(("run", name),): 1.0 for name in runs}
     per_run = {family.name for family in METRIC_FAMILIES if family.is_per_run}
     shown = {line.split()[2] for line in files[0].path.read_text().splitlines() if line.startswith("# TYPE")}
     assert shown == per_run  # and nothing of the process, which node_exporter says of itself
-    assert len(told["node_textfile_mtime_seconds"]) == len(names)
+    assert len(told["node_textfile_mtime_seconds"]) == len(runs)
 
 
 def test_the_file_is_rewritten_whole_without_open_handles_and_its_end_is_chosen(folder):
@@ -117,7 +124,7 @@ def test_the_file_is_rewritten_whole_without_open_handles_and_its_end_is_chosen(
     stale = Textfile(folder, aggregator, "r", {"rank": "1"})
     stale.close(remove=False)
     file = Textfile(folder, aggregator, "r", interval=0.01)
-    assert {path.name for path in folder.iterdir()} == {"ppo-r.prom", "ppo-r,rank=1.prom"}
+    assert names(folder) == {"ppo-r.prom", "ppo-r,rank=1.prom"}
     first = file.path.stat()
     wait_until(lambda: file.path.stat().st_mtime_ns > first.st_mtime_ns, "rewritten without news")
     for update in range(200):
@@ -129,7 +136,7 @@ def test_the_file_is_rewritten_whole_without_open_handles_and_its_end_is_chosen(
     assert samples(file.path.read_text())["ppo_updates_total"] == {(("run", "r"),): 202.0}
     assert not [link for link in Path("/proc/self/fd").iterdir() if str(folder) in os.path.realpath(link)]
     file.close(remove=True)
-    assert [path.name for path in folder.iterdir()] == ["ppo-r,rank=1.prom"]
+    assert [path.name for path in folder.iterdir()] == ["ppo-r,rank=1.prom"]  # the lock is gone too
 
 
 def test_a_file_that_cannot_be_written_is_told_once_and_caught_up_with(folder, caplog):
@@ -145,11 +152,53 @@ def test_a_file_that_cannot_be_written_is_told_once_and_caught_up_with(folder, c
         wait_until(lambda: caplog.records, "warning")
         time.sleep(0.1)
         assert len(caplog.records) == 1 and "File too large" in caplog.text
-        assert file.path.read_text() == before and len(list(folder.iterdir())) == 1
+        assert file.path.read_text() == before and names(folder) == {"ppo-r.prom"}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     wait_until(lambda: file.path.read_text() != before, "written again")
     file.close(remove=True)
+
+
+def test_two_live_runs_of_one_name_do_not_write_one_file(train, folder, tmp_path):
+    first = train("r", "--total-timesteps", "100000000")
+    path = folder / "ppo-r.prom"
+    wait_until(path.exists, "the first one writes")
+    second = train("r", "--total-timesteps", "640")
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"cannot write a file to {folder}: another process writes a run of the name r there" in output
+    assert first.poll() is None and path.exists() and len(list((tmp_path / "targets").glob("*.json"))) == 1
+    first.kill()
+    first.wait()
+    (folder / "ppo-r.prom.123.456").write_text("half a")  # as a kill in the middle of a write leaves it
+    assert train("r", "--total-timesteps", "640").wait(60) == 0  # a name is free when its process is gone
+    assert list(folder.iterdir()) == []
+
+
+def test_a_forked_child_and_a_name_that_is_too_long(folder):
+    with pytest.raises(OSError, match="the name of the run is too long"):
+        Textfile(folder, trained_aggregator(), "r" * 300)
+    file = Textfile(folder, trained_aggregator(), "r")
+    child = os.fork()
+    if child == 0:
+        file.close(remove=True)
+        os._exit(any(str(folder) in os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()))
+    assert os.waitpid(child, 0)[1] == 0
+    assert file.path.exists()
+    file.close(remove=True)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_file_system_that_does_not_answer_holds_up_nobody_for_long(folder, caplog, monkeypatch):
+    answers = threading.Event()
+    file = Textfile(folder, trained_aggregator(), "r", interval=0.01)
+    monkeypatch.setattr(delivery, "write_to_textfile", lambda *given: answers.wait())
+    monkeypatch.setattr(delivery, "_CLOSE_SECONDS", 0.1)
+    time.sleep(0.05)
+    file.close(remove=True)
+    assert "its file system has not answered" in caplog.text
+    answers.set()
+    wait_until(lambda: list(folder.iterdir()) == [], "removed when it does")
 
 
 def test_a_killed_trainer_leaves_its_last_values_and_their_age(train, scrape, folder):
@@ -177,7 +226,7 @@ def test_a_clean_end_removes_the_file_and_an_error_leaves_its_last_state(train, 
     wait_until(lambda: path.exists() and "ppo_updates_total" in samples(path.read_text()), "running")
     stopped.terminate()
     assert stopped.wait(60) == 143 and clean.wait(60) == 0 and broken.wait(60) == 1
-    assert [path.name for path in folder.iterdir()] == ["ppo-broken.prom"]
+    assert names(folder) == {"ppo-broken.prom"}
     left = samples((folder / "ppo-broken.prom").read_text())
     assert left["ppo_nonfinite_gradients_total"][(("head", "op"), ("run", "broken"))] == 1.0
 
@@ -190,10 +239,13 @@ def test_a_trainer_that_cannot_write_its_file_says_so_and_does_not_start(train, 
     assert list((tmp_path / "targets").iterdir()) == []
 
 
-def test_a_killed_run_is_notified_as_stalled_where_node_exporter_is_relabelled_as_documented(
-    start, node_exporter, folder, tmp_path, start_observability
+def test_a_stopped_trainer_is_notified_as_stalled_where_node_exporter_is_relabelled_as_documented(
+    train, start, node_exporter, folder, tmp_path, start_observability
 ):
     observability = start_observability()
+    command = [sys.executable, "-m", "mixin", "--output", tmp_path / "generated", "--stalled-after", "30s"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with_short_durations(tmp_path / "generated/alerts/ppo.rules.yml", tmp_path / "alerts", "2s")
     port = free_ports().metrics
     start_node_exporter(start, node_exporter, folder, port)
     path = tmp_path / "prometheus.yml"
@@ -204,9 +256,19 @@ def test_a_killed_run_is_notified_as_stalled_where_node_exporter_is_relabelled_a
     job = {"job_name": "node", "static_configs": [{"targets": [f"127.0.0.1:{port}"]}], **yaml.safe_load(relabelling)}
     settings["scrape_configs"].append(job)
     path.write_text(yaml.safe_dump(settings))
-    Textfile(folder, trained_aggregator(timestamp_seconds=time.time() - STALLED_SECONDS), "r").close(remove=False)
     observability.processes["prometheus"].send(signal.SIGHUP)
 
+    # Prometheus does not reach the trainer itself.
+    trainer = train("r", "--total-timesteps", "100000000", "--targets-dir", str(tmp_path / "elsewhere"))
+    updates = 'ppo_updates_total{job="ppo", run="r"}'
+    wait_until(lambda: observability.query(updates), "updates")
+    trainer.send_signal(signal.SIGSTOP)
     (alert,) = wait_until(lambda: observability.notified("firing", alertname="PPOTrainingStalled", run="r"), "stalled")
     assert alert["labels"]["job"] == "ppo" and alert["labels"]["instance"] == f"127.0.0.1:{port}"
     assert observability.query('up{job="node"} == 1')
+    assert observability.notified("firing", alertname="PPOTrainerDown") == []
+    (before,) = observability.query(updates)
+    trainer.send_signal(signal.SIGCONT)
+    wait_until(lambda: observability.notified("resolved", alertname="PPOTrainingStalled", run="r"), "resolved")
+    (after,) = observability.query(updates)
+    assert float(after["value"][1]) > float(before["value"][1])

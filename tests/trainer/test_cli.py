@@ -90,7 +90,7 @@ def test_the_default_environment_trains_with_seven_heads_on_metrics(tmp_path):
     assert list((tmp_path / "targets").glob("*.json"))
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_run_cleanly_and_says_where_it_is(tmp_path, signum, code):
     process = start(tmp_path, *SMALL, "--total-timesteps", "100000000")
     url = endpoint(process)
@@ -103,6 +103,55 @@ def test_a_signal_ends_the_run_cleanly_and_says_where_it_is(tmp_path, signum, co
         rf"host-growth-seed1: stopped by {signum.name} after update \d+ of \d+, \d+ environment steps, \d+ episodes.*",
         last,
     )
+    assert not list((tmp_path / "targets").iterdir())
+
+
+def test_a_signal_that_comes_twice_at_once_costs_no_checkpoint_and_one_that_comes_again_ends_a_push(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        flags = ("--total-timesteps", "100000000", "--checkpoint-every", "100000")
+        process = start(tmp_path, *SMALL, *flags, "--pushgateway", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        wait_for_update(endpoint(process))
+        for _ in range(3):
+            process.terminate()
+            time.sleep(0.003)
+        silent.settimeout(30)
+        silent.accept()
+        assert list((tmp_path / "checkpoints").glob("*/*.pt"))
+        time.sleep(1.1)
+        process.terminate()
+        out, _ = process.communicate(timeout=5)
+    assert process.returncode == 143 and "stopped by SIGTERM" in out
+
+
+def test_a_run_that_is_to_outlive_its_terminal_does(tmp_path):
+    process = subprocess.Popen(
+        ["nohup", *command(tmp_path, *SMALL, "--total-timesteps", "100000000")],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    url = endpoint(process)
+    wait_for_update(url)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert "ppo_updates_total" in scrape(url)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+def test_a_disk_on_which_not_even_a_line_has_room_does_not_end_the_training(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command(tmp_path, *SMALL, "--total-timesteps", str(256 * 3), "--log-interval", "1"),
+            cwd=REPOSITORY,
+            stdout=full,
+            stderr=full,
+            timeout=120,
+        )
+    assert done.returncode == 0
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*/*.pt")] == ["update-00000003.pt"]
     assert not list((tmp_path / "targets").iterdir())
 
 
