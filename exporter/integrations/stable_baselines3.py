@@ -90,7 +90,7 @@ class PrometheusCallback(BaseCallback):
 
     Args:
         run: name of the run; by default the environment's id and the model's seed, or the time without one.
-        port, address, targets_dir: as for `GradientMonitor.serve`.
+        port, address, targets_dir, textfile_dir, pushgateway, web_config_file: as for `GradientMonitor.serve`.
         head_names: as `names` of `policy_heads`.
         info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
         before_clipping, global_norm: as for `GradientMonitor`. SB3 always clips, so norms are taken before by default.
@@ -117,6 +117,9 @@ class PrometheusCallback(BaseCallback):
         address: str = DEFAULT_ADDRESS,
         *,
         targets_dir: str | Path | None = None,
+        textfile_dir: str | Path | None = None,
+        pushgateway: str | None = None,
+        web_config_file: str | Path | None = None,
         head_names: Sequence[str] | None = None,
         info: Mapping[str, str] | None = None,
         before_clipping: bool = True,
@@ -129,9 +132,14 @@ class PrometheusCallback(BaseCallback):
         self.monitor: GradientMonitor | None = None
         self.url: str | None = None
         self._run = run
-        self._port = port
-        self._address = address
-        self._targets_dir = targets_dir
+        self._delivery = {
+            "port": port,
+            "address": address,
+            "targets_dir": targets_dir,
+            "textfile_dir": textfile_dir,
+            "pushgateway": pushgateway,
+            "web_config_file": web_config_file,
+        }
         self._head_names = head_names
         self._info = dict(info or {})
         self._before_clipping = before_clipping
@@ -198,7 +206,7 @@ class PrometheusCallback(BaseCallback):
         )
         try:
             monitor.attach(self.model.policy.optimizer)
-            self.url = monitor.serve(self._port, self._address, targets_dir=self._targets_dir)
+            self.url = monitor.serve(**self._delivery)
         except BaseException:
             monitor.close()
             raise

@@ -238,19 +238,20 @@ def test_norms_are_those_before_clipping_unless_asked_otherwise(callback):
 
 
 def test_the_endpoint_lives_as_long_as_learn_and_a_second_one_starts_anew(callback, tmp_path: Path):
-    served, during = callback(targets_dir=tmp_path), []
+    served, during = callback(targets_dir=tmp_path, textfile_dir=tmp_path), []
 
     def look() -> None:
         (target_file,) = tmp_path.glob("*.json")
         (target,) = json.loads(target_file.read_text())
         assert target["labels"]["run"] == "levers" and target["targets"][0] in served.url
+        assert (tmp_path / "ppo-levers.prom").exists()
         during.append(scrape(served.url)["ppo_updates_total"])
 
     model = ppo()
     for _ in range(2):
         model.learn(64, callback=[served, AfterEachUpdate(look)])
         assert served.url is None and served.monitor is None
-        assert not list(tmp_path.glob("*.json"))
+        assert list(tmp_path.iterdir()) == []
     assert during == [1, 1]
 
 
