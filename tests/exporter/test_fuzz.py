@@ -161,7 +161,8 @@ def test_malformed_requests_do_no_harm(tmp_path, scheme, caplog, monkeypatch):
         tls = client_context(make_certificate(tmp_path / "server.pem"))
         text += "tls_server_config: {cert_file: server.pem, key_file: server.key}\n"
     file.write_text(text)
-    with MetricsServer(trained_aggregator(), port=0, web_config_file=file) as server:
+    tomorrow = time.time() + 86400.0  # so that the run is ready, however long it takes
+    with MetricsServer(trained_aggregator(timestamp_seconds=tomorrow), port=0, web_config_file=file) as server:
         first = scrape(server, tls)
         threads, descriptors = resources()
         started = time.monotonic()
