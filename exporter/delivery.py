@@ -125,14 +125,19 @@ class Textfile:
 
         It is open for reading, so that a file system can be made read-only meanwhile.
         """
-        descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise OSError(errno.EBUSY, f"another process writes a run of the name {run} there") from error
-        except OSError:
-            pass  # a file system without locks
+        while True:
+            descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(descriptor), os.stat(self._lock_path)):
+                        break
+            except BlockingIOError as error:
+                os.close(descriptor)
+                raise OSError(errno.EBUSY, f"another process writes a run of the name {run} there") from error
+            except OSError:
+                break  # a file system without locks
+            os.close(descriptor)  # who had it has ended meanwhile, and taken the file along
         _locks.add(descriptor)
         return descriptor
 

@@ -25,6 +25,8 @@ _MAX_BYTES = 64 * 1024  # of a target file of ours
 PROCESS_LABEL = "__meta_ppo_process"
 """Prometheus drops labels that begin with two underscores before it scrapes."""
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"  # a constant of Linux; containers have others
+_kept: set[Path] = set()
+"""The target files of this process, without those that were left behind."""
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +35,7 @@ class TargetFile:
 
     After a crash the file stays on purpose: Prometheus goes on scraping, `up` is 0,
     and the alert on it fires. The next endpoint at the same address replaces it, and
-    so does the same run at another one. Otherwise an endpoint on the same host removes
+    so does the same run at another one, of this process too. Otherwise an endpoint on the same host removes
     it, at its start and once an hour, when its process is certain to be gone and has
     not touched it for `STALE_AFTER_SECONDS`.
 
@@ -64,6 +66,7 @@ class TargetFile:
         # Nobody may replace a file between the look at it and its removal.
         with _locked(self.path.parent) as is_alone:
             self.add(*runs)
+            _kept.add(self.path)
             if is_alone:
                 self._clean_up()
         threading.Thread(target=self._keep, name="ppo-target-file", daemon=True).start()
@@ -83,11 +86,16 @@ class TargetFile:
             if self._runs:
                 self._write()
             else:
-                self._ended.set()
+                self.leave_behind()
                 self.path.unlink(missing_ok=True)
         except OSError as error:
             # The end of a run must not fail for it.
             _log.warning("%s still names run %s, which will look down: %s", self.path, run, error.strerror)
+
+    def leave_behind(self) -> None:
+        """As after a crash of the process: nobody keeps the file any more."""
+        self._ended.set()
+        _kept.discard(self.path)
 
     def _keep(self) -> None:
         """In a thread of its own, for a file system may keep one waiting, and training must not wait."""
@@ -216,7 +224,8 @@ def _is_left_behind(path: Path, runs: list[str]) -> bool:
         (entry,) = json.loads(path.read_text())
         labels = entry["labels"]
         is_told = time.time() - status.st_mtime > STALE_AFTER_SECONDS or labels["run"] in (*runs, ",".join(runs))
-        return is_told and ProcessIdentity.parse(labels[PROCESS_LABEL]).is_gone
+        process = ProcessIdentity.parse(labels[PROCESS_LABEL])
+        return is_told and (process.is_gone or (process == ProcessIdentity.own() and path not in _kept))
     except Exception:
         return False  # somebody else's, whatever it may be
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
@@ -164,26 +165,29 @@ class GradientMonitor:
     def _leave(self, crashed: bool) -> None:
         if os.getpid() != self._pid:
             return  # in a forked child: all of it is the parent's
-        # What is interrupted must not be done twice by another call.
-        served, self._served = self._served, []
-        textfiles, self._textfiles = self._textfiles, []
-        pushgateways, self._pushgateways = self._pushgateways, []
-        must_stay = False
-        try:
+        # What is interrupted is not done again by another call, and does not keep the rest from being done.
+        with ExitStack() as last_first:
+            last_first.callback(self._unregister)
+            while self._pushgateways:
+                url, labels = self._pushgateways.pop()
+                if not crashed:
+                    last_first.callback(self._push, url, labels)
+            while self._textfiles:
+                last_first.callback(self._textfiles.pop().close, remove=not crashed)
+            while self._served:
+                last_first.callback(self._served.pop().leave, self.run, crashed)
             self.detach()
-            for each in served:
-                must_stay |= each.leave(self.run, crashed)
-            for textfile in textfiles:
-                textfile.close(remove=not crashed)
-            for url, labels in () if crashed else pushgateways:
-                try:
-                    push_final_state(url, self._aggregator, self.run, labels)
-                except OSError as error:
-                    _log.warning("run %s: %s", self.run, error)
-        finally:
-            if self._is_registered and not must_stay:
-                self._aggregator.remove_run(self.run)
-            self._is_registered = False
+
+    def _push(self, url: str, labels: Mapping[str, str]) -> None:
+        try:
+            push_final_state(url, self._aggregator, self.run, labels)
+        except OSError as error:
+            _log.warning("run %s: %s", self.run, error)
+
+    def _unregister(self) -> None:
+        if self._is_registered and not _SharedServer.has_crashed(self._aggregator, self.run):
+            self._aggregator.remove_run(self.run)
+        self._is_registered = False
 
     def __enter__(self) -> "GradientMonitor":
         return self
@@ -400,22 +404,33 @@ class _SharedServer:
                 target = host_and_port(TargetFile.reachable(self.server.address), self.server.port)
                 self._target_files[directory] = TargetFile(directory, target, run, scheme=self.server.scheme)
 
-    def leave(self, run: str, crashed: bool) -> bool:
-        """Whether the series of `run` have to stay: it has crashed, and others go on, so that `up` will not tell."""
+    def leave(self, run: str, crashed: bool) -> None:
+        """The last one closes the endpoint."""
         with self._lock:
-            if not crashed:
-                for target_file in self._target_files.values():
-                    target_file.discard(run)
             self._monitors -= 1
             if self._monitors and crashed:
                 self._crashed_runs.add(run)
-                return True
             if not self._monitors:
                 del self._open[self._key]
-                self.server.close()
-                for each in self._crashed_runs:
-                    self._key[0].remove_run(each)
-            return False
+            try:
+                for target_file in self._target_files.values():
+                    if not crashed:
+                        target_file.discard(run)
+                    if not self._monitors:
+                        target_file.leave_behind()
+            finally:
+                if not self._monitors:
+                    self.server.close()
+                    for each in self._crashed_runs:
+                        self._key[0].remove_run(each)
+
+    @classmethod
+    def has_crashed(cls, aggregator: RunAggregator, run: str) -> bool:
+        """Whether the series of a run have to stay: it has crashed, and others go on, so that `up` will not tell."""
+        with cls._lock:
+            return any(
+                served._key[0] is aggregator and run in served._crashed_runs for served in cls._open.values()
+            )
 
     @classmethod
     def forget_crashed(cls, aggregator: RunAggregator, run: str) -> None:
@@ -425,3 +440,14 @@ class _SharedServer:
                 if served._key[0] is aggregator and run in served._crashed_runs:
                     served._crashed_runs.remove(run)
                     aggregator.remove_run(run)
+
+
+def _begin_anew() -> None:
+    """In a forked child: what is served there is not what its parent serves."""
+    global _process_aggregator
+    _process_aggregator = RunAggregator()
+    _SharedServer._open = {}
+    _SharedServer._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)

@@ -1,6 +1,7 @@
 """Real servers for tests: each on a free port of 127.0.0.1, each ended with its test."""
 
 import json
+import shutil
 import socket
 import sys
 import time
@@ -18,7 +19,7 @@ import yaml
 from stack import configuration
 from stack.configuration import Ports
 from stack.processes import ChildProcess
-from stack.servers import ROOT, Servers, provide
+from stack.servers import ROOT, Servers, package_root, provide
 
 Result = TypeVar("Result")
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -111,6 +112,13 @@ class Observability:
 def servers() -> Servers:
     """Executables of Prometheus and Alertmanager."""
     return provide()
+
+
+@pytest.fixture(scope="session")
+def node_exporter() -> Path:
+    """Debian's node_exporter, from PATH or unpacked beside the other servers."""
+    name = "prometheus-node-exporter"
+    return Path(shutil.which(name) or package_root(name) / "usr/bin" / name)
 
 
 @pytest.fixture

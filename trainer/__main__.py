@@ -1,5 +1,6 @@
 """`python -m trainer`, and its commands `evaluate` and `inspect`."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -58,13 +59,14 @@ def _examine(command: str, arguments: list[str], stop: StopRequest) -> int:
 
 
 def _failed(error: Exception, code: int) -> int:
-    print(f"python -m trainer: error: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"python -m trainer: error: {error}", file=sys.stderr, flush=True)
     return code
 
 
 def _let_go_of_what_cannot_be_written() -> None:
     """On a full disk, say: Python would try again at the exit, and make an exit code of its own of it."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
         try:
             stream.flush()
         except OSError:

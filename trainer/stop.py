@@ -18,6 +18,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._at = 0.0
+        self._must_finish = False
 
     def __call__(self) -> bool:
         return self.signum is not None
@@ -37,7 +38,7 @@ class StopRequest:
         def request(signum: int, frame: FrameType | None) -> None:
             if self.signum is None:
                 self.signum, self._at = signum, time.monotonic()
-            elif time.monotonic() - self._at > AGAIN_SECONDS:
+            elif not self._must_finish and time.monotonic() - self._at > AGAIN_SECONDS:
                 raise KeyboardInterrupt
 
         heard = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
@@ -47,3 +48,12 @@ class StopRequest:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """What is done meanwhile is not interrupted by a second signal; what a signal asks for is under way already."""
+        self._must_finish = True
+        try:
+            yield
+        finally:
+            self._must_finish = False

@@ -411,9 +411,10 @@ def _lead(training: Training, stop: StopRequest) -> int:
             if stop() and isinstance(sys.exception(), (KeyboardInterrupt, types.NoneType)):
                 how = f"stopped by {signal.Signals(stop.signum).name}"
             # First what cannot be had again: a folder of the others may keep one waiting.
-            checkpoints.close()
-            if how != "failed":
-                target_file.discard(config.run_name)
+            with stop.deaf():
+                checkpoints.close()
+                if how != "failed":
+                    target_file.discard(config.run_name)
             if textfile is not None:
                 textfile.close(remove=how != "failed")
             say(_closing_line(training, how, checkpoints.last))

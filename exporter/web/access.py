@@ -67,6 +67,8 @@ class Access:
         self, users: Mapping[str, str], user: str, password: bytes, client: str
     ) -> Response | None:
         is_right = await self._passwords.are_right(users, user, password, client)
+        if is_right is None:
+            return Response.text(HTTPStatus.SERVICE_UNAVAILABLE, "Passwords cannot be compared now; see the log.")
         return None if is_right else _unauthorized()
 
 
@@ -82,7 +84,7 @@ class _Question:
     digest: bytes
     password: bytes
     hashed: str
-    answer: asyncio.Future[bool]
+    answer: asyncio.Future[bool | None]
     askers: int = 0
 
 
@@ -100,6 +102,7 @@ class _Passwords:
         self._asked: dict[bytes, _Question] = {}
         self._turns: OrderedDict[str, deque[_Question]] = OrderedDict()  # by client, the next one first
         self._checking: asyncio.Task[None] | None = None
+        self._is_failing = False
 
     def known(self, users: Mapping[str, str], user: str, password: bytes) -> bool | None:
         """What was found before; None where nothing was."""
@@ -109,8 +112,8 @@ class _Passwords:
         self._known.move_to_end(digest)
         return self._known[digest] and user in users
 
-    async def are_right(self, users: Mapping[str, str], user: str, password: bytes, client: str) -> bool:
-        """Whether `user` has this password; found out when it is the turn of `client`."""
+    async def are_right(self, users: Mapping[str, str], user: str, password: bytes, client: str) -> bool | None:
+        """Whether `user` has this password, found out when it is the turn of `client`; None where it cannot be."""
         loop = asyncio.get_running_loop()
         digest, hashed = self._question(users, user, password)
         question = self._asked.get(digest)
@@ -121,7 +124,8 @@ class _Passwords:
                 self._checking = loop.create_task(self._check_all())
         question.askers += 1
         try:
-            return await asyncio.shield(question.answer) and user in users
+            is_right = await asyncio.shield(question.answer)
+            return is_right and user in users
         finally:
             question.askers -= 1
             questions = self._turns.get(question.client, ())
@@ -136,10 +140,17 @@ class _Passwords:
                 continue
             question = questions.popleft()
             self._turns[client] = questions  # at the end
-            is_right, seconds = await _compare(question.password, question.hashed)
-            self._known[question.digest] = is_right
-            while len(self._known) > _REMEMBERED_CHECKS:
-                self._known.popitem(last=False)
+            try:
+                is_right, seconds = await _compare(question.password, question.hashed)
+            except Exception as error:  # no thread is to be had, say
+                is_right, seconds = None, CHECKING_SHARE
+                if not self._is_failing:
+                    _log.error("passwords cannot be compared until this works again: %s", error)
+            else:
+                self._known[question.digest] = is_right
+                while len(self._known) > _REMEMBERED_CHECKS:
+                    self._known.popitem(last=False)
+            self._is_failing = is_right is None
             del self._asked[question.digest]
             question.answer.set_result(is_right)
             # The answer goes out at once; it is the next question that waits.
@@ -161,23 +172,31 @@ class _Passwords:
 
 
 def _compare(password: bytes, hashed: str) -> asyncio.Future[tuple[bool, float]]:
-    """Whether they belong together, and the seconds of CPU time that it took, from a thread that nobody waits for."""
+    """Whether they belong together, and the seconds of CPU time that it took, from a thread that nobody waits for.
+
+    Raises:
+        RuntimeError: no thread can be started.
+    """
     loop = asyncio.get_running_loop()
     compared: asyncio.Future[tuple[bool, float]] = loop.create_future()
 
-    def settle(is_right: bool, seconds: float) -> None:
-        if not compared.done():
-            compared.set_result((is_right, seconds))
+    def settle(result: tuple[bool, float] | Exception) -> None:
+        if compared.done():
+            return
+        if isinstance(result, Exception):
+            compared.set_exception(result)
+        else:
+            compared.set_result(result)
 
     def compare() -> None:
         started = time.thread_time()
         try:
             is_right = bcrypt.checkpw(password[:_BCRYPT_BYTES], hashed.encode())
-        except Exception:
-            _log.exception("a password could not be compared")
-            is_right = False
+            result = is_right, time.thread_time() - started
+        except Exception as error:
+            result = error
         with contextlib.suppress(RuntimeError):  # the server is closed
-            loop.call_soon_threadsafe(settle, is_right, time.thread_time() - started)
+            loop.call_soon_threadsafe(settle, result)
 
     threading.Thread(target=compare, name="metrics-passwords", daemon=True).start()
     return compared

@@ -22,6 +22,7 @@ from types import MappingProxyType
 import yaml
 
 _RECHECK_SECONDS = 1.0
+_PATIENCE_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
 _VERSIONS = {
@@ -120,20 +121,33 @@ class WebConfigFile:
         self._config = read_web_config(self._path)
         self._checked_at = time.monotonic()
         self._complaint = ""
-        self._lock = threading.Lock()
+        self._check: threading.Thread | None = None
 
     @property
     def is_tls(self) -> bool:
         return self._config.tls is not None
 
     def current(self) -> WebConfig:
-        """The newest version that can be used; the files are looked at once a second at most."""
-        with self._lock:
-            if time.monotonic() - self._checked_at >= _RECHECK_SECONDS:
-                self._checked_at = time.monotonic()
-                if any(_state(path) != state for path, state in self._config.files.items()):
-                    self._reload()
-            return self._config
+        """The newest version that can be used; the files are looked at once a second at most.
+
+        That happens in a thread, for a file system that does not answer must not keep the endpoint from answering.
+        Meanwhile the version before is in force.
+        """
+        is_due = time.monotonic() - self._checked_at >= _RECHECK_SECONDS
+        if is_due and (self._check is None or not self._check.is_alive()):
+            self._checked_at = time.monotonic()
+            self._check = threading.Thread(target=self._look, name="metrics-config", daemon=True)
+            try:
+                self._check.start()
+            except RuntimeError:  # there are too many already
+                self._look()
+            else:
+                self._check.join(_PATIENCE_SECONDS)
+        return self._config
+
+    def _look(self) -> None:
+        if any(_state(path) != state for path, state in self._config.files.items()):
+            self._reload()
 
     def _reload(self) -> None:
         """As often as it takes: what fails now may be on its way."""

@@ -29,24 +29,26 @@ REQUEST_SECONDS = 8.0
 """A connection has this long for its TLS handshake and a whole request, and again after each response."""
 RESPONSE_SECONDS = 8.0
 """A client has this long to take its response."""
-PATIENCE_SECONDS = 30.0
-"""A response that is not ready at once may take this long."""
+PATIENCE_SECONDS = 10.0
+"""A response that is not ready at once may take this long, which is how long Prometheus waits."""
 DRAIN_SECONDS = 1.0
 """A client whose request is not read to its end has this long to see that, before the connection is cut."""
 MAX_CONNECTIONS = 600
-"""Or as many as half of the descriptors that the process may have. Where there are more, the one that has waited
-longest with its request is closed."""
+"""Or as many as half of the descriptors that the process may have. One more closes the one that got its last answer,
+or was opened, before all others."""
 MAX_HEADER_BYTES = 16 * 1024
 CPU_SHARE = 0.035
 """Of one core, that the serving thread takes in the long run; what it cannot do with that waits. The training loses
 about twice as much, for every answer makes it change threads a few times."""
 CPU_BURST_SECONDS = 0.2
 """Of CPU time, that the serving thread saves up while it is idle."""
+_LONGEST_PAUSE_SECONDS = 5.0  # whatever has been used: a garbage collection, say, may fall to the serving thread
 _SPELL_SECONDS = 0.005  # of CPU time between two pauses, so that they are few, and several clients are served
 _ACCEPTED_AT_ONCE = 16  # so that who is new has its turn among many who are not
 _RECEIVED_BYTES = 16 * 1024  # at a time
 _MAX_DRAINED_BYTES = 256 * 1024
 _LONGEST_FORK_DELAY_SECONDS = 1.0
+_CLOSE_SECONDS = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -106,14 +108,14 @@ class HttpServer:
         self.respond = respond
         self.tls = tls
         self.admits = admits
-        self.connections: set[_Connection] = set()
-        self.waiting: dict[_Connection, None] = {}  # for a request, the longest first
+        self.connections: dict[_Connection, None] = {}  # the one that has not been answered for longest first
         self._to_read: deque[_Connection] = deque()
         self._max_connections = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._listener = listener
         self.selector = _PacedSelector()
         self.loop = asyncio.SelectorEventLoop(self.selector)
         self.loop.set_exception_handler(_log_loop_error)
+        self._is_out_of_descriptors = False
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="metrics-server", daemon=True)
         listener.setblocking(False)
@@ -125,7 +127,9 @@ class HttpServer:
         if self._pid == os.getpid() and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.selector.hurry.set()
-            self._thread.join()
+            self._thread.join(_CLOSE_SECONDS)
+            if self._thread.is_alive():
+                _log.warning("an answer has not come to its end for %g s; its clients still wait", _CLOSE_SECONDS)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -153,15 +157,15 @@ class HttpServer:
                 sock, (client, *_) = self._listener.accept()
             except OSError as error:  # most often that nobody else is there
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    _log.warning("cannot accept a connection: %s", error.strerror)
+                    if not self._is_out_of_descriptors:
+                        _log.warning("no connection can be accepted until this works again: %s", error.strerror)
+                    self._is_out_of_descriptors = True
                     self.loop.remove_reader(self._listener)
                     self.loop.call_later(1.0, self._listen)
                 return
+            self._is_out_of_descriptors = False
             if len(self.connections) >= self._max_connections:
-                if not self.waiting:
-                    sock.close()
-                    continue
-                next(iter(self.waiting)).abort()
+                next(iter(self.connections)).abort()
             try:
                 sock.setblocking(False)
                 _Connection(self, sock, client)
@@ -229,7 +233,6 @@ class _Connection:
         self._must_drain = False
         self._task: asyncio.Task[Response] | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        server.connections.add(self)
         self._expect_request()
 
     def abort(self) -> None:
@@ -238,8 +241,7 @@ class _Connection:
         self._read_on(False)
         self._write_on(False)
         self._deadline.cancel()
-        self._server.connections.discard(self)
-        self._server.waiting.pop(self, None)
+        self._server.connections.pop(self, None)
         self._answered()
         if self._task is not None:
             self._task.cancel()
@@ -273,7 +275,8 @@ class _Connection:
         self._deadline = self._server.loop.call_later(seconds, self.abort)
 
     def _expect_request(self) -> None:
-        self._server.waiting[self] = None
+        self._server.connections.pop(self, None)
+        self._server.connections[self] = None
         self._within(REQUEST_SECONDS)
         rest, is_end = self._http.trailing_data
         self._read_on(not (rest or is_end))
@@ -338,7 +341,6 @@ class _Connection:
         self._request = request
         self._is_answering = True
         self._must_drain = is_last
-        self._server.waiting.pop(self, None)
         self._within(RESPONSE_SECONDS)
 
     def _refuse(self, status: HTTPStatus) -> None:
@@ -493,10 +495,9 @@ class _Tls:
                     raise _NotAdmitted
             while part := self._object.read(_RECEIVED_BYTES):
                 plain += part
+            self.is_end = True
         except ssl.SSLWantReadError:
             pass
-        except ssl.SSLZeroReturnError:
-            self.is_end = True
         return plain
 
     def encrypt(self, data: bytes) -> bytes:
@@ -546,6 +547,7 @@ class _PacedSelector(selectors.DefaultSelector):
         if self._at is not None:
             earned = CPU_SHARE * (now - self._at[0]) - (used - self._at[1])
             self.saved_up = min(self.saved_up + earned, CPU_BURST_SECONDS)
+            self.saved_up = max(self.saved_up, -_LONGEST_PAUSE_SECONDS * CPU_SHARE)
         self._at = now, used
         self.working.release()
         try:

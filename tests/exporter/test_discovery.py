@@ -100,7 +100,7 @@ def test_what_cannot_be_known_to_be_dead_stays(tmp_path: Path):
         "container": (dead._replace(pid_namespace="pid:[1]"), False),
         "rebooted-container": (reboot._replace(pid_namespace="pid:[1]"), False),
         "host": (dead._replace(host="x/y"), False),
-        "alive": (own, False),
+        "alive": (own._replace(pid=os.getppid(), started=discovery._start_ticks(os.getppid())), False),
     }
     for name, (process, _) in cases.items():
         labels = {"run": name, PROCESS_LABEL: str(process)}

@@ -1,5 +1,6 @@
 """`GradientMonitor` on optimizers that know nothing of it."""
 
+import contextlib
 import copy
 import logging
 import math
@@ -395,6 +396,19 @@ def test_a_run_that_crashes_beside_another_stays_to_be_seen_stalled_until_it_beg
     assert aggregator.snapshot.runs == {}
 
 
+def test_a_run_that_begins_again_after_an_exception_replaces_the_target_file_that_it_left(policy, tmp_path):
+    paths = []
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), monitor_of(policy, RunAggregator(), "a").attach(adam(policy)) as monitor:
+            monitor.serve(port=0, targets_dir=tmp_path)
+            paths.append(next(path for path in tmp_path.iterdir() if path not in paths))
+            1 / 0
+        assert list(tmp_path.iterdir()) == [paths[-1]]
+    with monitor_of(policy, RunAggregator(), "a").attach(adam(policy)) as monitor:
+        monitor.serve(port=0, targets_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_closing_that_is_interrupted_and_called_again_takes_nothing_from_others(policy, aggregator, monkeypatch):
     optimizer = adam(policy)
     first, second = (monitor_of(policy, aggregator, name).attach(optimizer) for name in ("a", "b"))
@@ -412,6 +426,21 @@ def test_closing_that_is_interrupted_and_called_again_takes_nothing_from_others(
     assert urllib.request.urlopen(server.url).status == 200
     assert set(aggregator.snapshot.runs) == {"b"}
     second.close()
+
+
+def test_an_interrupt_while_the_last_window_is_awaited_leaves_nothing_open(policy, aggregator, monkeypatch, tmp_path):
+    monitor = monitor_of(policy, aggregator).attach(adam(policy))
+    url = monitor.serve(port=0, targets_dir=tmp_path, textfile_dir=tmp_path)
+
+    def interrupted(**given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(monitor, "_publish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        monitor.close()
+    assert list(tmp_path.iterdir()) == [] and aggregator.snapshot.runs == {}
+    with pytest.raises(OSError):
+        urllib.request.urlopen(url)
 
 
 def test_an_endpoint_that_cannot_be_had_whole_is_not_had_at_all(policy, aggregator, tmp_path):
@@ -435,6 +464,21 @@ def test_a_forked_child_that_leaves_takes_nothing_along(policy, aggregator, tmp_
         os.waitpid(child, 0)
         assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".prom", ".lock"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_child_serves_its_own_runs_on_a_port_of_its_own(policy):
+    with GradientMonitor(dict(policy.heads), "a").attach(adam(policy)) as monitor:
+        url = monitor.serve(port=0)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                own = GradientMonitor(dict(policy.heads), "b").attach(adam(policy))
+                with pytest.raises(OSError, match="Address already in use"):
+                    own.serve(port=int(url.split(":")[2].split("/")[0]))
+                code = int('run="a"' in urllib.request.urlopen(own.serve(port=0)).read().decode())
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_an_unknown_signal_is_refused_with_the_nearest_one(policy, aggregator):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 
 import bcrypt
@@ -26,6 +27,7 @@ from exporter.health import STALLED_SECONDS
 from exporter.metrics import build_collectors
 from exporter.snapshot import Snapshot
 from exporter.web import connections
+from exporter.web import exposition as exposition_module
 from exporter.web.connections import Request, Response
 from exporter.web.exposition import DEFAULT_FORMAT, Exposition
 
@@ -190,7 +192,8 @@ def test_a_page_that_fails_is_logged_once_and_takes_nothing_with_it(caplog):
     assert [record.message for record in caplog.records] == ["/fails cannot be answered until this works again"]
 
 
-def test_where_the_cpu_is_short_what_was_said_a_moment_ago_must_do():
+def test_where_the_cpu_is_short_what_was_said_a_moment_ago_must_do(monkeypatch):
+    monkeypatch.setattr(exposition_module, "OLD_SECONDS", 3600.0)
     aggregator = trained_aggregator()
     exposition = Exposition(build_collectors(aggregator), {})
 
@@ -202,7 +205,8 @@ def test_where_the_cpu_is_short_what_was_said_a_moment_ago_must_do():
     emit_ppo_update(UPDATE, run="r", handler=aggregator)
     assert (updates(True), updates(False), updates(True)) == (b"1.0", b"2.0", b"2.0")
     emit_ppo_update(UPDATE, run="r", handler=aggregator)
-    wait_until(lambda: updates(True) == b"3.0", "a moment is over", 5)
+    monkeypatch.setattr(exposition_module, "OLD_SECONDS", 0.0)
+    assert updates(True) == b"3.0"
 
 
 def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(url):
@@ -218,7 +222,8 @@ def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(url):
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_who_has_said_all_it_has_to_say_is_answered_all_the_same(tmp_path, scheme):
+def test_who_has_said_all_it_has_to_say_is_answered_all_the_same(tmp_path, scheme, monkeypatch):
+    monkeypatch.setattr(connections, "REQUEST_SECONDS", 600.0)  # there is nothing to wait for
     tls, file = protected(tmp_path) if scheme == "https" else (None, None)
     with MetricsServer(trained_aggregator(), port=0, web_config_file=file) as server:
         with hold(server.port, b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n", tls) as client:
@@ -229,7 +234,10 @@ def test_who_has_said_all_it_has_to_say_is_answered_all_the_same(tmp_path, schem
                 with pytest.raises(ssl.SSLWantReadError):
                     client.unwrap()  # says so, and does not wait for the same from the other side
                 client.setblocking(True)
-            answer = b"".join(iter(lambda: client.recv(65536), b""))
+            answer = b""
+            with contextlib.suppress(ssl.SSLZeroReturnError):  # both have said so
+                while received := client.recv(65536):
+                    answer += received
     assert answer.startswith(b"HTTP/1.1 200 OK") and answer.endswith(b"Healthy.\n")
 
 
@@ -254,12 +262,12 @@ def test_what_is_refused_or_not_read_to_its_end_is_answered_and_ends_the_connect
     assert ask(url).status == 200
 
 
-def slow_reader(port: int) -> socket.socket:
+def slow_reader(port: int, head: bytes = b"GET /metrics HTTP/1.1\r\nHost: x\r\n") -> socket.socket:
     """Asks 400 times, and has no room for the answers."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     client.connect(("127.0.0.1", port))
-    client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
+    client.sendall((head + b"\r\n") * 400)
     return client
 
 
@@ -281,7 +289,7 @@ HEAD = b"GET /metrics HTTP/1.1\r\nHost: x\r\n"
 @pytest.mark.parametrize(
     "request_",
     [
-        HEAD.replace(b"?", b"?name[]=ppo_gradient_cv") + b"\r\n",
+        HEAD.replace(b"/metrics", b"/metrics?name[]=ppo_gradient_cv") + b"\r\n",
         HEAD + b"Accept: " + b"a/b;q=0.5," * 1500 + b"\r\n\r\n",
         HEAD.replace(b"GET", b"POST") + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 2000,
         HEAD.replace(b"/metrics", b"/nowhere") + b"\r\n",
@@ -323,12 +331,7 @@ def test_scrapes_beyond_the_limit_are_sent_away_and_nothing_else_counts(tmp_path
     header = {"Authorization": "Basic " + base64.b64encode(b"a:b").decode()}
 
     def not_reading(port: int, path: bytes, authorization: str) -> socket.socket:
-        head = b"GET " + path + b" HTTP/1.1\r\nHost: x\r\nAuthorization: " + authorization.encode() + b"\r\n\r\n"
-        client = socket.socket()
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        client.connect(("127.0.0.1", port))
-        client.sendall(head * 400)
-        return client
+        return slow_reader(port, b"GET %b HTTP/1.1\r\nHost: x\r\nAuthorization: %b\r\n" % (path, authorization.encode()))
 
     with MetricsServer(trained_aggregator(), port=0, max_requests=3, web_config_file=file) as server:
         scrape = partial(ask, server.url, **header)
@@ -383,6 +386,30 @@ def test_held_connections_are_closed_and_keep_nobody_from_scraping(tmp_path, sch
         for client in held:
             client.close()
         wait_until(lambda: resources()[1] <= descriptors, "their descriptors are free")
+
+
+def test_an_answer_that_took_long_keeps_others_waiting_for_seconds_only(monkeypatch):
+    monkeypatch.setattr(connections, "CPU_SHARE", 1e-6)
+    monkeypatch.setattr(connections, "_LONGEST_PAUSE_SECONDS", 0.5)
+
+    def work(request: Request) -> Response:
+        until = time.thread_time() + 0.3
+        while time.thread_time() < until:
+            pass
+        return Response.text(HTTPStatus.OK, "done")
+
+    with MetricsServer(trained_aggregator(), port=0, handlers={"/work": work}) as server:
+        for path in ("/work", "/work", "/-/healthy"):
+            assert ask(server.url, path).status == 200
+
+
+def test_who_asks_and_takes_no_answer_keeps_nobody_out(monkeypatch):
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 10)
+    with MetricsServer(trained_aggregator(), port=0) as server:
+        readers = [slow_reader(server.port) for _ in range(15)]
+        assert ask(server.url, "/-/healthy").status == 200
+        for client in readers:
+            client.close()
 
 
 def test_the_connection_that_has_waited_longest_makes_room(monkeypatch):

@@ -3,7 +3,6 @@
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from exporter import RunAggregator, delivery, emit_ppo_update
 from exporter.delivery import Textfile
 from exporter.metrics import METRIC_FAMILIES
-from stack.servers import ROOT, package_root
+from stack.servers import ROOT
 
 TINY = ("--num-envs", "4", "--rollout-steps", "16", "--minibatch-size", "32", "--checkpoint-every", "0")
 
@@ -39,13 +38,6 @@ def samples(text: str) -> dict[str, dict[tuple, float]]:
             key = tuple(sorted((name, value) for name, value in labels.items() if value))
             result.setdefault(sample.name, {})[key] = sample.value
     return result
-
-
-@pytest.fixture(scope="session")
-def node_exporter() -> Path:
-    """Debian's node_exporter, from PATH or unpacked beside the other servers."""
-    name = "prometheus-node-exporter"
-    return Path(shutil.which(name) or package_root(name) / "usr/bin" / name)
 
 
 @pytest.fixture
@@ -190,15 +182,33 @@ def test_a_forked_child_and_a_name_that_is_too_long(folder):
 
 
 def test_a_file_system_that_does_not_answer_holds_up_nobody_for_long(folder, caplog, monkeypatch):
-    answers = threading.Event()
+    is_asked, answers = threading.Event(), threading.Event()
     file = Textfile(folder, trained_aggregator(), "r", interval=0.01)
-    monkeypatch.setattr(delivery, "write_to_textfile", lambda *given: answers.wait())
+    monkeypatch.setattr(delivery, "write_to_textfile", lambda *given: (is_asked.set(), answers.wait()))
     monkeypatch.setattr(delivery, "_CLOSE_SECONDS", 0.1)
-    time.sleep(0.05)
+    assert is_asked.wait(20)
     file.close(remove=True)
     assert "its file system has not answered" in caplog.text
     answers.set()
     wait_until(lambda: list(folder.iterdir()) == [], "removed when it does")
+
+
+def test_a_lock_whose_file_has_gone_is_none(folder, monkeypatch):
+    first = Textfile(folder, trained_aggregator(), "r")
+    real, ends = os.open, [lambda: first.close(remove=False)]
+
+    def opened(path: Path, *given: int) -> int:
+        descriptor = real(path, *given)
+        if Path(path).suffix == ".lock" and ends:
+            ends.pop()()  # between the opening of the file and its locking
+        return descriptor
+
+    monkeypatch.setattr(os, "open", opened)
+    second = Textfile(folder, trained_aggregator(), "r")
+    with pytest.raises(OSError, match="another process writes a run of the name r"):
+        Textfile(folder, trained_aggregator(), "r")
+    second.close(remove=True)
+    assert list(folder.iterdir()) == []
 
 
 def test_a_killed_trainer_leaves_its_last_values_and_their_age(train, scrape, folder):

@@ -25,8 +25,7 @@ from endpoint import Answer, ask, client_context, hold, make_certificate, traine
 
 from exporter import MetricsServer
 from exporter.server import WebConfigError
-from exporter.web import access, config
-from stack.servers import DIRECTORY, _fetch
+from exporter.web import access, config, connections
 
 ALICE = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
 BOB = bcrypt.hashpw("пароль:s".encode(), bcrypt.gensalt(4)).decode().replace("$2b$", "$2y$")
@@ -266,13 +265,52 @@ def test_who_guesses_passwords_keeps_nobody_out(serve, source):
         for number in range(16):
             guessers.submit(guess, number)
         try:
-            wait_until(lambda: threading.active_count() > 17, "passwords are being compared")
+            wait_until(
+                lambda: any(thread.name == "metrics-passwords" for thread in threading.enumerate()),
+                "passwords are being compared",
+            )
             assert ask(server.url, Authorization=basic("alice", "secret")).status == 200
         finally:
             ended.set()
 
 
+def test_more_guessers_than_connections_keep_nobody_out(serve, monkeypatch):
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 10)
+    server = serve(f"basic_auth_users:\n  alice: {ALICE}\n")
+    right = {"Authorization": basic("alice", "secret")}
+    assert ask(server.url, **right).status == 200
+    ended = threading.Event()
+    monkeypatch.setattr(access.bcrypt, "checkpw", lambda *given: ended.wait(20))
+    guesses = (
+        f"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: {basic('alice', str(number))}\r\n\r\n" for number in range(30)
+    )
+    clients = [hold(server.port, guess.encode(), None) for guess in guesses]
+    assert ask(server.url, **right).status == 200
+    ended.set()
+    for client in clients:
+        client.close()
+
+
+def test_where_passwords_cannot_be_compared_they_are_once_they_can_be_again(serve, monkeypatch, caplog):
+    server = serve(f"basic_auth_users:\n  alice: {ALICE}\n")
+    right = {"Authorization": basic("alice", "secret")}
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "metrics-passwords":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert [ask(server.url, **right).status for _ in range(2)] == [503, 503]
+    assert caplog.text.count("passwords cannot be compared until this works again: can't start new thread") == 1
+    assert ask(server.url, **right).status == 200
+
+
 def test_a_password_that_nobody_waits_for_is_not_compared_and_closing_waits_for_none(serve, monkeypatch, recwarn):
+    gc.collect()
+    recwarn.clear()
     compared = []
 
     def slow(password: bytes, hashed: bytes) -> bool:
@@ -292,6 +330,23 @@ def test_a_password_that_nobody_waits_for_is_not_compared_and_closing_waits_for_
     server.close()
     gc.collect()
     assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_file_system_that_does_not_answer_leaves_the_configuration_before_in_force(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "_RECHECK_SECONDS", 0.0)
+    server = serve(f"basic_auth_users:\n  alice: {ALICE}\n")
+    file = tmp_path / "web.yml"
+    file.unlink()
+    os.mkfifo(file)  # whose reader waits for a writer
+    try:
+        for _ in range(3):
+            assert ask(server.url).status == 401
+            assert ask(server.url, Authorization=basic("alice", "secret")).status == 200
+        server.close()
+        with pytest.raises(ConnectionRefusedError):
+            ask(server.url)
+    finally:
+        os.close(os.open(file, os.O_WRONLY))
 
 
 def test_headers_and_rate_limit(serve):
@@ -360,17 +415,6 @@ def test_a_file_that_changes_while_it_is_read_is_read_again_and_an_emptied_one_o
     assert wait_until(lambda: reads or ask(server.url).status == 200, "it is read") is reads
     wait_until(lambda: ask(server.url, Authorization=bob).status == 200, "the rest is found")
     assert ask(server.url).status == ask(server.url, Authorization=alice).status == 401
-
-
-@pytest.fixture(scope="session")
-def node_exporter() -> Path:
-    """Debian's node_exporter, from PATH or unpacked beside the other servers."""
-    if found := shutil.which("prometheus-node-exporter"):
-        return Path(found)
-    root = DIRECTORY / "prometheus-node-exporter"
-    if not root.exists():
-        _fetch("prometheus-node-exporter", root)
-    return root / "usr/bin/prometheus-node-exporter"
 
 
 def test_node_exporter_takes_the_same_file_and_does_the_same(serve, tmp_path, node_exporter):

@@ -123,6 +123,42 @@ def test_a_signal_that_comes_twice_at_once_costs_no_checkpoint_and_one_that_come
     assert process.returncode == 143 and "stopped by SIGTERM" in out
 
 
+def test_a_signal_that_comes_again_does_not_cost_the_checkpoint_that_is_being_written(tmp_path):
+    code = (
+        "import sys, time; from trainer import __main__, checkpoint; real = checkpoint.RunFolder.write\n"
+        "def slow(*given): print('writing', flush=True); time.sleep(2.5); return real(*given)\n"
+        "checkpoint.RunFolder.write = slow; sys.exit(__main__.main())"
+    )
+    flags = ("--total-timesteps", "100000000", "--checkpoint-every", "100000")
+    arguments = command(tmp_path, *SMALL, *flags)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments[arguments.index("trainer") + 1 :]],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_update(endpoint(process))
+    process.terminate()
+    assert "writing\n" in iter(process.stdout.readline, "")
+    time.sleep(1.1)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, "") and "stopped by SIGTERM" in out
+    assert list((tmp_path / "checkpoints").glob("*/*.pt")) and not list((tmp_path / "targets").iterdir())
+
+
+@pytest.mark.parametrize("closed", [1, 2], ids=["stdout", "stderr"])
+def test_a_run_without_an_output_ends_as_it_should(tmp_path, closed):
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$@" {closed}>&-', "bash", *command(tmp_path, *SMALL, "--total-timesteps", str(256 * 2))],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_run_that_is_to_outlive_its_terminal_does(tmp_path):
     process = subprocess.Popen(
         ["nohup", *command(tmp_path, *SMALL, "--total-timesteps", "100000000")],
