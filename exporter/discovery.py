@@ -114,7 +114,7 @@ class TargetFile:
             if path != self.path and _is_left_behind(path, self._runs):
                 with contextlib.suppress(OSError):
                     path.unlink()
-                    _log.warning("removed %s, whose process is gone", path)
+                    _log.warning("removed %s, for its process is gone, or its run begins again", path)
 
     def _write(self) -> None:
         labels = {"run": ",".join(self._runs), "instance": self._target}

@@ -183,8 +183,8 @@ class TrainerConfig:
     )
     pushgateway: str | None = _option(
         None,
-        f"URL of a Pushgateway that gets the run's final state, as job {PUSH_JOB}, at a clean end and after SIGINT or "
-        "SIGTERM",
+        f"URL of a Pushgateway that gets the run's final state, as job {PUSH_JOB}, at a clean end and after SIGINT, "
+        "SIGTERM or SIGHUP",
         group=_TELEMETRY,
         local=True,
     )

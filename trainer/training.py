@@ -328,7 +328,7 @@ def train(config: TrainerConfig, stop: StopRequest) -> int:
     the last completed update is written in any case.
 
     Returns:
-        Exit code: 0 at the end, 128 + signal number after SIGINT or SIGTERM.
+        Exit code: 0 at the end, 128 + signal number after SIGINT, SIGTERM or SIGHUP.
 
     Raises:
         ConfigError: the run cannot start as configured.
