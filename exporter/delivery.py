@@ -27,6 +27,7 @@ PUSH_JOB = "ppo_final"
 PUSH_TIMEOUT_SECONDS = 10.0
 _MOST_OF_A_BODY = 500
 _CLOSE_SECONDS = 5.0
+_LOCK_TRIES = 10
 _LONGEST_NAME = 200  # with what is added while it is written, below the 255 bytes of common file systems
 _log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Textfile:
 
         It is open for reading, so that a file system can be made read-only meanwhile.
         """
-        while True:
+        for _ in range(_LOCK_TRIES):
             descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,6 +139,8 @@ class Textfile:
             except OSError:
                 break  # a file system without locks
             os.close(descriptor)  # who had it has ended meanwhile, and taken the file along
+        else:
+            raise OSError(errno.EBUSY, "its lock is another one each time")
         _locks.add(descriptor)
         return descriptor
 

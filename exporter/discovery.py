@@ -92,6 +92,11 @@ class TargetFile:
             # The end of a run must not fail for it.
             _log.warning("%s still names run %s, which will look down: %s", self.path, run, error.strerror)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody keeps the file any more."""
+        return self._ended.is_set()
+
     def leave_behind(self) -> None:
         """As after a crash of the process: nobody keeps the file any more."""
         self._ended.set()

@@ -398,31 +398,33 @@ class _SharedServer:
 
     def announce(self, directory: Path, run: str) -> None:
         with self._lock:
-            if directory in self._target_files:
-                self._target_files[directory].add(run)
+            known = self._target_files.get(directory)
+            if known is not None and not known.has_ended:
+                known.add(run)
             else:
                 target = host_and_port(TargetFile.reachable(self.server.address), self.server.port)
                 self._target_files[directory] = TargetFile(directory, target, run, scheme=self.server.scheme)
 
     def leave(self, run: str, crashed: bool) -> None:
         """The last one closes the endpoint."""
-        with self._lock:
+        with self._lock, ExitStack() as last_first:
             self._monitors -= 1
-            if self._monitors and crashed:
-                self._crashed_runs.add(run)
-            if not self._monitors:
+            is_last = self._monitors == 0
+            if is_last:
                 del self._open[self._key]
-            try:
-                for target_file in self._target_files.values():
-                    if not crashed:
-                        target_file.discard(run)
-                    if not self._monitors:
-                        target_file.leave_behind()
-            finally:
-                if not self._monitors:
-                    self.server.close()
-                    for each in self._crashed_runs:
-                        self._key[0].remove_run(each)
+                last_first.callback(self._close)
+            elif crashed:
+                self._crashed_runs.add(run)
+            for target_file in self._target_files.values():
+                if is_last:
+                    last_first.callback(target_file.leave_behind)
+                if not crashed:
+                    last_first.callback(target_file.discard, run)
+
+    def _close(self) -> None:
+        self.server.close()
+        for run in self._crashed_runs:
+            self._key[0].remove_run(run)
 
     @classmethod
     def has_crashed(cls, aggregator: RunAggregator, run: str) -> bool:

@@ -413,8 +413,8 @@ def _lead(training: Training, stop: StopRequest) -> int:
             # First what cannot be had again: a folder of the others may keep one waiting.
             with stop.deaf():
                 checkpoints.close()
-                if how != "failed":
-                    target_file.discard(config.run_name)
+            if how != "failed":
+                target_file.discard(config.run_name)
             if textfile is not None:
                 textfile.close(remove=how != "failed")
             say(_closing_line(training, how, checkpoints.last))

@@ -175,7 +175,7 @@ def _compare(password: bytes, hashed: str) -> asyncio.Future[tuple[bool, float]]
     """Whether they belong together, and the seconds of CPU time that it took, from a thread that nobody waits for.
 
     Raises:
-        RuntimeError: no thread can be started.
+        RuntimeError: no thread can be started, or bcrypt fails.
     """
     loop = asyncio.get_running_loop()
     compared: asyncio.Future[tuple[bool, float]] = loop.create_future()
@@ -193,8 +193,8 @@ def _compare(password: bytes, hashed: str) -> asyncio.Future[tuple[bool, float]]
         try:
             is_right = bcrypt.checkpw(password[:_BCRYPT_BYTES], hashed.encode())
             result = is_right, time.thread_time() - started
-        except Exception as error:
-            result = error
+        except BaseException as error:  # a panic in Rust is no Exception
+            result = RuntimeError(f"{type(error).__name__}: {error}")
         with contextlib.suppress(RuntimeError):  # the server is closed
             loop.call_soon_threadsafe(settle, result)
 

@@ -146,8 +146,11 @@ class WebConfigFile:
         return self._config
 
     def _look(self) -> None:
-        if any(_state(path) != state for path, state in self._config.files.items()):
-            self._reload()
+        try:
+            if any(_state(path) != state for path, state in self._config.files.items()):
+                self._reload()
+        except Exception as error:
+            self._complain(f"{self._path}: {error!r}")
 
     def _reload(self) -> None:
         """As often as it takes: what fails now may be on its way."""
@@ -160,12 +163,15 @@ class WebConfigFile:
                 if is_on != was_on:
                     raise WebConfigError(f"{self._path}: {what} switched on or off by a restart only")
         except WebConfigError as error:
-            if str(error) != self._complaint:
-                _log.error("%s; the configuration before stays in force", error)
-            self._complaint = str(error)
+            self._complain(str(error))
         else:
             self._config, self._complaint = config, ""
             _log.info("%s: read again", self._path)
+
+    def _complain(self, complaint: str) -> None:
+        if complaint != self._complaint:
+            _log.error("%s; the configuration before stays in force", complaint)
+        self._complaint = complaint
 
 
 def _state(path: Path) -> FileState | None:

@@ -39,10 +39,11 @@ or was opened, before all others."""
 MAX_HEADER_BYTES = 16 * 1024
 CPU_SHARE = 0.035
 """Of one core, that the serving thread takes in the long run; what it cannot do with that waits. The training loses
-about twice as much, for every answer makes it change threads a few times."""
+about twice as much, for every answer makes it change threads a few times. Of what is used at once, more than 0.175
+seconds are not made up for."""
 CPU_BURST_SECONDS = 0.2
 """Of CPU time, that the serving thread saves up while it is idle."""
-_LONGEST_PAUSE_SECONDS = 5.0  # whatever has been used: a garbage collection, say, may fall to the serving thread
+_LONGEST_PAUSE_SECONDS = 5.0  # a garbage collection, say, may fall to the serving thread, and take long
 _SPELL_SECONDS = 0.005  # of CPU time between two pauses, so that they are few, and several clients are served
 _ACCEPTED_AT_ONCE = 16  # so that who is new has its turn among many who are not
 _RECEIVED_BYTES = 16 * 1024  # at a time

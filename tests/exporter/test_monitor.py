@@ -13,7 +13,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
-from exporter import GradientMonitor, RunAggregator, gradient_cv, heads_from, row_heads
+from exporter import GradientMonitor, RunAggregator, TargetFile, gradient_cv, heads_from, row_heads
 
 HEADS = ("left", "middle", "right", "up", "down")
 
@@ -409,6 +409,34 @@ def test_a_run_that_begins_again_after_an_exception_replaces_the_target_file_tha
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_at_two_ports_and_one_that_comes_back_to_one_keep_their_target_files(policy, aggregator, tmp_path):
+    host = monitor_of(policy, aggregator, "host").attach(adam(policy))
+    port = int(host.serve(port=0).split(":")[2].split("/")[0])
+    for _ in range(2):
+        with monitor_of(policy, aggregator, "a").attach(adam(policy)) as monitor:
+            monitor.serve(port=port, targets_dir=tmp_path)
+            monitor.serve(port=0, targets_dir=tmp_path)
+            assert len(list(tmp_path.iterdir())) == 2
+        assert list(tmp_path.iterdir()) == []
+    host.close()
+
+
+def test_an_interrupt_while_a_target_file_is_removed_leaves_it_to_the_next_run(policy, monkeypatch, tmp_path):
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    for is_interrupted in (True, False):
+        monitor = monitor_of(policy, RunAggregator(), "a").attach(adam(policy))
+        monitor.serve(port=0, targets_dir=tmp_path)
+        if is_interrupted:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(TargetFile, "discard", interrupted)
+                monitor.close()
+            assert len(list(tmp_path.iterdir())) == 1
+        monitor.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_closing_that_is_interrupted_and_called_again_takes_nothing_from_others(policy, aggregator, monkeypatch):
     optimizer = adam(policy)
     first, second = (monitor_of(policy, aggregator, name).attach(optimizer) for name in ("a", "b"))
@@ -466,17 +494,20 @@ def test_a_forked_child_that_leaves_takes_nothing_along(policy, aggregator, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_forked_child_serves_its_own_runs_on_a_port_of_its_own(policy):
-    with GradientMonitor(dict(policy.heads), "a").attach(adam(policy)) as monitor:
+@pytest.mark.parametrize("shares", [False, True], ids=["its aggregator", "the parent's aggregator"])
+def test_a_forked_child_serves_its_own_runs_on_a_port_of_its_own(policy, aggregator, shares):
+    given = {"aggregator": aggregator} if shares else {}
+    with GradientMonitor(dict(policy.heads), "a", **given).attach(adam(policy)) as monitor:
         url = monitor.serve(port=0)
         child = os.fork()
         if child == 0:
             code = 1
             with contextlib.suppress(BaseException):
-                own = GradientMonitor(dict(policy.heads), "b").attach(adam(policy))
+                own = GradientMonitor(dict(policy.heads), "b", **given).attach(adam(policy))
                 with pytest.raises(OSError, match="Address already in use"):
                     own.serve(port=int(url.split(":")[2].split("/")[0]))
-                code = int('run="a"' in urllib.request.urlopen(own.serve(port=0)).read().decode())
+                text = urllib.request.urlopen(own.serve(port=0)).read().decode()
+                code = int('run="b"' not in text or ('run="a"' in text) != shares)
             os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -233,7 +233,7 @@ def test_who_has_said_all_it_has_to_say_is_answered_all_the_same(tmp_path, schem
                 client.setblocking(False)
                 with pytest.raises(ssl.SSLWantReadError):
                     client.unwrap()  # says so, and does not wait for the same from the other side
-                client.setblocking(True)
+                client.settimeout(20)
             answer = b""
             with contextlib.suppress(ssl.SSLZeroReturnError):  # both have said so
                 while received := client.recv(65536):
@@ -419,6 +419,19 @@ def test_the_connection_that_has_waited_longest_makes_room(monkeypatch):
         assert ask(server.url).status == 200
         closed = [bool(select.select([client], [], [], 0)[0]) for client in held]
         assert closed == [True] * 21 + [False] * 9
+        for client in held:
+            client.close()
+
+
+def test_who_has_just_been_answered_is_not_who_makes_room(monkeypatch):
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 10)
+    request = b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n"
+    with MetricsServer(trained_aggregator(), port=0) as server:
+        held = [hold(server.port, b"", None) for _ in range(10)]
+        for client in (held[0], hold(server.port, b"", None), held[0]):
+            client.sendall(request)
+            assert client.recv(1024).startswith(b"HTTP/1.1 200")
+        assert held[1].recv(1024) == b""
         for client in held:
             client.close()
 

@@ -291,7 +291,8 @@ def test_more_guessers_than_connections_keep_nobody_out(serve, monkeypatch):
         client.close()
 
 
-def test_where_passwords_cannot_be_compared_they_are_once_they_can_be_again(serve, monkeypatch, caplog):
+@pytest.mark.parametrize("failing", ["start", "checkpw"])
+def test_where_passwords_cannot_be_compared_they_are_once_they_can_be_again(serve, monkeypatch, caplog, failing):
     server = serve(f"basic_auth_users:\n  alice: {ALICE}\n")
     right = {"Authorization": basic("alice", "secret")}
     real = threading.Thread.start
@@ -301,10 +302,16 @@ def test_where_passwords_cannot_be_compared_they_are_once_they_can_be_again(serv
             raise RuntimeError("can't start new thread")
         real(thread)
 
+    def panic(*given: bytes) -> bool:
+        raise BaseException("panic")
+
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", start)
+        if failing == "start":
+            patch.setattr(threading.Thread, "start", start)
+        else:
+            patch.setattr(access.bcrypt, "checkpw", panic)
         assert [ask(server.url, **right).status for _ in range(2)] == [503, 503]
-    assert caplog.text.count("passwords cannot be compared until this works again: can't start new thread") == 1
+    assert caplog.text.count("passwords cannot be compared until this works again") == 1
     assert ask(server.url, **right).status == 200
 
 
@@ -342,6 +349,7 @@ def test_a_file_system_that_does_not_answer_leaves_the_configuration_before_in_f
         for _ in range(3):
             assert ask(server.url).status == 401
             assert ask(server.url, Authorization=basic("alice", "secret")).status == 200
+        assert [thread.name for thread in threading.enumerate()].count("metrics-config") == 1
         server.close()
         with pytest.raises(ConnectionRefusedError):
             ask(server.url)
