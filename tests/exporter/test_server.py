@@ -428,10 +428,16 @@ def test_who_has_just_been_answered_is_not_who_makes_room(monkeypatch):
     request = b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n"
     with MetricsServer(trained_aggregator(), port=0) as server:
         held = [hold(server.port, b"", None) for _ in range(10)]
-        for client in (held[0], hold(server.port, b"", None), held[0]):
+
+        def answers(client: socket.socket) -> bool:
             client.sendall(request)
-            assert client.recv(1024).startswith(b"HTTP/1.1 200")
+            return client.recv(1024).startswith(b"HTTP/1.1 200")
+
+        assert answers(held[0])
+        held.append(hold(server.port, b"", None))
+        assert answers(held[-1])
         assert held[1].recv(1024) == b""
+        assert answers(held[0])
         for client in held:
             client.close()
 
