@@ -45,7 +45,7 @@ CPU_BURST_SECONDS = 0.2
 """Of CPU time, that the serving thread saves up while it is idle."""
 _LONGEST_PAUSE_SECONDS = 5.0  # a garbage collection, say, may fall to the serving thread, and take long
 _SPELL_SECONDS = 0.005  # of CPU time between two pauses, so that they are few, and several clients are served
-_ACCEPTED_AT_ONCE = 16  # so that who is new has its turn among many who are not
+_ACCEPTED_AT_ONCE = 32  # which leaves most of a spell to those who are there
 _RECEIVED_BYTES = 16 * 1024  # at a time
 _MAX_DRAINED_BYTES = 256 * 1024
 _LONGEST_FORK_DELAY_SECONDS = 1.0
@@ -113,7 +113,7 @@ class HttpServer:
         self._to_read: deque[_Connection] = deque()
         self._max_connections = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._listener = listener
-        self.selector = _PacedSelector()
+        self.selector = _PacedSelector(listener.fileno())
         self.loop = asyncio.SelectorEventLoop(self.selector)
         self.loop.set_exception_handler(_log_loop_error)
         self._is_out_of_descriptors = False
@@ -220,8 +220,7 @@ class _Connection:
         self.sock = sock
         self._descriptor = sock.fileno()  # by which asyncio finds its handlers faster than by the socket
         self._client = client
-        context = server.tls()
-        self._tls = _Tls(context, server.admits) if context is not None else None
+        self._tls: _Tls | None = None  # as long as the client has not said a word
         self._server = server
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
         self._request: h11.Request | None = None
@@ -295,6 +294,8 @@ class _Connection:
         if self._is_closing:
             return self._drain(data)
         is_end = not data
+        if self._tls is None and (context := self._server.tls()) is not None:
+            self._tls = _Tls(context, self._server.admits)
         if self._tls is not None and not is_end:
             try:
                 data = self._tls.decrypt(data)
@@ -523,14 +524,18 @@ class _PacedSelector(selectors.DefaultSelector):
     It gives the loop one event at a time, and looks at the clock between two. A client can therefore make others wait,
     but not the training in whose process this runs.
 
+    Args:
+        first: a descriptor that is looked at after every pause, whoever else has waited.
+
     Attributes:
         saved_up: seconds of CPU time that may be used at once; below 0 the loop has used more than its share.
         hurry: once it is set there are no pauses any more.
         working: held while the loop does something, and not while it waits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
         super().__init__()
+        self._first = first
         self.saved_up = CPU_BURST_SECONDS
         self.hurry = threading.Event()
         self.working = threading.RLock()
@@ -555,6 +560,8 @@ class _PacedSelector(selectors.DefaultSelector):
             if self.is_overdrawn and used - self._paused_at > _SPELL_SECONDS:
                 self._paused_at = used
                 self.hurry.wait(-self.saved_up / CPU_SHARE)
+                if (key := self.get_map().get(self._first)) is not None:
+                    self._ready.appendleft((key, selectors.EVENT_READ))
             if not self._ready:
                 self._ready.extend(super().select(timeout))
         finally:
