@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -51,7 +52,8 @@ class Runner:
     def is_training(self) -> bool:
         assert self.process.poll() is None, self.text
         try:
-            return "ppo_updates_total{" in fetch(f"{self.ports.url('metrics')}/metrics")[1]
+            metrics = fetch(f"{self.ports.url('metrics')}/metrics")[1]
+            return re.search(r"^ppo_updates_total\{.*\} [1-9]", metrics, re.MULTILINE) is not None
         except OSError:
             return False
 
