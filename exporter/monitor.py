@@ -430,9 +430,7 @@ class _SharedServer:
     def has_crashed(cls, aggregator: RunAggregator, run: str) -> bool:
         """Whether the series of a run have to stay: it has crashed, and others go on, so that `up` will not tell."""
         with cls._lock:
-            return any(
-                served._key[0] is aggregator and run in served._crashed_runs for served in cls._open.values()
-            )
+            return any(served._key[0] is aggregator and run in served._crashed_runs for served in cls._open.values())
 
     @classmethod
     def forget_crashed(cls, aggregator: RunAggregator, run: str) -> None:
