@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -20,6 +21,9 @@ from stack import configuration
 from stack.configuration import Ports
 from stack.processes import ChildProcess
 from stack.servers import ROOT, Servers, package_root, provide
+
+# In the background of a shell it is ignored, which trainers would inherit; what has a handler here has none there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Result = TypeVar("Result")
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
