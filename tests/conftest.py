@@ -22,7 +22,7 @@ from stack.configuration import Ports
 from stack.processes import ChildProcess
 from stack.servers import ROOT, Servers, package_root, provide
 
-# In the background of a shell it is ignored, which trainers would inherit; what has a handler here has none there.
+# In the background of a shell SIGINT is ignored, which trainers would inherit; a handler they do not inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Result = TypeVar("Result")
