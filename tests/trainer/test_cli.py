@@ -24,14 +24,12 @@ def command(tmp_path: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "trainer", "--metrics-port", "0", *folders, *flags]
 
 
+def launch(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def start(tmp_path: Path, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(tmp_path, *flags),
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return launch(command(tmp_path, *flags))
 
 
 def run(tmp_path: Path, *flags: str, code: int = 0) -> tuple[str, str]:
@@ -115,11 +113,12 @@ def test_a_signal_that_comes_twice_at_once_costs_no_checkpoint_and_one_that_come
             process.terminate()
             time.sleep(0.003)
         silent.settimeout(30)
-        silent.accept()
-        assert list((tmp_path / "checkpoints").glob("*/*.pt"))
-        time.sleep(1.1)
-        process.terminate()
-        out, _ = process.communicate(timeout=5)
+        pushing, _ = silent.accept()
+        with pushing:
+            assert list((tmp_path / "checkpoints").glob("*/*.pt"))
+            time.sleep(1.1)
+            process.terminate()
+            out, _ = process.communicate(timeout=5)
     assert process.returncode == 143 and "stopped by SIGTERM" in out
 
 
@@ -131,13 +130,7 @@ def test_a_signal_that_comes_again_does_not_cost_the_checkpoint_that_is_being_wr
     )
     flags = ("--total-timesteps", "100000000", "--checkpoint-every", "100000")
     arguments = command(tmp_path, *SMALL, *flags)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments[arguments.index("trainer") + 1 :]],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = launch([sys.executable, "-c", code, *arguments[arguments.index("trainer") + 1 :]])
     wait_for_update(endpoint(process))
     process.terminate()
     assert "writing\n" in iter(process.stdout.readline, "")
@@ -160,13 +153,7 @@ def test_a_run_without_an_output_ends_as_it_should(tmp_path, closed):
 
 
 def test_a_run_that_is_to_outlive_its_terminal_does(tmp_path):
-    process = subprocess.Popen(
-        ["nohup", *command(tmp_path, *SMALL, "--total-timesteps", "100000000")],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = launch(["nohup", *command(tmp_path, *SMALL, "--total-timesteps", "100000000")])
     url = endpoint(process)
     wait_for_update(url)
     process.send_signal(signal.SIGHUP)
