@@ -35,9 +35,9 @@ class TargetFile:
 
     After a crash the file stays on purpose: Prometheus goes on scraping, `up` is 0,
     and the alert on it fires. The next endpoint at the same address replaces it, and
-    so does the same run at another one, of this process too. Otherwise an endpoint on the same host removes
-    it, at its start and once an hour, when its process is certain to be gone and has
-    not touched it for `STALE_AFTER_SECONDS`.
+    so does the same run at another one, of this process too. Otherwise an endpoint on
+    the same host removes it, at its start and once an hour, when its process is certain
+    to be gone and has not touched it for `STALE_AFTER_SECONDS`.
 
     Its label `instance` is the target, so that a restart at the same address continues
     the same series, whatever Prometheus' configuration makes of the address. In a

@@ -1,6 +1,5 @@
 """`python -m trainer`, and its commands `evaluate` and `inspect`."""
 
-import contextlib
 import os
 import signal
 import sys
@@ -59,8 +58,9 @@ def _examine(command: str, arguments: list[str], stop: StopRequest) -> int:
 
 
 def _failed(error: Exception, code: int) -> int:
-    with contextlib.suppress(OSError):
-        print(f"python -m trainer: error: {error}", file=sys.stderr, flush=True)
+    from trainer.display import say
+
+    say(f"python -m trainer: error: {error}", to_stderr=True)
     return code
 
 

@@ -4,7 +4,6 @@ import argparse
 import difflib
 import math
 import os
-import sys
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -285,13 +284,14 @@ def _resumed(settings: dict[str, _Setting]) -> dict[str, _Setting]:
     """`settings` over those of the checkpoint that they name."""
     # Not before it is needed, for it imports torch.
     from trainer.checkpoint import CheckpointError, latest_folder, resolve
+    from trainer.display import say
 
     place, asked = settings["resume"].place, settings["resume"].value
     try:
         if asked == LATEST:
             wanted = _config(settings)
             asked = latest_folder(Path(wanted.checkpoint_dir), wanted.run_name)
-        path, content = resolve(Path(asked), lambda text: print(f"warning: {text}", file=sys.stderr, flush=True))
+        path, content = resolve(Path(asked), lambda text: say(f"warning: {text}", to_stderr=True))
     except CheckpointError as error:
         raise ConfigError(f"{place}: {error}") from error
     saved = _saved(path, content)

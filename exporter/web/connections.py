@@ -39,8 +39,8 @@ or was opened, before all others."""
 MAX_HEADER_BYTES = 16 * 1024
 CPU_SHARE = 0.035
 """Of one core, that the serving thread takes in the long run; what it cannot do with that waits. The training loses
-about twice as much, for every answer makes it change threads a few times. Of what is used at once, more than 0.175
-seconds are not made up for."""
+about twice as much, for every answer makes it change threads a few times. What is used at once is made up for by one
+pause at most."""
 CPU_BURST_SECONDS = 0.2
 """Of CPU time, that the serving thread saves up while it is idle."""
 _LONGEST_PAUSE_SECONDS = 5.0  # a garbage collection, say, may fall to the serving thread, and take long
@@ -294,9 +294,9 @@ class _Connection:
         if self._is_closing:
             return self._drain(data)
         is_end = not data
-        if self._tls is None and (context := self._server.tls()) is not None:
+        if data and self._tls is None and (context := self._server.tls()) is not None:
             self._tls = _Tls(context, self._server.admits)
-        if self._tls is not None and not is_end:
+        if data and self._tls is not None:
             try:
                 data = self._tls.decrypt(data)
             except (ssl.SSLError, _NotAdmitted):

@@ -354,7 +354,7 @@ def test_a_file_system_that_does_not_answer_leaves_the_configuration_before_in_f
         with pytest.raises(ConnectionRefusedError):
             ask(server.url)
     finally:
-        os.close(os.open(file, os.O_WRONLY))
+        os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
 
 
 def test_headers_and_rate_limit(serve):
