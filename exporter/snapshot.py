@@ -2,8 +2,8 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +21,7 @@ CV_BUCKET_BOUNDS = (
 DURATION_BUCKET_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 HISTORY_UPDATES = 300
 """Updates of a run whose CV is remembered: about 10 KiB."""
+_RUN_COUNTS = ("updates", "environment_steps", "episodes", "exporter_errors", "resumes")
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,21 @@ class Histogram:
                 total += value
         return Histogram(self.bounds, tuple(counts), total)
 
-    def restored(self, state: Mapping[str, Any]) -> "Histogram":
-        """The histogram of `RunSnapshot.plain()`; this one where the buckets have changed since."""
-        if tuple(state["bounds"]) != self.bounds or len(state["counts"]) != len(self.counts):
-            return self
-        return Histogram(self.bounds, tuple(map(_count, state["counts"])), float(state["total"]))
+    @classmethod
+    def from_plain(cls, state: Mapping[str, Any]) -> "Histogram":
+        """The histogram of `RunSnapshot.plain()`.
+
+        Raises:
+            KeyError, TypeError, ValueError: `state` is something else.
+        """
+        bounds, counts = _numbers(state["bounds"]), tuple(map(_count, state["counts"]))
+        if len(counts) != len(bounds) + 1:
+            raise ValueError(f"expected {len(bounds) + 1} counts for {len(bounds)} bounds, got {len(counts)}")
+        return cls(bounds, counts, _number(state["total"]))
+
+    def continuing(self, earlier: "Histogram") -> "Histogram":
+        """`earlier`, or this one where the bounds have changed since: counts of other buckets mean nothing here."""
+        return earlier if earlier.bounds == self.bounds else self
 
     def cumulative(self) -> list[tuple[float, int]]:
         """(upper bound, observations at or below it) for every bucket, ending with +Inf."""
@@ -74,6 +85,24 @@ class GradientQuality:
     cv_per_step: Histogram = Histogram.empty(CV_BUCKET_BOUNDS)
     nonfinite_steps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     skipped_steps: int = 0
+
+    @classmethod
+    def from_plain(cls, state: Mapping[str, Any]) -> "GradientQuality":
+        """The quality of `RunSnapshot.plain()`.
+
+        Raises:
+            KeyError, TypeError, ValueError: `state` is something else.
+        """
+        return cls(
+            gradient_cv=_number(state["gradient_cv"]),
+            contributing_heads=_count(state["contributing_heads"]),
+            gradient_norm=_number_or_none(state["gradient_norm"]),
+            head_norms=_mapping(_number, state["head_norms"]),
+            steps_by_level=MappingProxyType({level: _count(state["steps_by_level"][level]) for level in HealthLevel}),
+            cv_per_step=Histogram.from_plain(state["cv_per_step"]),
+            nonfinite_steps=_mapping(_count, state["nonfinite_steps"]),
+            skipped_steps=_count(state["skipped_steps"]),
+        )
 
     @property
     def health(self) -> HealthLevel:
@@ -120,8 +149,28 @@ class RunSnapshot:
     resumes: int = 0
 
     def plain(self) -> dict[str, Any]:
-        """The run as dicts, lists, numbers and strings, for `resumed`; also what JSON can say."""
+        """The run as dicts, lists, numbers and strings, for `from_plain` and `resumed`; also what JSON can say."""
         return _plain(self)
+
+    @classmethod
+    def from_plain(cls, state: Mapping[str, Any]) -> "RunSnapshot":
+        """The run of `plain()`.
+
+        Raises:
+            KeyError, TypeError, ValueError: `state` is something else, or of another version.
+        """
+        return cls(
+            run=_text(state["run"]),
+            info=_mapping(_text, state["info"]),
+            gradient_quality=GradientQuality.from_plain(state["gradient_quality"]),
+            recent_gradient_cvs=_numbers(state["recent_gradient_cvs"]),
+            signals=_mapping(_number, state["signals"]),
+            update_duration_seconds=Histogram.from_plain(state["update_duration_seconds"]),
+            rollout_duration_seconds=Histogram.from_plain(state["rollout_duration_seconds"]),
+            rank_rollout_seconds=_numbers(state["rank_rollout_seconds"]),
+            last_update_timestamp_seconds=_number_or_none(state["last_update_timestamp_seconds"]),
+            **{name: _count(state[name]) for name in _RUN_COUNTS},
+        )
 
     def resumed(self, state: Mapping[str, Any]) -> "RunSnapshot":
         """This run going on from `plain()` of an earlier process: every total and the last values, one resume more.
@@ -131,49 +180,19 @@ class RunSnapshot:
         Raises:
             KeyError, TypeError, ValueError: `state` is something else, or of another version.
         """
-        quality = state["gradient_quality"]
-        own = self.gradient_quality
+        earlier = RunSnapshot.from_plain(state)
+        quality, own = earlier.gradient_quality, self.gradient_quality
         return replace(
-            self,
-            gradient_quality=GradientQuality(
-                gradient_cv=float(quality["gradient_cv"]),
-                contributing_heads=_count(quality["contributing_heads"]),
-                gradient_norm=None if quality["gradient_norm"] is None else float(quality["gradient_norm"]),
-                head_norms=_numbers(quality["head_norms"]),
-                steps_by_level=MappingProxyType(
-                    {level: _count(quality["steps_by_level"][level]) for level in HealthLevel}
-                ),
-                cv_per_step=own.cv_per_step.restored(quality["cv_per_step"]),
-                nonfinite_steps=MappingProxyType(
-                    {str(head): _count(count) for head, count in quality["nonfinite_steps"].items()}
-                ),
-                skipped_steps=_count(quality["skipped_steps"]),
-            ),
-            recent_gradient_cvs=tuple(map(float, state["recent_gradient_cvs"])),
-            signals=_numbers(state["signals"]),
-            update_duration_seconds=self.update_duration_seconds.restored(state["update_duration_seconds"]),
-            rollout_duration_seconds=self.rollout_duration_seconds.restored(state["rollout_duration_seconds"]),
-            resumes=_count(state["resumes"]) + 1,
-            **{name: _count(state[name]) for name in ("updates", "environment_steps", "episodes", "exporter_errors")},
+            earlier,
+            run=self.run,
+            info=self.info,
+            gradient_quality=replace(quality, cv_per_step=own.cv_per_step.continuing(quality.cv_per_step)),
+            update_duration_seconds=self.update_duration_seconds.continuing(earlier.update_duration_seconds),
+            rollout_duration_seconds=self.rollout_duration_seconds.continuing(earlier.rollout_duration_seconds),
+            rank_rollout_seconds=self.rank_rollout_seconds,
+            last_update_timestamp_seconds=None,
+            resumes=earlier.resumes + 1,
         )
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"expected a count, got {value!r}")
-    return value
-
-
-def _numbers(values: Mapping[str, Any]) -> Mapping[str, float]:
-    return MappingProxyType({str(name): float(value) for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -189,3 +208,60 @@ class Snapshot:
     def without_run(self, run: str) -> "Snapshot":
         """A snapshot in which there is no run of that name."""
         return replace(self, runs=MappingProxyType({name: r for name, r in self.runs.items() if name != run}))
+
+    def plain(self) -> dict[str, Any]:
+        """All runs as dicts, lists, numbers and strings, for `from_plain`; also what JSON can say."""
+        return {"runs": [run.plain() for run in self.runs.values()]}
+
+    @classmethod
+    def from_plain(cls, state: Mapping[str, Any]) -> "Snapshot":
+        """The snapshot of `plain()`.
+
+        Raises:
+            KeyError, TypeError, ValueError: `state` is something else, or of another version.
+        """
+        runs = map(RunSnapshot.from_plain, state["runs"])
+        return cls(MappingProxyType({run.run: run for run in runs}))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (RunSnapshot, GradientQuality, Histogram)):
+        value = vars(value)
+    if isinstance(value, (dict, MappingProxyType)):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a count, got {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (float, int):
+        raise TypeError(f"expected a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("a number is too large for a float") from None
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _numbers(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(map(_number, values))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {value!r}")
+    return value
+
+
+def _mapping(convert: Callable[[Any], Any], values: Any) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected a mapping, got {values!r}")
+    return MappingProxyType({_text(key): convert(value) for key, value in values.items()})
