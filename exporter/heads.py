@@ -137,7 +137,9 @@ class HeadGradientMeter:
             (owner, sum(parameter.numel() for parameter, _ in block))
             for owner, block in groupby(whole.items(), lambda item: item[1])
         ]
-        self._early: dict[Tensor, Tensor] = {}
+        # Norm, address and version of each gradient that a backward pass has made since the last step.
+        self._early: dict[Tensor, tuple[Tensor, int, int]] = {}
+        self._backward_pass = -1
 
     def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> None:
         """Take the norms of the gradients as they are now, or as `record_after_backward()` saw them.
@@ -172,6 +174,10 @@ class HeadGradientMeter:
     def record_after_backward(self, on_error: Callable[[Exception], None]) -> list[RemovableHandle]:
         """Take each parameter's norm as soon as its gradient is accumulated, before anything clips it.
 
+        Those of a step that was given up are forgotten in the next backward pass that
+        reaches a parameter. A step without one takes them for its own if gradients were
+        zeroed in place, which looks like clipping. A change through `.data` goes unnoticed.
+
         Args:
             on_error: told of what goes wrong in a hook, which must not end the backward pass.
 
@@ -181,11 +187,12 @@ class HeadGradientMeter:
 
         def take(parameter: Tensor) -> None:
             try:
-                self._early[parameter] = self._norm(parameter).detach()
+                self._take_early(parameter)
             except Exception as error:
                 on_error(error)
 
-        return [p.register_post_accumulate_grad_hook(take) for p in self.parameters if p.requires_grad]
+        # What is frozen may be unfrozen later; integers never have a gradient.
+        return [_hooked(p, take) for p in self.parameters if p.is_floating_point() or p.is_complex()]
 
     def measure(self) -> Tensor:
         """Take the norms of the gradients as they are now.
@@ -244,15 +251,27 @@ class HeadGradientMeter:
             for step in steps
         ]
 
+    def _take_early(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        self._early[parameter] = (self._norm(parameter), gradient.data_ptr(), gradient._version)
+        if self._backward_pass == (now := torch._C._current_graph_task_id()):
+            return
+        self._backward_pass = now
+        # What is as the last pass left it is accumulated further; anything else is no longer what was measured.
+        for other, (_, address, version) in list(self._early.items()):
+            gradient = other.grad
+            if gradient is None:
+                del self._early[other]
+            elif gradient.data_ptr() != address or gradient._version != version:
+                self._take_early(other)
+
     def _norms(self) -> tuple[list[Tensor], tuple[bool, ...] | None]:
         """Norms of what has a gradient; for every parameter whether it has one, None if all have."""
         if self._early:
             early, self._early = self._early, {}
             present = tuple(parameter.grad is not None for parameter in self.parameters)
             # A gradient that no backward pass has touched since the last step, a zero one say, is taken as it is.
-            norms = [
-                early[p] if p in early else self._norm(p).detach() for p, has in zip(self.parameters, present) if has
-            ]
+            norms = [early[p][0] if p in early else self._norm(p) for p, has in zip(self.parameters, present) if has]
             return norms, None if all(present) else present
         gradients = [parameter.grad for parameter in self._whole]
         shared = self._shared
@@ -272,6 +291,8 @@ class HeadGradientMeter:
     def _norm(self, parameter: Tensor) -> Tensor:
         """Norm of the gradient of a parameter, or of each row of a layer that heads share."""
         gradient = parameter.grad
+        if gradient.requires_grad:  # of a double backward
+            gradient = gradient.detach()
         if parameter not in self._is_shared:
             return torch.linalg.vector_norm(gradient, dtype=self._dtype)
         rows = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
@@ -314,7 +335,8 @@ class PendingGradientSteps:
             self._norms = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True)
             self._norms.copy_(norms, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            # The norms' device need not be the current one.
+            self._event.record(torch.cuda.current_stream(norms.device))
         else:
             self._norms = norms.to("cpu")
 
@@ -359,6 +381,14 @@ def _joined(norms: list[Tensor], device: torch.device) -> Tensor:
     if all(norm.dim() == 0 for norm in norms):
         return torch.stack(norms)
     return torch.cat([norm if norm.dim() else norm.unsqueeze(0) for norm in norms])
+
+
+def _hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Register a hook that a frozen parameter, for which torch would refuse it, keeps until it is unfrozen."""
+    requires_grad = parameter.requires_grad
+    handle = parameter.requires_grad_().register_post_accumulate_grad_hook(hook)
+    parameter.requires_grad_(requires_grad)
+    return handle
 
 
 def _parts(name: str, head: Head) -> list[Tensor | Rows]:

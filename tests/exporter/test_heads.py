@@ -156,3 +156,26 @@ def test_recording_agrees_with_measuring_whatever_the_size_and_whoever_is_absent
     for step, reference in zip(steps, expected, strict=True):
         halved = {name: norm / 2 for name, norm in reference.head_norms.items()}
         assert step.head_norms == pytest.approx(halved, rel=1e-2 if dtype is torch.bfloat16 else 1e-6)
+
+
+def test_hooks_leave_parameters_as_they_were_and_can_be_removed():
+    net = network()
+    net["left"].requires_grad_(False)
+    net["right"].register_parameter("steps", nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False))
+    taken = [parameter.requires_grad for parameter in net.parameters()]
+    meter = meter_of(net)
+    errors = []
+    handles = meter.record_after_backward(errors.append)
+    assert [parameter.requires_grad for parameter in net.parameters()] == taken
+    assert all(parameter.is_leaf and parameter.grad is None for parameter in net.parameters())
+    assert not net["left"](torch.randn(2, 8)).requires_grad
+    for handle in handles:
+        handle.remove()
+    net["left"].requires_grad_(True)
+    backward(net)
+    expected = {name: 2 * reference_norm(net[name].parameters()) for name in ("left", "right")}
+    for parameter in net.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(2)
+    meter.record()
+    assert meter.collect()[0].head_norms == pytest.approx(expected, rel=1e-6) and not errors
