@@ -103,7 +103,7 @@ class PrometheusCallback(BaseCallback):
         url: where `/metrics` is served, None while it is not.
 
     Raises:
-        TypeError: from `learn()`: the algorithm is not on-policy, or as `policy_heads`.
+        TypeError: from `learn()`: the algorithm is not on-policy, or is TRPO, or as `policy_heads`.
         ValueError: from `learn()`: as `policy_heads`, or another training has the same `run`.
         OSError: from `learn()`: as `GradientMonitor.serve`.
     """
@@ -149,6 +149,7 @@ class PrometheusCallback(BaseCallback):
         self._thread: int | None = None
         self._measured_policy: BasePolicy | None = None
         self._counted_timesteps = 0
+        self._uncounted_episodes = 0
         self._rollout_started = 0.0
         # When the rollout ended, from then until its update has been exported.
         self._update_started: float | None = None
@@ -166,6 +167,12 @@ class PrometheusCallback(BaseCallback):
             raise TypeError(
                 f"{type(self.model).__name__} is not an on-policy algorithm; "
                 "PrometheusCallback measures PPO, A2C and what derives from them"
+            )
+        # By name, for sb3_contrib need not be installed.
+        if any(kind.__name__ == "TRPO" for kind in type(self.model).__mro__):
+            raise TypeError(
+                f"{type(self.model).__name__} cannot be measured: TRPO updates the policy by a line search, "
+                "and the steps of its optimizer leave the heads without gradients"
             )
 
     def _on_training_start(self) -> None:
@@ -187,6 +194,7 @@ class PrometheusCallback(BaseCallback):
         before = self._open_by_run.get((self._aggregator, run))
         if before is not None and before._thread == threading.get_ident():
             before.close()
+        self._uncounted_episodes = 0
         monitor = GradientMonitor(
             policy_heads(self.model.policy, self._head_names),
             run,
@@ -196,7 +204,7 @@ class PrometheusCallback(BaseCallback):
             info={
                 "environment": environment,
                 "algorithm": type(self.model).__name__,
-                "seed": str(seed),
+                **({} if seed is None else {"seed": str(seed)}),
                 "device": str(self.model.device),
                 "torch_version": torch.__version__,
                 "exporter_version": version("ppo-gradient-exporter"),
@@ -221,9 +229,8 @@ class PrometheusCallback(BaseCallback):
         self._rollout_started = time.perf_counter()
 
     def _on_step(self) -> bool:
-        if self.monitor is None:  # somebody has closed it; that must not end training
-            return True
-        self.monitor.record(episodes=np.count_nonzero(self.locals["dones"]))
+        # No more than this, for it delays every step; the update hands them over.
+        self._uncounted_episodes += np.count_nonzero(self.locals["dones"])
         return True
 
     def _on_rollout_end(self) -> None:
@@ -251,10 +258,12 @@ class PrometheusCallback(BaseCallback):
         self.monitor.update_completed(
             **values,
             environment_steps=self.model.num_timesteps - self._counted_timesteps,
+            episodes=self._uncounted_episodes,
             rollout_duration_seconds=self._update_started - self._rollout_started,
             update_duration_seconds=time.perf_counter() - self._update_started,
         )
         self._counted_timesteps = self.model.num_timesteps
+        self._uncounted_episodes = 0
         self._update_started = None
 
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from torch.distributions import Categorical
 
-from exporter import HeadGradientMeter, RunAggregator
+from exporter import GradientMonitor, HeadGradientMeter, RunAggregator
 from exporter.integrations.stable_baselines3 import PrometheusCallback, policy_heads
 
 NVEC = (3, 4, 2)
@@ -171,6 +171,35 @@ def test_off_policy_algorithms_are_refused(callback):
         model.learn(64, callback=callback())
 
 
+def test_trpo_is_refused_with_the_reason(callback):
+    """It is on-policy, but its optimizer never steps the heads."""
+    trpo = type("TRPO", (PPO,), {})
+    model = type("MyTRPO", (trpo,), {})("MlpPolicy", Levers(spaces.Discrete(4)), n_steps=64, device="cpu")
+    with pytest.raises(TypeError, match="MyTRPO cannot be measured: TRPO updates the policy by a line search"):
+        model.learn(64, callback=callback())
+    assert model.num_timesteps == 0
+
+
+def test_a_model_without_a_seed_has_no_seed_on_metrics(callback):
+    served = callback(keep_serving=True)
+    ppo(seed=None).learn(32, callback=served)
+    (line,) = [line for line in fetch(served.url)[1].splitlines() if line.startswith("ppo_run_info{")]
+    assert 'algorithm="PPO"' in line and "seed=" not in line
+
+
+def test_an_environment_step_costs_no_more_than_a_count(callback, monkeypatch):
+    """Signals are checked where they are recorded, which takes longer than many an environment's step."""
+    record, recorded = GradientMonitor.record, []
+
+    def counted(monitor: GradientMonitor, **values) -> None:
+        recorded.append(values)
+        record(monitor, **values)
+
+    monkeypatch.setattr(GradientMonitor, "record", counted)
+    ppo().learn(3 * 32, callback=callback())
+    assert [values["episodes"] for values in recorded] == [3, 3, 3]
+
+
 @pytest.mark.parametrize("target_kl", [None, 1e-9])
 def test_metrics_agree_with_what_sb3_logs(target_kl, callback, tmp_path: Path):
     model = ppo(learning_rate=lambda remaining: 3e-3 * remaining, target_kl=target_kl)
@@ -299,6 +328,7 @@ def test_after_ctrl_c_the_same_callback_goes_on_where_it_was(callback):
     assert [values["ppo_updates_total"] for values in during] == [1, 2, 3]
     assert [values["ppo_gradient_cv_per_step_count"] for values in during] == [4, 8, 12]
     assert [values["ppo_environment_steps_total"] for values in during] == [32, 64, 96]
+    assert [values["ppo_episodes_total"] for values in during] == [3, 6, 9]
     assert served.url is None
 
 
@@ -347,4 +377,4 @@ def test_a2c_exports_its_losses(callback):
     assert values["ppo_policy_loss"] == pytest.approx(model.logger.name_to_value["train/policy_loss"])
     assert values["ppo_gradient_cv_per_step_count"] == values["ppo_updates_total"] == 4
     assert 'algorithm="A2C"' in (text := fetch(served.url)[1])
-    assert 'environment="CartPole-v1"' in text and 'run="CartPole-v1-seed7"' in text
+    assert 'environment="CartPole-v1"' in text and 'run="CartPole-v1-seed7"' in text and 'seed="7"' in text
