@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from itertools import count, takewhile
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too, is to outlast a power cut
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # CIFS and others cannot do it for a folder
+            raise
     finally:
         os.close(folder)
 
@@ -167,8 +170,11 @@ def resolve(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, An
     )
 
 
-def latest_folder(directory: Path, run: str) -> Path:
+def latest_folder(directory: Path, run: str, warn: Callable[[str], None]) -> Path:
     """The folder in `directory` to which a run of this name wrote a checkpoint last.
+
+    Args:
+        warn: told of a newer one that may be the run's, but cannot be read.
 
     Raises:
         CheckpointError: there is none.
@@ -176,9 +182,19 @@ def latest_folder(directory: Path, run: str) -> Path:
     name = _folder_name(run)
     folders = [path for path in directory.glob("*") if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", path.name)]
     newest = [found[0] for folder in folders if (found := checkpoints_in(folder))]
-    if not newest:
-        raise CheckpointError(f"{directory / name}: there is no checkpoint of the run {run!r} yet")
-    return max(newest, key=lambda path: path.stat().st_mtime).parent
+    unreadable = None
+    for path in sorted(newest, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            _, content = resolve(path.parent, lambda text: None)
+        except CheckpointError as error:
+            unreadable = unreadable or error
+            continue
+        # The fifth folder of the run `a` and the first of the run `a.5` have the same name.
+        if content["config"].get("run") == run:
+            if unreadable:
+                warn(f"{unreadable}; taking {path.parent}")
+            return path.parent
+    raise unreadable or CheckpointError(f"{directory / name}: there is no checkpoint of the run {run!r} yet")
 
 
 def totals(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -224,15 +240,23 @@ class RunFolder:
             path = directory / (_folder_name(run) + (f".{number}" if number > 1 else ""))
             if not checkpoints_in(path):
                 with contextlib.suppress(BlockingIOError):
-                    return cls(path, keep)
+                    folder = cls(path, keep)
+                    if not checkpoints_in(path):  # nor did another process write and end just before
+                        return folder
+                    folder.close()
         raise AssertionError("unreachable")
 
     @classmethod
     def of_resumed_run(cls, checkpoint: Path, run: str, keep: int) -> "RunFolder":
-        """The checkpoint's folder; a new one beside it where newer ones follow, which are not to be overwritten."""
-        for newer in takewhile(lambda other: other.name != checkpoint.name, checkpoints_in(checkpoint.parent)):
-            if is_readable(newer):
-                return cls.of_new_run(checkpoint.parent.parent, run, keep)
+        """The checkpoint's folder; a new one beside it where newer ones, or those of another run, are to stay."""
+        is_newer = True
+        for other in checkpoints_in(checkpoint.parent):
+            if other.name == checkpoint.name:
+                is_newer = False
+                continue
+            with contextlib.suppress(CheckpointError):
+                if load(other)["config"].get("run") != run or is_newer:
+                    return cls.of_new_run(checkpoint.parent.parent, run, keep)
         return cls(checkpoint.parent, keep)
 
     def write(self, state: Mapping[str, Any]) -> Path:

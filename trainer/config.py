@@ -286,12 +286,15 @@ def _resumed(settings: dict[str, _Setting]) -> dict[str, _Setting]:
     from trainer.checkpoint import CheckpointError, latest_folder, resolve
     from trainer.display import say
 
+    def warn(text: str) -> None:
+        say(f"warning: {text}", to_stderr=True)
+
     place, asked = settings["resume"].place, settings["resume"].value
     try:
         if asked == LATEST:
             wanted = _config(settings)
-            asked = latest_folder(Path(wanted.checkpoint_dir), wanted.run_name)
-        path, content = resolve(Path(asked), lambda text: say(f"warning: {text}", to_stderr=True))
+            asked = latest_folder(Path(wanted.checkpoint_dir), wanted.run_name, warn)
+        path, content = resolve(Path(asked), warn)
     except CheckpointError as error:
         raise ConfigError(f"{place}: {error}") from error
     saved = _saved(path, content)

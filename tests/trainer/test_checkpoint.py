@@ -1,9 +1,12 @@
 """Checkpoint files: whole or refused, whatever became of them; and the two commands that read them."""
 
+import errno
+import fcntl
 import os
 import pickle
 import re
 import resource
+import stat
 import sys
 import zipfile
 from pathlib import Path
@@ -17,7 +20,14 @@ from trainer.config import TrainerConfig
 from trainer.stop import StopRequest
 from trainer.training import Training
 
-TINY = {"num_envs": 4, "rollout_steps": 8, "minibatch_size": 16, "hidden_size": 8, "total_timesteps": 32 * 6}
+TINY = {
+    "run": "run",
+    "num_envs": 4,
+    "rollout_steps": 8,
+    "minibatch_size": 16,
+    "hidden_size": 8,
+    "total_timesteps": 32 * 6,
+}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +200,29 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(check
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["update-00000001.pt", "update-00000002.pt"]
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_where_a_folder_cannot_be_forced_to_the_disk_checkpoints_are_written_all_the_same(
+    tmp_path, trained, monkeypatch, number
+):
+    """As on CIFS; a disk that fails is another matter."""
+    fsync = os.fsync
+
+    def fsync_of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_of_files)
+    with RunFolder(tmp_path / "run", keep=1) as folder:
+        if number == errno.EIO:
+            with pytest.raises(OSError, match=os.strerror(number)):
+                folder.write(trained.state_dict())
+            return
+        for update in (1, 2):
+            path = folder.write({**trained.state_dict(), "updates": update})
+        assert checkpoints_in(folder.path) == [path] and load(path)["updates"] == 2
+
+
 def test_the_last_k_are_kept_and_leftovers_of_a_killed_process_go(tmp_path, trained):
     (tmp_path / "run/.update-00000007.pt.tmp").touch()
     with RunFolder(tmp_path / "run", keep=2) as folder:
@@ -198,18 +231,82 @@ def test_the_last_k_are_kept_and_leftovers_of_a_killed_process_go(tmp_path, trai
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["update-00000004.pt", "update-00000005.pt"]
 
 
+def state_of(run: str, trained: Training, updates: int = 1) -> dict:
+    state = trained.state_dict()
+    return {**state, "config": {**state["config"], "run": run}, "updates": updates}
+
+
+def written(at: float, path: Path, state: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, state)
+    os.utime(path, (at, at))
+    return path
+
+
 def test_a_new_run_of_the_same_name_never_touches_the_earlier_one(tmp_path, trained):
-    paths = []
+    paths, state = [], state_of("../a run", trained)
     for _ in range(3):
         with RunFolder.of_new_run(tmp_path / "all", "../a run", keep=1) as folder:
             # While somebody writes, a second process goes elsewhere too.
             with RunFolder.of_new_run(tmp_path / "all", "../a run", keep=1) as other:
                 assert other.path != folder.path
-            paths.append(folder.write(trained.state_dict()))
+            paths.append(folder.write(state))
     assert [str(path.parent.relative_to(tmp_path / "all")) for path in paths] == ["-a-run", "-a-run.2", "-a-run.3"]
     assert all(path.exists() for path in paths)
     os.utime(paths[1], (2e9, 2e9))
-    assert latest_folder(tmp_path / "all", "../a run") == paths[1].parent
+    assert latest_folder(tmp_path / "all", "../a run", pytest.fail) == paths[1].parent
+
+
+@pytest.mark.parametrize(
+    ("run", "other"), [("CartPole-v1-seed1", "CartPole-v1-seed1.5"), ("gamma-0", "gamma-0.99"), ("a-b", "a b")]
+)
+def test_the_folder_of_another_run_is_not_taken_whatever_it_is_called(tmp_path, trained, run, other):
+    name = other.replace(" ", "-")
+    written(2e9, tmp_path / name / "update-00000009.pt", state_of(other, trained, 9))
+    with pytest.raises(CheckpointError, match=re.escape(f"there is no checkpoint of the run {run!r} yet")):
+        latest_folder(tmp_path, run, pytest.fail)
+    own = written(1e9, tmp_path / f"{run}.2/update-00000001.pt", state_of(run, trained))
+    assert latest_folder(tmp_path, run, pytest.fail) == own.parent
+    assert latest_folder(tmp_path, other, pytest.fail) == tmp_path / name
+
+
+def test_a_folder_of_which_nothing_can_be_read_is_said_and_left_out(tmp_path, trained):
+    own = written(1e9, tmp_path / "all/r/update-00000001.pt", state_of("r", trained))
+    broken = written(2e9, tmp_path / "all/r.2/update-00000001.pt", state_of("r", trained))
+    emptied(broken)
+    warnings: list[str] = []
+    assert latest_folder(tmp_path / "all", "r", warnings.append) == own.parent
+    (warning,) = warnings
+    assert warning == f"{broken.parent}: none of its 1 checkpoints can be read; taking {own.parent}"
+    own.unlink()
+    with pytest.raises(CheckpointError, match="r.2: none of its 1 checkpoints can be read"):
+        latest_folder(tmp_path / "all", "r", pytest.fail)
+
+
+def test_a_run_that_goes_on_deletes_no_checkpoint_of_another_run(tmp_path, trained):
+    """In a folder where somebody collects the best of several runs."""
+    other = written(1e9, tmp_path / "best/update-00000001.pt", state_of("other", trained, 1))
+    best = written(2e9, tmp_path / "best/update-00000002.pt", state_of("run", trained, 2))
+    with RunFolder.of_resumed_run(best, "run", keep=1) as folder:
+        folder.write(state_of("run", trained, 3))
+    assert folder.path == tmp_path / "run"
+    assert checkpoints_in(other.parent) == [best, other]
+
+
+def test_a_new_run_leaves_alone_what_another_process_writes_just_before_it_has_the_folder(
+    tmp_path, trained, monkeypatch
+):
+    flock, theirs = fcntl.flock, tmp_path / "all/r/update-00000001.pt"
+
+    def late(*arguments: int) -> None:
+        if not theirs.exists():
+            save(theirs, state_of("r", trained))
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with RunFolder.of_new_run(tmp_path / "all", "r", keep=1) as folder:
+        assert folder.path == tmp_path / "all/r.2"
+    assert theirs.exists()
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_newer_ones_alone(checkpoint):
@@ -235,7 +332,7 @@ def test_inspect_says_what_is_inside_and_a_broken_one_in_one_line(cli, checkpoin
     out, err = cli("inspect", checkpoint.parent)
     assert out.startswith(f"{checkpoint}: {checkpoint.stat().st_size:,} bytes, format version 1\n") and err == ""
     for expected in (
-        r"host-growth-seed1 on host-growth, update 2 of 6",
+        r"run on host-growth, update 2 of 6",
         r"32 environment steps, 0 episodes, 1 updates, 0 resumes",
         r"\* num_envs: 4\n",
         r"  epochs: 4\n",

@@ -219,6 +219,46 @@ def test_settings_that_cannot_change_are_refused_with_both_values(tiny, flags, m
         resumed(tiny, *flags)
 
 
+@pytest.mark.parametrize(
+    ("run", "other"), [("CartPole-v1-seed1", "CartPole-v1-seed1.5"), ("gamma-0", "gamma-0.99")]
+)
+def test_a_run_goes_on_from_its_own_folder_though_another_run_is_called_like_one_of_its_folders(tiny, run, other):
+    for name, updates in ((run, 2), (other, 3)):
+        train(replace(tiny, run=name, total_timesteps=32 * updates), StopRequest())
+    theirs = Path(tiny.checkpoint_dir) / other
+    before = {path: path.read_bytes() for path in theirs.iterdir()}
+    config = resumed(tiny, "--run", run, "--total-timesteps", str(32 * 5))
+    assert config.run == run and Path(config.resume).parent == Path(tiny.checkpoint_dir) / run
+    train(config, StopRequest())
+    assert {path: path.read_bytes() for path in theirs.iterdir()} == before
+    training = Training(resumed(tiny, "--run", run))
+    assert training.updates == training.run_snapshot.updates == 5
+
+
+def test_without_a_name_a_run_is_not_resumed_as_another(tiny):
+    """The name by default comes from environment and seed, and no flag contradicts the one in the checkpoint."""
+    train(replace(tiny, run="host-growth-seed1.5"), StopRequest())
+    with pytest.raises(ConfigError, match="there is no checkpoint of the run 'host-growth-seed1' yet"):
+        resumed(tiny)
+
+
+def test_counters_of_another_run_in_the_same_folder_are_neither_taken_over_nor_overwritten(tiny):
+    for name, updates in (("mine", 3), ("other", 2)):
+        train(replace(tiny, run=name, total_timesteps=32 * updates), StopRequest())
+    collection = Path(tiny.checkpoint_dir) / "other"
+    mine = Path(tiny.checkpoint_dir) / "mine/update-00000003.pt"
+    mine = mine.rename(collection / mine.name)
+    training = Training(resumed(tiny, str(mine), "--total-timesteps", str(32 * 5)))
+    with Checkpoints(training) as checkpoints:
+        assert training.run_snapshot.updates == 3
+        trained(training, 2)
+        checkpoints.updated()
+    again = Training(resumed(tiny, "--run", "mine"))
+    assert again.updates == again.run_snapshot.updates == 5
+    assert json.loads((collection / "totals.json").read_text())["run"] == "other"
+    assert [path.name for path in checkpoints_in(collection)] == ["update-00000003.pt", "update-00000002.pt"]
+
+
 def test_settings_come_from_the_checkpoint_but_not_places(tiny, tmp_path):
     train(replace(tiny, gamma=0.9, log_interval=3), StopRequest())
     config = resumed(tiny, "--epochs", "3")
