@@ -10,7 +10,7 @@ from typing import Any
 
 from exporter.health import HealthLevel
 from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
-from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload, require_label_value
+from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload, require_label_value, require_timestamp
 
 _TAKEN_LABELS = {"run", "rank", "job", "instance"}
 
@@ -25,9 +25,12 @@ class RunAggregator:
     def __init__(self) -> None:
         self.snapshot = Snapshot()
         self._writers = threading.Lock()
+        self._ended: set[str] = set()  # removed or abandoned: late payloads must not bring them back
 
     def register_run(self, run: str, heads: Iterable[str], info: Mapping[str, str] | None = None) -> None:
         """Announce a run before its first update, so that its series exist from the first scrape.
+
+        A run of that name that was removed or abandoned begins again at zero.
 
         Args:
             run: name of the run.
@@ -36,8 +39,8 @@ class RunAggregator:
 
         Raises:
             TypeError: the run's or a head's name is no string.
-            ValueError: a run of that name is registered already, a name is empty or
-                not encodable, or a key of `info` is no label name or that of another label.
+            ValueError: a run of that name is registered already and not abandoned, a name is empty
+                or not encodable, or a key of `info` is no label name or that of another label.
         """
         heads = tuple(heads)
         require_label_value("run", run)
@@ -50,7 +53,7 @@ class RunAggregator:
             if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", key) or key.startswith("__") or key in _TAKEN_LABELS:
                 raise ValueError(f"info cannot have the key {key!r}: it must be a label name other than those in use")
         with self._writers:
-            if run in self.snapshot.runs:
+            if run in self.snapshot.runs and run not in self._ended:
                 raise ValueError(f"run {run!r} is registered already; runs of one process need distinct names")
             quality = GradientQuality(
                 contributing_heads=len(heads), nonfinite_steps=MappingProxyType(dict.fromkeys(heads, 0))
@@ -58,6 +61,7 @@ class RunAggregator:
             self.snapshot = self.snapshot.with_run(
                 RunSnapshot(run, info=MappingProxyType(info), gradient_quality=quality)
             )
+            self._ended.discard(run)
 
     def resume_run(self, run: str, state: Mapping[str, Any]) -> None:
         """Let a registered run count on from where an earlier process of it stopped.
@@ -73,21 +77,56 @@ class RunAggregator:
             self.snapshot = self.snapshot.with_run(self.snapshot.runs[run].resumed(state))
 
     def handle_ppo_update(self, payload: PPOUpdatePayload) -> None:
-        """Add one update to its run; a run that was not registered is created."""
+        """Add one update to its run. A run that was never registered is created; one that has ended stays as it is."""
         with self._writers:
-            before = self.snapshot.runs.get(payload.run) or RunSnapshot(payload.run)
-            self.snapshot = self.snapshot.with_run(_after_update(before, payload))
+            if payload.run not in self._ended:
+                before = self.snapshot.runs.get(payload.run) or RunSnapshot(payload.run)
+                self.snapshot = self.snapshot.with_run(_after_update(before, payload))
+
+    def note_progress(self, run: str, timestamp_seconds: float) -> None:
+        """A gradient step within a long update: the run is alive.
+
+        It moves the time of the last update forward, and does nothing before the run's first update.
+
+        Args:
+            run: name of the run.
+            timestamp_seconds: Unix time of the step.
+
+        Raises:
+            TypeError, ValueError: `timestamp_seconds` is no Unix time.
+        """
+        timestamp_seconds = require_timestamp("timestamp_seconds", timestamp_seconds)
+        with self._writers:
+            before = self.snapshot.runs.get(run)
+            last = before.last_update_timestamp_seconds if before is not None and run not in self._ended else None
+            if last is not None and timestamp_seconds > last:
+                self.snapshot = self.snapshot.with_run(replace(before, last_update_timestamp_seconds=timestamp_seconds))
 
     def remove_run(self, run: str) -> None:
-        """Take a run's series off the endpoint, and free its name; harmless if there is none."""
+        """Take a run's series off the endpoint, and free its name; harmless if there is none.
+
+        Its updates and errors are dropped until `register_run` names it again.
+        """
         with self._writers:
-            self.snapshot = self.snapshot.without_run(run)
+            if run in self.snapshot.runs:
+                self._ended.add(run)
+                self.snapshot = self.snapshot.without_run(run)
+
+    def abandon_run(self, run: str) -> None:
+        """The run has crashed and others go on: its series stay as they are, and `register_run` may replace them.
+
+        Its updates and errors are dropped until then. Harmless if there is no such run.
+        """
+        with self._writers:
+            if run in self.snapshot.runs:
+                self._ended.add(run)
 
     def count_error(self, run: str) -> None:
-        """Count an error inside the measurement of `run`."""
+        """Count an error inside the measurement of `run`. It creates a run as `handle_ppo_update` does."""
         with self._writers:
-            before = self.snapshot.runs.get(run) or RunSnapshot(run)
-            self.snapshot = self.snapshot.with_run(replace(before, exporter_errors=before.exporter_errors + 1))
+            if run not in self._ended:
+                before = self.snapshot.runs.get(run) or RunSnapshot(run)
+                self.snapshot = self.snapshot.with_run(replace(before, exporter_errors=before.exporter_errors + 1))
 
 
 def _after_update(before: RunSnapshot, payload: PPOUpdatePayload) -> RunSnapshot:

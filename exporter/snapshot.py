@@ -26,10 +26,10 @@ _RUN_COUNTS = ("updates", "environment_steps", "episodes", "exporter_errors", "r
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of observations by upper bound (inclusive), the last one unbounded.
+    """Counts of observations by upper bound (inclusive), the last one unbounded, and their sum `total`.
 
-    `total` leaves non-finite observations out: they are counted in the unbounded
-    bucket, but one +Inf in the sum would make every later mean useless.
+    Non-finite observations are in neither: one +Inf in the sum would make every
+    later mean useless, and in the counts alone it would make the mean wrong.
     """
 
     bounds: tuple[float, ...]
@@ -41,12 +41,12 @@ class Histogram:
         return cls(bounds, (0,) * (len(bounds) + 1))
 
     def observe(self, values: Iterable[float]) -> "Histogram":
-        """A histogram with `values` added; this one stays as it is."""
+        """A histogram with those of `values` added that are finite; this one stays as it is."""
         counts = list(self.counts)
         total = self.total
         for value in values:
-            counts[bisect_left(self.bounds, value)] += 1
             if math.isfinite(value):
+                counts[bisect_left(self.bounds, value)] += 1
                 total += value
         return Histogram(self.bounds, tuple(counts), total)
 
@@ -123,8 +123,11 @@ class GradientQuality:
         nonfinite = [head for head, norm in self.head_norms.items() if not math.isfinite(norm)]
         if nonfinite:
             return {head: (head in nonfinite) / len(nonfinite) for head in self.head_norms}
-        total = math.fsum(self.head_norms.values())
-        return {head: norm / total if total else 0.0 for head, norm in self.head_norms.items()}
+        # The sum of such large norms may be too large for a float; that of the n-th parts of n norms is not.
+        parts = 1 if max(self.head_norms.values(), default=0.0) < 1e300 else len(self.head_norms)
+        norms = {head: norm / parts for head, norm in self.head_norms.items()}
+        total = math.fsum(norms.values())
+        return {head: norm / total if total else 0.0 for head, norm in norms.items()}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from numbers import Real
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Protocol, TypedDict
 
@@ -91,12 +91,16 @@ def summarize_gradient_steps(steps: Sequence[GradientStep]) -> GradientMetrics:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    mean = sum(values) / len(values)
+    # A sum can be too large for a float where the mean is not.
+    return mean if math.isfinite(mean) else sum(value / len(values) for value in values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOUpdatePayload:
     """One PPO update of one run. Counts are increments since the update before.
+
+    Numbers may be NumPy scalars; they are stored as plain `float` and `int`, for snapshots are dumped as JSON.
 
     Attributes:
         run: name of the run, the `run` label on `/metrics`.
@@ -118,7 +122,7 @@ class PPOUpdatePayload:
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: a field is out of its range; the message names it.
+        ValueError: a field is out of its range, or too large for a float; the message names it.
     """
 
     run: str
@@ -147,38 +151,34 @@ class PPOUpdatePayload:
 
     def __post_init__(self) -> None:
         require_label_value("run", self.run)
-        _require_cv("gradient_cv", self.gradient_cv)
-        for cv in self.gradient_cv_per_step:
-            _require_cv("gradient_cv_per_step", cv)
+        # Plain copies, so that what was validated cannot change under a reader.
+        plain: dict[str, object] = {
+            "gradient_cv": _require_cv("gradient_cv", self.gradient_cv),
+            "gradient_cv_per_step": tuple(_require_cv("gradient_cv_per_step", cv) for cv in self.gradient_cv_per_step),
+            "head_gradient_norms": _require_heads("head_gradient_norms", self.head_gradient_norms, _require_norm),
+            "nonfinite_gradient_steps": _require_heads(
+                "nonfinite_gradient_steps", self.nonfinite_gradient_steps, _require_count
+            ),
+            "rank_rollout_seconds": tuple(
+                _require_seconds("rank_rollout_seconds", seconds) for seconds in self.rank_rollout_seconds
+            ),
+            "timestamp_seconds": require_timestamp("timestamp_seconds", self.timestamp_seconds),
+        }
         for name in ("contributing_heads", "skipped_gradient_steps", "environment_steps", "episodes"):
-            _require_count(name, getattr(self, name))
+            plain[name] = _require_count(name, getattr(self, name))
+        for name in TRAINING_SIGNALS + ("gradient_norm",):
+            if getattr(self, name) is not None:
+                plain[name] = _require_number(name, getattr(self, name))
+        for name in ("update_duration_seconds", "rollout_duration_seconds"):
+            if getattr(self, name) is not None:
+                plain[name] = _require_seconds(name, getattr(self, name))
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         if self.skipped_gradient_steps > len(self.gradient_cv_per_step):
             raise ValueError(
                 f"skipped_gradient_steps is {self.skipped_gradient_steps}, "
                 f"but the update had {len(self.gradient_cv_per_step)} gradient steps"
             )
-        for head, norm in self.head_gradient_norms.items():
-            _require_number(f"head_gradient_norms[{head!r}]", norm)
-            if norm < 0:
-                raise ValueError(f"head_gradient_norms[{head!r}] must be >= 0, got {norm!r}")
-        for head, count in self.nonfinite_gradient_steps.items():
-            _require_count(f"nonfinite_gradient_steps[{head!r}]", count)
-        for name in TRAINING_SIGNALS + ("gradient_norm",):
-            if getattr(self, name) is not None:
-                _require_number(name, getattr(self, name))
-        for name in ("update_duration_seconds", "rollout_duration_seconds"):
-            if getattr(self, name) is not None:
-                _require_seconds(name, getattr(self, name))
-        for seconds in self.rank_rollout_seconds:
-            _require_seconds("rank_rollout_seconds", seconds)
-        _require_seconds("timestamp_seconds", self.timestamp_seconds)
-        if self.timestamp_seconds > _LAST_TIMESTAMP:
-            raise ValueError(f"timestamp_seconds must be Unix time in seconds, got {self.timestamp_seconds!r}")
-        # Copies, so that what was validated cannot change under a reader.
-        for name in ("gradient_cv_per_step", "rank_rollout_seconds"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("head_gradient_norms", "nonfinite_gradient_steps"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
 
 def _signal_names() -> tuple[str, ...]:
@@ -207,28 +207,68 @@ def require_label_value(name: str, value: object) -> None:
         raise ValueError(f"{name} must be encodable as UTF-8, got {value!r}") from None
 
 
-def _require_number(name: str, value: object) -> None:
+def require_timestamp(name: str, value: object) -> float:
+    """`value`, a Unix time in seconds, as a plain float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative, not finite, or after the year 9999, as milliseconds are.
+    """
+    seconds = _require_seconds(name, value)
+    if seconds > _LAST_TIMESTAMP:
+        raise ValueError(f"{name} must be Unix time in seconds, got {value!r}")
+    return seconds
+
+
+def _require_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's scalars are real numbers too
         raise TypeError(f"{name} must be a number, got {value!r}")
+    return _as_float(name, value)
 
 
-def _require_seconds(name: str, value: object) -> None:
-    _require_number(name, value)
-    if not (math.isfinite(value) and value >= 0):
+def _as_float(name: str, value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float") from None
+
+
+def _require_seconds(name: str, value: object) -> float:
+    seconds = _require_number(name, value)
+    if not (math.isfinite(seconds) and seconds >= 0):
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    return seconds
 
 
-def _require_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _require_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
+    _as_float(name, value)  # a sample is one
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value!r}")
+    return int(value)
 
 
-def _require_cv(name: str, value: object) -> None:
-    _require_number(name, value)
-    if not value >= 0:  # NaN fails too
+def _require_cv(name: str, value: object) -> float:
+    cv = _require_number(name, value)
+    if not cv >= 0:  # NaN fails too
         raise ValueError(f"{name} must be >= 0 (+Inf for a non-finite gradient), got {value!r}")
+    return cv
+
+
+def _require_norm(name: str, value: object) -> float:
+    norm = _require_number(name, value)
+    if norm < 0:
+        raise ValueError(f"{name} must be >= 0, got {value!r}")
+    return norm
+
+
+def _require_heads(
+    name: str, values: Mapping[str, object], require: Callable[[str, object], float]
+) -> Mapping[str, float]:
+    for head in values:
+        require_label_value(f"a head of {name}", head)
+    return MappingProxyType({head: require(f"{name}[{head!r}]", value) for head, value in values.items()})
 
 
 class PPOUpdateHandler(Protocol):
