@@ -1,10 +1,14 @@
-"""Every metric family, declared once, and the collector that fills them from one snapshot."""
+"""Every metric family, declared once, and the collectors that fill them."""
 
+import gc
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -15,15 +19,15 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from exporter.aggregator import RunAggregator
 from exporter.health import HealthLevel
-from exporter.snapshot import Histogram, RunSnapshot
+from exporter.snapshot import Histogram, RunSnapshot, Snapshot
 
 RUN_LABEL = "run"
 HEALTH_LABEL = "health"
 HEAD_LABEL = "head"
 COLLECTOR_LABEL = "collector"
 RANK_LABEL = "rank"
+_log = logging.getLogger(__name__)
 
 # (label values beside `run`, value); a value is a Histogram for histograms, a dict for info.
 Sample = tuple[tuple[str, ...], object]
@@ -50,7 +54,10 @@ class MetricFamily:
     is_per_run: bool = True
 
     def collect(self, runs: Iterable, process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
-        """The family with the samples of all `runs` (or collections), each with the labels of this process."""
+        """The family with the samples of all `runs` (or collections), each with the labels of this process.
+
+        Values become floats here, so that none that a float cannot hold fails the rendering of all of them.
+        """
         labels = (*process_labels, *((RUN_LABEL,) if self.is_per_run else ()), *self.labels)
         match self.kind:
             case "counter":
@@ -67,10 +74,10 @@ class MetricFamily:
             for label_values, value in self.samples(run):
                 label_values = (*process_labels.values(), *((run.run,) if self.is_per_run else ()), *label_values)
                 if isinstance(value, Histogram):
-                    buckets = [(floatToGoString(bound), count) for bound, count in value.cumulative()]
-                    family.add_metric(label_values, buckets=buckets, sum_value=value.total)
+                    buckets = [(floatToGoString(bound), float(count)) for bound, count in value.cumulative()]
+                    family.add_metric(label_values, buckets=buckets, sum_value=float(value.total))
                 else:
-                    family.add_metric(label_values, value)
+                    family.add_metric(label_values, value if self.kind == "info" else float(value))
         return family
 
 
@@ -114,7 +121,8 @@ GRADIENT_STEPS = MetricFamily(
 GRADIENT_CV_PER_STEP = MetricFamily(
     "ppo_gradient_cv_per_step",
     "histogram",
-    "Coefficient of variation of each gradient step; the sum leaves out steps whose gradient was not finite.",
+    "Coefficient of variation of each gradient step whose gradient was finite; ppo_gradient_steps_total counts the "
+    "others too.",
     (),
     _one(lambda run: run.gradient_quality.cv_per_step),
 )
@@ -205,7 +213,7 @@ RANK_ROLLOUT = MetricFamily(
 LAST_UPDATE_TIMESTAMP = MetricFamily(
     "ppo_last_update_timestamp_seconds",
     "gauge",
-    "Unix time at which the last PPO update ended; absent before the first one.",
+    "Unix time at which the last PPO update ended, or of a later gradient step; absent before the first update.",
     (),
     _one(lambda run: run.last_update_timestamp_seconds),
 )
@@ -233,7 +241,7 @@ RUN_INFO = MetricFamily(
 COLLECTOR_SUCCESS = MetricFamily(
     "ppo_exporter_collector_success",
     "gauge",
-    "Whether the collector worked in this scrape: 1, or 0 when its metrics are missing.",
+    "Whether the collector worked in this scrape: 1, or 0 when its metrics, or those of a run, are missing.",
     (COLLECTOR_LABEL,),
     lambda collection: [((collection.collector,), collection.is_success)],
     is_per_run=False,
@@ -253,23 +261,65 @@ METRIC_FAMILIES: tuple[MetricFamily, ...] = tuple(
 """Every family in the order of its declaration, which is the order on `/metrics`."""
 
 
+_RUN_FAMILIES = tuple(family for family in METRIC_FAMILIES if family.is_per_run)
+
+
+class SnapshotSource(Protocol):
+    """Whatever holds the newest snapshot, such as a `RunAggregator`."""
+
+    snapshot: Snapshot
+
+
 class RunCollector(Collector):
-    """All families of all runs, from the one snapshot that was current when the scrape began."""
+    """All families of all runs, from the one snapshot that was current when the scrape began.
 
-    def __init__(self, aggregator: RunAggregator, process_labels: Mapping[str, str]) -> None:
-        self._aggregator = aggregator
+    A run whose samples cannot be made is left out whole, and takes no other with it; `is_complete` says whether
+    the last `collect()` had all runs.
+    """
+
+    def __init__(self, source: SnapshotSource, process_labels: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.is_complete = True
+        self._source = source
         self._process_labels = process_labels
+        self._failing: set[str] = set()
 
-    @property
-    def state(self) -> object:
-        """While this is the same object, so are the metrics."""
-        return self._aggregator.snapshot
+    def describe(self) -> list[Metric]:
+        """The families without samples; by their names a registry knows what is in it."""
+        return [family.collect((), self._process_labels) for family in _RUN_FAMILIES]
+
+    def collect(self) -> list[Metric]:
+        metrics, failing = self.describe(), set()
+        for name, run in self._source.snapshot.runs.items():
+            try:
+                samples = [family.collect((run,), self._process_labels).samples for family in _RUN_FAMILIES]
+            except Exception:
+                failing.add(name)
+                if name not in self._failing:
+                    _log.exception("run %s: its metrics cannot be made; they are missing until they can", name)
+            else:
+                for metric, more in zip(metrics, samples, strict=True):
+                    metric.samples += more
+        self._failing, self.is_complete = failing, not failing
+        return metrics
+
+
+class GcCollector(Collector):
+    """The families of prometheus-client's GCCollector, from the figures of any process."""
+
+    def __init__(self, stats: Callable[[], list[dict[str, int]]] = gc.get_stats) -> None:
+        self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        runs = tuple(self._aggregator.snapshot.runs.values())
-        for family in METRIC_FAMILIES:
-            if family.is_per_run:
-                yield family.collect(runs, self._process_labels)
+        stats = self._stats()
+        for name, key, documentation in (
+            ("python_gc_objects_collected", "collected", "Objects collected during gc"),
+            ("python_gc_objects_uncollectable", "uncollectable", "Uncollectable objects found during GC"),
+            ("python_gc_collections", "collections", "Number of times this generation was collected"),
+        ):
+            family = CounterMetricFamily(name, documentation, labels=("generation",))
+            for generation, figures in enumerate(stats):
+                family.add_metric((str(generation),), float(figures[key]))
+            yield family
 
 
 @dataclass(frozen=True)
@@ -281,27 +331,102 @@ class Collection:
     duration_seconds: float
 
 
-def build_collectors(
-    aggregator: RunAggregator, process_labels: Mapping[str, str] = MappingProxyType({})
-) -> dict[str, Collector]:
-    """By name: the runs of `aggregator`, and this process, its platform and its GC.
+class Guarded(Collector):
+    """A collector that does not raise: one that fails takes nothing but its own metrics with it.
 
-    `process_labels`, such as a rank, are added to every sample of a run.
+    A failure is logged once until the collector works again. `last` says how the last `collect()` went; None before
+    the first.
     """
-    unused = CollectorRegistry()  # prometheus-client's collectors want one
+
+    def __init__(self, name: str, collector: Collector) -> None:
+        self.name = name
+        self.last: Collection | None = None
+        self._collector = collector
+        self._is_failing = False
+
+    def describe(self) -> Iterable[Metric]:
+        describe = getattr(self._collector, "describe", self.collect)
+        return describe()
+
+    def collect(self) -> list[Metric]:
+        started = time.perf_counter()
+        try:
+            families = list(self._collector.collect())
+            # A run collector may have left out some of the runs.
+            is_success = getattr(self._collector, "is_complete", True)
+            self._is_failing = False
+        except Exception:
+            families, is_success = [], False
+            if not self._is_failing:
+                _log.exception("collector %s failed; its metrics are missing until it works again", self.name)
+            self._is_failing = True
+        self.last = Collection(self.name, is_success, time.perf_counter() - started)
+        return families
+
+
+class GuardedCollectors(Collector):
+    """All of `collectors`, by name and each by itself, and then how each of them went in this scrape.
+
+    They are one collector for a registry, so that what they say on themselves belongs to the same scrape, also where
+    only some names are asked for.
+    """
+
+    def __init__(
+        self, collectors: Mapping[str, Collector], process_labels: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self._guarded = [Guarded(name, collector) for name, collector in collectors.items()]
+        self._process_labels = process_labels
+
+    def describe(self) -> Iterator[Metric]:
+        for guarded in self._guarded:
+            yield from guarded.describe()
+        yield from self._about(())
+
+    def collect(self) -> Iterator[Metric]:
+        collections = []
+        for guarded in self._guarded:
+            families = guarded.collect()
+            collections.append(guarded.last)
+            yield from families
+        yield from self._about(collections)
+
+    def _about(self, collections: Iterable[Collection]) -> Iterator[Metric]:
+        for family in (COLLECTOR_SUCCESS, COLLECTOR_DURATION):
+            yield family.collect(collections, self._process_labels)
+
+
+def build_collectors(
+    source: SnapshotSource,
+    process_labels: Mapping[str, str] = MappingProxyType({}),
+    *,
+    pid: Callable[[], int] | None = None,
+    gc_stats: Callable[[], list[dict[str, int]]] = gc.get_stats,
+) -> dict[str, Collector]:
+    """By name: the runs of `source`, and the process that trains, its platform and its GC.
+
+    Args:
+        source: whose `snapshot` every scrape reads.
+        process_labels: added to every sample of a run, such as a rank.
+        pid: the process that trains; by default this one.
+        gc_stats: what its `gc.get_stats()` says.
+    """
     return {
-        "run": RunCollector(aggregator, process_labels),
-        "process": ProcessCollector(registry=None),
+        "run": RunCollector(source, process_labels),
+        "process": ProcessCollector(pid=pid or (lambda: "self"), registry=None),
         "platform": PlatformCollector(registry=None),
-        "gc": GCCollector(registry=unused),
+        "gc": GcCollector(gc_stats),
     }
 
 
 def build_registry(
-    aggregator: RunAggregator, process_labels: Mapping[str, str] = MappingProxyType({})
+    source: SnapshotSource,
+    process_labels: Mapping[str, str] = MappingProxyType({}),
+    *,
+    pid: Callable[[], int] | None = None,
+    gc_stats: Callable[[], list[dict[str, int]]] = gc.get_stats,
 ) -> CollectorRegistry:
-    """`build_collectors` in one registry, for whoever serves them by other means."""
+    """`build_collectors`, guarded, in one registry: one that fails takes nothing but its own metrics with it."""
     registry = CollectorRegistry()
-    for collector in build_collectors(aggregator, process_labels).values():
-        registry.register(collector)
+    collectors = build_collectors(source, process_labels, pid=pid, gc_stats=gc_stats)
+    registry.register(GuardedCollectors(collectors, process_labels))
     return registry

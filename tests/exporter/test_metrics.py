@@ -1,5 +1,6 @@
-"""`/metrics` as Prometheus scrapes it: over TCP, while updates come in."""
+"""`/metrics` as Prometheus scrapes it: over TCP, while updates come in. And the collectors behind it."""
 
+import gc
 import math
 import re
 import subprocess
@@ -7,13 +8,17 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from prometheus_client import CollectorRegistry, GCCollector, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from exporter import HealthLevel, MetricsServer, RunAggregator, emit_ppo_update
+from exporter.metrics import GcCollector, Guarded, GuardedCollectors, RunCollector, build_collectors, build_registry
 from exporter.telemetry import GradientStep, summarize_gradient_steps
 
 GOLDEN = Path(__file__).with_name("golden_metrics.txt")
@@ -157,3 +162,109 @@ def test_a_taken_port_is_a_clear_error(aggregator):
 def test_the_default_address_is_this_machine_only(aggregator):
     with MetricsServer(aggregator, port=0) as server:
         assert server.url == f"http://127.0.0.1:{server.port}/metrics"
+
+
+def samples_of(collector) -> dict[tuple, float]:
+    """What would be scraped, rendered and read again."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in parse_text(generate_latest(collector).decode())
+        for sample in family.samples
+    }
+
+
+def spoil(aggregator: RunAggregator, run: str, updates: int) -> None:
+    """Give the run a count that no payload could have."""
+    aggregator.snapshot = aggregator.snapshot.with_run(replace(aggregator.snapshot.runs[run], updates=updates))
+
+
+def test_large_norms_of_one_run_hide_no_other(aggregator):
+    emit_ppo_update({"head_gradient_norms": {"op": 1.7e308, "slot": 1.7e308}}, run="large", handler=aggregator)
+    emit_ppo_update({}, run="other", handler=aggregator)
+    samples = samples_of(build_registry(aggregator))
+    assert samples["ppo_head_gradient_share", "op", "large"] == 0.5
+    assert samples["ppo_updates_total", "large"] == samples["ppo_updates_total", "other"] == 1.0
+
+
+def test_a_run_whose_samples_cannot_be_made_is_left_out_and_told_once(aggregator, caplog):
+    for run in ("before", "bad", "after"):
+        aggregator.register_run(run, ["op", "slot"])
+    registry = build_registry(aggregator)
+    for _ in range(2):
+        spoil(aggregator, "bad", 10**400)
+        for _ in range(3):
+            samples = samples_of(registry)
+            assert samples["ppo_updates_total", "before"] == samples["ppo_updates_total", "after"] == 0.0
+            assert not [key for key in samples if "bad" in key]
+            assert samples["ppo_exporter_collector_success", "run"] == 0.0
+            assert samples["ppo_exporter_collector_success", "gc"] == 1.0
+        spoil(aggregator, "bad", 7)
+        samples = samples_of(registry)
+        assert samples["ppo_updates_total", "bad"] == 7.0
+        assert samples["ppo_exporter_collector_success", "run"] == 1.0
+    assert [record.getMessage() for record in caplog.records] == [
+        "run bad: its metrics cannot be made; they are missing until they can"
+    ] * 2
+
+
+def test_a_collector_that_fails_takes_only_its_own_metrics_with_it(aggregator, caplog):
+    aggregator.register_run("r", ["op", "slot"])
+
+    def break_off(*_):
+        yield from RunCollector(aggregator).describe()
+        raise RuntimeError("for the test")
+
+    broken = SimpleNamespace(collect=break_off)
+    collectors = {"broken": broken, **build_collectors(aggregator, {"rank": "3"})}
+    guarded = GuardedCollectors(collectors, {"rank": "3"})
+    for _ in range(2):
+        samples = samples_of(guarded)
+        assert samples["ppo_exporter_collector_success", "broken", "3"] == 0.0
+        assert samples["ppo_exporter_collector_success", "run", "3"] == 1.0
+        assert samples["ppo_exporter_collector_duration_seconds", "broken", "3"] > 0.0
+        assert samples["ppo_updates_total", "3", "r"] == 0.0
+    assert [record.getMessage() for record in caplog.records] == [
+        "collector broken failed; its metrics are missing until it works again"
+    ]
+    single = Guarded("single", broken)
+    assert single.collect() == [] and (single.last.collector, single.last.is_success) == ("single", False)
+    broken.collect = lambda: []
+    assert single.collect() == [] and single.last.is_success
+
+
+@pytest.mark.parametrize(
+    "name", ["ppo_updates_total", "ppo_gradient_cv_per_step_count", "ppo_run_info", "python_gc_collections_total"]
+)
+def test_a_registry_can_be_restricted_to_some_names(aggregator, name):
+    aggregator.register_run("r", ["op", "slot"])
+    assert {key[0] for key in samples_of(build_registry(aggregator).restricted_registry([name]))} == {name}
+
+
+def test_a_restricted_registry_tells_of_this_scrape(aggregator):
+    aggregator.register_run("r", ["op", "slot"])
+    restricted = build_registry(aggregator).restricted_registry(["ppo_exporter_collector_success"])
+    assert samples_of(restricted)["ppo_exporter_collector_success", "run"] == 1.0
+    spoil(aggregator, "r", 10**400)
+    assert samples_of(restricted)["ppo_exporter_collector_success", "run"] == 0.0
+
+
+def test_runs_cannot_be_registered_twice(aggregator):
+    registry = build_registry(aggregator)
+    with pytest.raises(ValueError, match="Duplicated timeseries"):
+        registry.register(RunCollector(aggregator))
+
+
+def test_process_and_gc_figures_may_be_those_of_another_process(aggregator, monkeypatch):
+    stats = [{"collected": 10 + number, "uncollectable": number, "collections": 100} for number in range(3)]
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            source = SimpleNamespace(snapshot=aggregator.snapshot)
+            there = samples_of(build_registry(source, pid=lambda: other.pid, gc_stats=lambda: stats))
+        finally:
+            other.kill()
+    here = samples_of(build_registry(aggregator))
+    name = ("process_resident_memory_bytes",)
+    assert there[name] < 10e6 < here[name]
+    assert there["python_gc_objects_collected_total", "2"] == 12.0
+    monkeypatch.setattr(gc, "get_stats", lambda: stats)
+    assert list(GcCollector(lambda: stats).collect()) == GCCollector(CollectorRegistry()).collect()
