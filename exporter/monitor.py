@@ -1,12 +1,17 @@
 """`GradientMonitor`: the metric for a trainer that somebody has already, by an optimizer hook."""
 
+import atexit
 import difflib
+import gc
 import logging
 import os
+import queue
+import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Mapping
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -16,15 +21,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
-from exporter.delivery import Textfile, check_pushgateway_url, push_final_state
-from exporter.discovery import TargetFile
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import Head, HeadGradientMeter, PendingGradientSteps
+from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT, MetricsServer, Registry, is_crash, script_has_crashed
 from exporter.metrics import RANK_LABEL
-from exporter.server import DEFAULT_ADDRESS, DEFAULT_PORT, MetricsServer, host_and_port
+from exporter.serving.deliveries import check_pushgateway_url
 from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update, summarize_gradient_steps
 
 DEFAULT_WINDOW_STEPS = 64
+WINDOW_SECONDS = 30.0
+"""A window of `window_steps` also ends at the first gradient step after this time."""
 _MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
 
 _log = logging.getLogger(__name__)
@@ -42,8 +48,11 @@ class GradientMonitor:
 
     It changes neither gradients nor random state, and an error inside it is logged
     once, counted in `ppo_exporter_errors_total`, and never reaches the training
-    loop. On CUDA it adds no synchronization: norms travel to pinned memory and are
-    published at the first step after they have arrived.
+    loop. On CUDA it adds no synchronization: norms travel to pinned memory, and a
+    thread publishes them when they have arrived. Any thread may call its methods.
+
+    A script that ends without `close()` is closed as by its `with` block: an exception
+    that ends it leaves the files of `serve()`, a clean end removes them.
 
     What it sees at a step is clipped where the trainer clips. The CV and the shares
     do not change under clipping by the global norm; norms do. After clipping a NaN
@@ -53,8 +62,9 @@ class GradientMonitor:
         heads: head name -> module, parameters, or `Rows` of a layer that heads share;
             see also `heads_from` and `row_heads`.
         run: name of the run, its label on `/metrics`.
-        window_steps: gradient steps that make a window, until `update_completed()` is
-            called for the first time; from then on a window is an update. None waits for it.
+        window_steps: gradient steps that make a window, or fewer where they take longer
+            than `WINDOW_SECONDS`, until `update_completed()` is called for the first time;
+            from then on a window is an update. None waits for it.
         before_clipping: measure in hooks on the heads' parameters, right after
             backward. Exact norms and the right head for a NaN, for one hook call per
             parameter and backward pass; in a DistributedDataParallel model the norms are
@@ -95,10 +105,13 @@ class GradientMonitor:
         self._steps_in_window = 0
         self._signals: dict[str, float] = {}
         self._increments: Counter[str] = Counter()
-        self._pending: deque[tuple[PendingGradientSteps, dict[str, object]]] = deque()
-        self._served: list[_SharedServer] = []
-        self._textfiles: list[Textfile] = []
-        self._pushgateways: list[tuple[str, dict[str, str]]] = []
+        self._window_began_at = self._alive_at = 0.0
+        self._arriving: queue.SimpleQueue[tuple[PendingGradientSteps, dict[str, object]] | None] = queue.SimpleQueue()
+        self._publisher: threading.Thread | None = None
+        self._optimizer: Callable[[], Optimizer | None] = lambda: None
+        self._endpoints: list[_Endpoint] = []
+        self._pushgateways: list[tuple[MetricsServer, str]] = []
+        self._lock = threading.RLock()
         self._pid = os.getpid()
         self._has_logged_error = False
         self._info = info
@@ -112,7 +125,8 @@ class GradientMonitor:
             TypeError: not an optimizer, or a head that is made of something else than parameters.
             ValueError: the heads cannot be measured (see `HeadGradientMeter`), the
                 optimizer does not own one of their parameters (the message names the
-                head), or another run has the same name.
+                head), or another monitor measures a run of this name. One whose optimizer
+                is gone, or this one, gives way, as does any in an interactive session.
         """
         if self._hooks:
             raise RuntimeError(f"monitor of run {self.run!r} is attached already; detach() it first")
@@ -129,31 +143,53 @@ class GradientMonitor:
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
         if not self._is_registered:
-            _SharedServer.forget_crashed(self._aggregator, self.run)
+            self._replace_earlier(optimizer)
             self._aggregator.register_run(self.run, meter.head_names, self._info)
             self._is_registered = True
+            _attached[self._aggregator, self.run] = self
             warning = unreachable_critical_warning(len(meter.head_names))
             if warning is not None:
                 _log.warning("run %s: %s", self.run, warning)
         self._meter = meter
+        self._optimizer = weakref.ref(optimizer)
+        # A compiled training step must not trace into them.
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
         if self._before_clipping:
             self._hooks += meter.record_after_backward(self._failed)
         return self
 
+    def _replace_earlier(self, optimizer: Optimizer) -> None:
+        """Close an earlier monitor of this run that nobody needs any more, as when a notebook's cell runs again."""
+        earlier = _attached.get((self._aggregator, self.run))
+        if earlier is None:
+            return
+        if earlier._optimizer() not in (None, optimizer):
+            gc.collect()
+        if earlier._hooks and earlier._optimizer() not in (None, optimizer) and not hasattr(sys, "ps1"):
+            raise ValueError(
+                f"run {self.run!r} is measured by another monitor already: close() that one, or give this one another "
+                "name; runs of one process need distinct names"
+            )
+        earlier.close()
+
     def detach(self) -> None:
         """Stop observing; what was measured is published, and the run's series stay. May be attached again."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        try:
-            self._close_window()
-            self._publish(wait=True)
-        except Exception as error:
-            self._failed(error)
+        with self._lock:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            try:
+                self._close_window()
+            except Exception as error:
+                self._failed(error)
+            publisher, self._publisher = self._publisher, None
+            if publisher is not None:
+                self._arriving.put(None)
+        if publisher is not None:
+            publisher.join()
 
     def close(self) -> None:
         """Detach, leave the endpoint (which closes with its last monitor), and take the run's series off it.
@@ -167,34 +203,32 @@ class GradientMonitor:
             return  # in a forked child: all of it is the parent's
         # What is interrupted is not done again by another call, and does not keep the rest from being done.
         with ExitStack() as last_first:
-            last_first.callback(self._unregister)
+            last_first.callback(self._unregister, crashed)
+            while self._endpoints:
+                last_first.callback(self._endpoints.pop().leave, self.run, crashed)
             while self._pushgateways:
-                url, labels = self._pushgateways.pop()
+                server, url = self._pushgateways.pop()
                 if not crashed:
-                    last_first.callback(self._push, url, labels)
-            while self._textfiles:
-                last_first.callback(self._textfiles.pop().close, remove=not crashed)
-            while self._served:
-                last_first.callback(self._served.pop().leave, self.run, crashed)
+                    last_first.callback(server.push, self.run, url)
             self.detach()
 
-    def _push(self, url: str, labels: Mapping[str, str]) -> None:
-        try:
-            push_final_state(url, self._aggregator, self.run, labels)
-        except OSError as error:
-            _log.warning("run %s: %s", self.run, error)
-
-    def _unregister(self) -> None:
-        if self._is_registered and not _SharedServer.has_crashed(self._aggregator, self.run):
-            self._aggregator.remove_run(self.run)
+    def _unregister(self, crashed: bool) -> None:
+        if not self._is_registered:
+            return
         self._is_registered = False
+        if _attached.get((self._aggregator, self.run)) is self:
+            del _attached[self._aggregator, self.run]
+        if crashed and _Endpoint.has_abandoned(self._aggregator, self.run):
+            self._aggregator.abandon_run(self.run)
+        else:
+            self._aggregator.remove_run(self.run)
 
     def __enter__(self) -> "GradientMonitor":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         is_exit = kind is not None and issubclass(kind, SystemExit) and not exc_info[0].code
-        self._leave(crashed=kind is not None and kind is not KeyboardInterrupt and not is_exit)
+        self._leave(crashed=kind is not None and is_crash(kind) and not is_exit)
 
     def serve(
         self,
@@ -205,9 +239,10 @@ class GradientMonitor:
         textfile_dir: str | Path | None = None,
         pushgateway: str | None = None,
         web_config_file: str | Path | None = None,
+        registry: Registry | None = None,
         every_rank: bool = False,
     ) -> str | None:
-        """Serve `/metrics` in a thread of this process; monitors that name the same port share it.
+        """Serve `/metrics` from a process of its own; monitors that name the same port share it.
 
         In a torch.distributed group only rank 0 serves; with `every_rank` each one
         does, at `port` + its local rank and with a label `rank`.
@@ -218,15 +253,16 @@ class GradientMonitor:
             textfile_dir: keep the run in a file there too, for node_exporter's textfile collector; removed like the
                 target file.
             pushgateway: URL of a Pushgateway that gets the run's final state by `close()`.
-            web_config_file: TLS and users of the endpoint, see docs/endpoint.md; that of the first monitor counts
-                where several share a port.
+            web_config_file: TLS and users of the endpoint, see docs/endpoint.md.
+            registry: metrics of your own, a prometheus_client registry, served beside these.
 
         Returns:
             The URL, or None on a rank that does not serve.
 
         Raises:
             OSError: the address cannot be bound, or a file not written.
-            ValueError: `pushgateway` is no such URL, or the web configuration file is wrong.
+            ValueError: `pushgateway` is no such URL, the web configuration file is wrong, or the endpoint is shared
+                with a monitor that gave it another one, or another registry.
         """
         if pushgateway is not None:
             check_pushgateway_url(pushgateway)
@@ -238,19 +274,18 @@ class GradientMonitor:
                 labels = {RANK_LABEL: str(rank)}
             elif rank != 0:
                 return None
-        served = _SharedServer.join(self._aggregator, address, port, labels, web_config_file)
+        endpoint = _Endpoint.join(self, address, port, labels, web_config_file, registry)
         try:
-            if targets_dir is not None:
-                served.announce(Path(targets_dir).resolve(), self.run)
-            if textfile_dir is not None:
-                self._textfiles.append(Textfile(textfile_dir, self._aggregator, self.run, labels))
+            if targets_dir is not None or textfile_dir is not None:
+                endpoint.server.deliver(self.run, targets_dir=targets_dir, textfile_dir=textfile_dir)
         except BaseException:
-            served.leave(self.run, crashed=False)
+            endpoint.leave(self.run, crashed=False)
             raise
-        self._served.append(served)
+        if endpoint not in self._endpoints:
+            self._endpoints.append(endpoint)
         if pushgateway is not None:
-            self._pushgateways.append((pushgateway, labels))
-        return served.server.url
+            self._pushgateways.append((endpoint.server, pushgateway))
+        return endpoint.server.url
 
     def record(self, **values: float | None) -> None:
         """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
@@ -263,13 +298,14 @@ class GradientMonitor:
             ValueError: the value is out of its range, a negative count say.
         """
         checked = {name: _checked(name, value) for name, value in values.items()}
-        for name, value in checked.items():
-            if name in _INCREMENTS:
-                self._increments[name] += value or 0
-            elif value is None:
-                self._signals.pop(name, None)
-            else:
-                self._signals[name] = value
+        with self._lock:
+            for name, value in checked.items():
+                if name in _INCREMENTS:
+                    self._increments[name] += value or 0
+                elif value is None:
+                    self._signals.pop(name, None)
+                else:
+                    self._signals[name] = value
 
     def update_completed(self, **values: float | None) -> None:
         """A PPO update has ended: publish its window, with `values` as for `record()`.
@@ -277,13 +313,13 @@ class GradientMonitor:
         Raises:
             TypeError, ValueError: as `record()`.
         """
-        self.record(**values)
-        self._window_steps = None
-        try:
-            self._close_window()
-            self._publish()
-        except Exception as error:
-            self._failed(error)
+        with self._lock:
+            self.record(**values)
+            self._window_steps = None
+            try:
+                self._close_window()
+            except Exception as error:
+                self._failed(error)
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if not _has_closure(args, kwargs):
@@ -296,17 +332,23 @@ class GradientMonitor:
 
     def _observe(self, optimizer: Optimizer) -> None:
         try:
-            scale = getattr(optimizer, "grad_scale", None)
-            if self._before_clipping and self._grad_scaler is not None:
-                scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
-            # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
-            # step, and so this hook, is not called. Either way such a step is none.
-            self._meter.record(scale, getattr(optimizer, "found_inf", None))
-            self._steps_in_window += 1
-            if self._steps_in_window >= (self._window_steps or _MOST_WINDOW_STEPS):
-                self._close_window()
-            if self._pending:
-                self._publish()
+            with self._lock:
+                scale = getattr(optimizer, "grad_scale", None)
+                if self._before_clipping and self._grad_scaler is not None:
+                    scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
+                # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
+                # step, and so this hook, is not called. Either way such a step is none.
+                self._meter.record(scale, getattr(optimizer, "found_inf", None))
+                now = time.monotonic()
+                if not self._steps_in_window:
+                    self._window_began_at = now
+                self._steps_in_window += 1
+                is_long = self._window_steps is not None and now - self._window_began_at >= WINDOW_SECONDS
+                if is_long or self._steps_in_window >= (self._window_steps or _MOST_WINDOW_STEPS):
+                    self._close_window()
+                elif now - self._alive_at >= WINDOW_SECONDS:
+                    self._alive_at = now
+                    self._aggregator.note_progress(self.run, time.time())
         except Exception as error:
             self._failed(error)
 
@@ -314,24 +356,38 @@ class GradientMonitor:
         if self._meter is None or not self._steps_in_window:
             return  # without a gradient step there is nothing to call healthy
         self._steps_in_window = 0
+        self._alive_at = time.monotonic()
         progress = {**self._signals, **self._increments, "timestamp_seconds": time.time()}
         self._increments = Counter()
         for name in _ONCE:
             self._signals.pop(name, None)
-        self._pending.append((self._meter.start_collecting(), progress))
+        pending = self._meter.start_collecting()
+        if self._publisher is None and pending.is_ready:
+            return self._publish(pending, progress)
+        # Training must not wait for the device, nor a window for the next gradient step.
+        if self._publisher is None:
+            self._publisher = threading.Thread(target=self._publish_arriving, name="ppo-monitor", daemon=True)
+            self._publisher.start()
+        self._arriving.put((pending, progress))
 
-    def _publish(self, wait: bool = False) -> None:
-        while self._pending and (wait or self._pending[0][0].is_ready):
-            pending, progress = self._pending.popleft()
-            # A step in which no head had a gradient says nothing of their balance.
-            steps = [step for step in pending.result() if step.head_norms]
-            if not steps:  # or all overflowed: what they counted goes to the next window
+    def _publish_arriving(self) -> None:
+        while (window := self._arriving.get()) is not None:
+            try:
+                self._publish(*window)
+            except Exception as error:
+                self._failed(error)
+
+    def _publish(self, pending: PendingGradientSteps, progress: dict[str, object]) -> None:
+        # A step in which no head had a gradient says nothing of their balance.
+        steps = [step for step in pending.result() if step.head_norms]
+        if not steps:  # or all overflowed: what they counted goes to the next window
+            with self._lock:
                 self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
-                continue
-            metrics = summarize_gradient_steps(steps)
-            if not self._global_norm:
-                metrics["gradient_norm"] = None
-            emit_ppo_update(metrics, run=self.run, handler=self._aggregator, **progress)
+            return
+        metrics = summarize_gradient_steps(steps)
+        if not self._global_norm:
+            metrics["gradient_norm"] = None
+        emit_ppo_update(metrics, run=self.run, handler=self._aggregator, **progress)
 
     def _failed(self, error: Exception) -> None:
         self._aggregator.count_error(self.run)
@@ -365,89 +421,80 @@ def _checked(name: str, value: object) -> float | int | None:
     return number
 
 
-class _SharedServer:
-    """An endpoint, the number of monitors on it, and the target files that announce it."""
+class _Endpoint:
+    """A server and the runs on it; it closes with the last one."""
 
-    _open: dict[tuple[RunAggregator, str, int], "_SharedServer"] = {}
+    _open: dict[tuple[RunAggregator, str, int], "_Endpoint"] = {}
     _lock = threading.Lock()
 
     def __init__(self, server: MetricsServer, key: tuple[RunAggregator, str, int]) -> None:
         self.server = server
         self._key = key
-        self._monitors = 0
-        self._target_files: dict[Path, TargetFile] = {}
-        self._crashed_runs: set[str] = set()
+        self._runs: set[str] = set()
+        self._abandoned: set[str] = set()
 
     @classmethod
     def join(
         cls,
-        aggregator: RunAggregator,
+        monitor: GradientMonitor,
         address: str,
         port: int,
         labels: Mapping[str, str],
         web_config_file: str | Path | None,
-    ) -> "_SharedServer":
+        registry: Registry | None,
+    ) -> "_Endpoint":
+        aggregator = monitor._aggregator
         with cls._lock:
-            served = cls._open.get((aggregator, address, port))
-            if served is None:
-                server = MetricsServer(aggregator, address, port, labels, web_config_file=web_config_file)
-                served = cls(server, (aggregator, address, server.port))
-                cls._open[served._key] = served
-            served._monitors += 1
-            return served
-
-    def announce(self, directory: Path, run: str) -> None:
-        with self._lock:
-            known = self._target_files.get(directory)
-            if known is not None and not known.has_ended:
-                known.add(run)
-            else:
-                target = host_and_port(TargetFile.reachable(self.server.address), self.server.port)
-                self._target_files[directory] = TargetFile(directory, target, run, scheme=self.server.scheme)
+            endpoint = cls._open.get((aggregator, address, port))
+            if endpoint is None:
+                server = MetricsServer(
+                    aggregator, address, port, labels, web_config_file=web_config_file, registry=registry
+                )
+                endpoint = cls(server, (aggregator, address, server.port))
+                cls._open[endpoint._key] = endpoint
+            elif web_config_file is not None and Path(web_config_file).absolute() != endpoint.server.web_config_file:
+                raise ValueError(f"{endpoint.server.url} is served already, with another web_config_file or none")
+            elif registry is not None and registry is not endpoint.server.registry:
+                raise ValueError(f"{endpoint.server.url} is served already, with another registry or none")
+            endpoint._runs.add(monitor.run)
+            endpoint._abandoned.discard(monitor.run)
+            return endpoint
 
     def leave(self, run: str, crashed: bool) -> None:
-        """The last one closes the endpoint."""
         with self._lock, ExitStack() as last_first:
-            self._monitors -= 1
-            is_last = self._monitors == 0
-            if is_last:
+            self._runs.discard(run)
+            if not self._runs:
                 del self._open[self._key]
-                last_first.callback(self._close)
+                for abandoned in self._abandoned:
+                    last_first.callback(self._key[0].remove_run, abandoned)
+                last_first.callback(self.server.close, crashed=crashed)
             elif crashed:
-                self._crashed_runs.add(run)
-            for target_file in self._target_files.values():
-                if is_last:
-                    last_first.callback(target_file.leave_behind)
-                if not crashed:
-                    last_first.callback(target_file.discard, run)
-
-    def _close(self) -> None:
-        self.server.close()
-        for run in self._crashed_runs:
-            self._key[0].remove_run(run)
+                self._abandoned.add(run)
+            self.server.end(run, crashed=crashed)
 
     @classmethod
-    def has_crashed(cls, aggregator: RunAggregator, run: str) -> bool:
-        """Whether the series of a run have to stay: it has crashed, and others go on, so that `up` will not tell."""
+    def has_abandoned(cls, aggregator: RunAggregator, run: str) -> bool:
+        """Whether a run has crashed beside others of its endpoint: its series have to stay, for `up` will not tell."""
         with cls._lock:
-            return any(served._key[0] is aggregator and run in served._crashed_runs for served in cls._open.values())
+            return any(each._key[0] is aggregator and run in each._abandoned for each in cls._open.values())
 
-    @classmethod
-    def forget_crashed(cls, aggregator: RunAggregator, run: str) -> None:
-        """The run begins again."""
-        with cls._lock:
-            for served in cls._open.values():
-                if served._key[0] is aggregator and run in served._crashed_runs:
-                    served._crashed_runs.remove(run)
-                    aggregator.remove_run(run)
+
+_attached: dict[tuple[RunAggregator, str], GradientMonitor] = {}
 
 
 def _begin_anew() -> None:
     """In a forked child: what is served there is not what its parent serves."""
-    global _process_aggregator
-    _process_aggregator = RunAggregator()
-    _SharedServer._open = {}
-    _SharedServer._lock = threading.Lock()
+    global _process_aggregator, _attached
+    _process_aggregator, _attached = RunAggregator(), {}
+    _Endpoint._open = {}
+    _Endpoint._lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+def _say_goodbye() -> None:
+    for monitor in list(_attached.values()):
+        monitor._leave(crashed=script_has_crashed())
+
+
+atexit.register(_say_goodbye)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from exporter.server import DEFAULT_PORT as METRICS_PORT
+from exporter.link import DEFAULT_PORT as METRICS_PORT
 from stack.receiver import DEFAULT_PORT as RECEIVER_PORT
 from stack.servers import ROOT
 

@@ -16,10 +16,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from exporter.aggregator import RunAggregator
-from exporter.delivery import Textfile, push_final_state
-from exporter.discovery import TargetFile
 from exporter.gradient_cv import unreachable_critical_warning
-from exporter.server import MetricsServer, WebConfigError, host_and_port
+from exporter.link import MetricsServer, WebConfigError
 from exporter.snapshot import RunSnapshot
 from exporter.telemetry import PPOUpdateMetrics, emit_ppo_update
 from trainer.agent import NonFiniteGradientError, PPOAgent, PPOHyperparameters
@@ -378,20 +376,16 @@ def _lead(training: Training, stop: StopRequest) -> int:
     except OSError as error:
         raise StartError(f"{error}; --metrics-address and --metrics-port choose another one") from error
     with server, Checkpoints(training) as checkpoints:
-        target = config.metrics_target or host_and_port(TargetFile.reachable(server.address), server.port)
         try:
-            target_file = TargetFile(Path(config.targets_dir), target, config.run_name, scheme=server.scheme)
+            server.deliver(
+                config.run_name,
+                targets_dir=config.targets_dir,
+                target=config.metrics_target,
+                textfile_dir=config.textfile_dir,
+                textfile_interval=config.textfile_interval,
+            )
         except OSError as error:
-            raise StartError(f"cannot write a target file to {config.targets_dir}: {error.strerror}") from error
-        textfile = None
-        if config.textfile_dir is not None:
-            try:
-                textfile = Textfile(
-                    config.textfile_dir, training.aggregator, config.run_name, interval=config.textfile_interval
-                )
-            except OSError as error:
-                target_file.discard(config.run_name)
-                raise StartError(f"cannot write a file to {config.textfile_dir}: {error.strerror}") from error
+            raise StartError(str(error)) from error
         where = f", from {config.resume} on" if config.resume else ""
         say(f"{config.run_name}: {config.updates} updates on {config.env}{where}, metrics at {server.url}")
         warning = unreachable_critical_warning(len(training.environment.heads))
@@ -413,16 +407,10 @@ def _lead(training: Training, stop: StopRequest) -> int:
             # First what cannot be had again: a folder of the others may keep one waiting.
             with stop.deaf():
                 checkpoints.close()
-            if how != "failed":
-                target_file.discard(config.run_name)
-            if textfile is not None:
-                textfile.close(remove=how != "failed")
+                server.end(config.run_name, crashed=how == "failed")
             say(_closing_line(training, how, checkpoints.last))
         if config.pushgateway is not None:
-            try:
-                push_final_state(config.pushgateway, training.aggregator, config.run_name)
-            except OSError as error:
-                say(f"warning: {error}", to_stderr=True)
+            server.push(config.run_name, config.pushgateway)
     return stop.exit_code
 
 

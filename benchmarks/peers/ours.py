@@ -5,7 +5,7 @@ from dataclasses import asdict
 import torch
 
 from benchmarks.peers import Contestant, Setting
-from exporter.server import MetricsServer
+from exporter.link import MetricsServer
 from trainer.config import TrainerConfig
 from trainer.stop import StopRequest
 from trainer.training import Training

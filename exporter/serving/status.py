@@ -18,13 +18,11 @@ from pathlib import Path
 
 from prometheus_client.utils import floatToGoString
 
-from exporter.aggregator import RunAggregator
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.health import CRITICAL_THRESHOLD, STALLED_SECONDS, WARNING_THRESHOLD, HealthLevel, cv_text
 from exporter.metrics import LAST_UPDATE_TIMESTAMP, METRIC_FAMILIES, MetricFamily
 from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
-from exporter.web.connections import Request, Response
-from exporter.web.exposition import OLD_SECONDS, Body
+from exporter.serving.state import State
 
 RELOAD_SECONDS = 5
 """Where there is no JavaScript, the browser loads the page anew so often."""
@@ -40,29 +38,30 @@ _SIGNALS = [
 
 
 class StatusPage:
-    """Answers requests for the page on the runs of `aggregator`."""
+    """Answers requests for the page on the runs of `state`."""
 
-    def __init__(self, aggregator: RunAggregator) -> None:
-        self._aggregator = aggregator
+    def __init__(self, state: State) -> None:
+        self._state = state
         self._shown: tuple[Snapshot, frozenset[str]] | None = None
-        self._rendered_at = 0.0
-        self._body = Body(b"")
+        self._body = b""
 
-    def __call__(self, request: Request) -> Response:
-        snapshot = self._aggregator.snapshot
+    def __call__(self, headers: object, query: object) -> tuple[int, dict[str, str], bytes]:
+        snapshot = self._state.snapshot
         stalled = frozenset(_stalled(snapshot, time.time()))
-        is_current = self._shown is not None and self._shown[0] is snapshot and self._shown[1] == stalled
-        if not is_current and not (request.will_take_old and time.monotonic() < self._rendered_at + OLD_SECONDS):
-            self._body = Body(self._document.render(snapshot, stalled))
-            self._shown, self._rendered_at = (snapshot, stalled), time.monotonic()
-        return self._body.response(
-            request.headers.get("accept-encoding", ""),
-            ("Content-Type", "text/html; charset=utf-8"),
-            ("Content-Security-Policy", self._document.policy),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-store"),
-            ("Vary", "Accept-Encoding"),
+        if self._shown is None or self._shown[0] is not snapshot or self._shown[1] != stalled:
+            self._body = self._document.render(snapshot, stalled)
+            self._shown = snapshot, stalled
+        return (
+            200,
+            {
+                "Content-Type": "text/html; charset=utf-8",
+                "Content-Security-Policy": self._document.policy,
+                "X-Content-Type-Options": "nosniff",
+                "Referrer-Policy": "no-referrer",
+                "Cache-Control": "no-store",
+                "Vary": "Accept-Encoding",
+            },
+            self._body,
         )
 
     @cached_property

@@ -1,0 +1,400 @@
+"""The training process' side of the endpoint: starts `python -m exporter`, hands it snapshots, says goodbye.
+
+A frame is four bytes of length (big-endian) and a JSON object with `version` and `op`; `state` carries the newest
+snapshot. Each frame is answered by one line of JSON before the next one is sent, so that nothing queues.
+"""
+
+import atexit
+import errno
+import gc
+import json
+import logging
+import os
+import queue
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from exporter.aggregator import RunAggregator
+from exporter.snapshot import Snapshot
+
+DEFAULT_ADDRESS = "127.0.0.1"
+DEFAULT_PORT = 9842
+DEFAULT_MAX_REQUESTS = 40
+DEFAULT_TEXTFILE_INTERVAL = 15.0
+PROTOCOL_VERSION = 1
+_PERIOD_SECONDS = 0.1  # between two looks for a new snapshot, so that many updates a second cost no more than ten
+_REGISTRY_SECONDS = 1.0  # between two readings of a registry of the user's, whose values have no snapshot
+_START_SECONDS = 60.0
+_RESTART_SECONDS = 5.0  # between two attempts
+_ANSWER_SECONDS = 10.0
+_PUSH_SECONDS = 15.0  # more than the push itself may take
+_CLOSE_SECONDS = 5.0
+_log = logging.getLogger(__name__)
+
+
+class WebConfigError(ValueError):
+    """The web configuration file cannot be used; the message names it and the key."""
+
+
+class Registry(Protocol):
+    """A `prometheus_client.CollectorRegistry`, or whatever else has its `collect()`."""
+
+    def collect(self) -> Iterable[Any]: ...
+
+
+class MetricsServer:
+    """Serves the runs of an aggregator from a process of its own until `close()`; also a context manager.
+
+    A thread hands the newest snapshot over, at most ten times a second. Training never waits for it. The exporter
+    process ends with this one, however this one ends. If it is killed, another one takes its place on the same port.
+    In a forked child nothing happens.
+
+    Args:
+        aggregator: whose newest snapshot is served.
+        address: IP address or host name to bind; the default is reachable from this machine only. `::` takes IPv4 too
+            where the system can.
+        port: TCP port; 0 takes any free one, which `port` then names.
+        process_labels: added to every sample of a run, such as a rank.
+        web_config_file: TLS, users, headers and a rate limit, in the format of Prometheus' exporter-toolkit.
+        max_requests: scrapes at a time, above which they get 503; 0 for no limit.
+        registry: metrics of your own, served beside ours. It is read once a second in a thread of this process.
+
+    Attributes:
+        port, scheme, url: where it serves.
+
+    Raises:
+        OSError: the address cannot be bound; the message names it and the reason.
+        WebConfigError: the web configuration file cannot be used.
+    """
+
+    def __init__(
+        self,
+        aggregator: RunAggregator,
+        address: str = DEFAULT_ADDRESS,
+        port: int = DEFAULT_PORT,
+        process_labels: Mapping[str, str] = MappingProxyType({}),
+        *,
+        web_config_file: str | Path | None = None,
+        max_requests: int = DEFAULT_MAX_REQUESTS,
+        registry: Registry | None = None,
+    ) -> None:
+        if not address:
+            raise OSError("cannot serve /metrics on no address; every address of this machine is 0.0.0.0, or ::")
+        self.address = address
+        self.port = port
+        self.scheme = "http"
+        self.web_config_file = None if web_config_file is None else Path(web_config_file).absolute()
+        self.registry = registry
+        self._aggregator = aggregator
+        self._process_labels = dict(process_labels)
+        self._max_requests = max_requests
+        self._deliveries: list[dict[str, Any]] = []
+        self._requests: queue.SimpleQueue[tuple[dict[str, Any], Future]] = queue.SimpleQueue()
+        self._sent: Snapshot | None = None
+        self._sent_at = 0.0
+        self._is_closing = False
+        self._is_down = False
+        self._is_registry_failing = False
+        self._pid = os.getpid()
+        self._process = self._start()
+        self._thread = threading.Thread(target=self._hand_over, name="ppo-exporter-link", daemon=True)
+        self._thread.start()
+        _open.add(self)
+        self.flush()
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{host_and_port(self.address, self.port)}/metrics"
+
+    def deliver(
+        self,
+        run: str,
+        *,
+        targets_dir: str | Path | None = None,
+        target: str | None = None,
+        textfile_dir: str | Path | None = None,
+        textfile_interval: float = DEFAULT_TEXTFILE_INTERVAL,
+    ) -> None:
+        """Announce a run by a target file, and keep it in a file for node_exporter, until `end()`.
+
+        Args:
+            run: name of the run.
+            targets_dir: folder that Prometheus' `file_sd_configs` watches; created if missing.
+            target: `host:port` that the target file names; by default where this server is reachable.
+            textfile_dir: folder of node_exporter's `--collector.textfile.directory`; created if missing.
+            textfile_interval: seconds between two versions of that file, above 0.
+
+        Raises:
+            OSError: a file cannot be written, or another process writes a text file of that run; then there is none
+                of both.
+        """
+        frame = {
+            "op": "deliver",
+            "run": run,
+            "targets_dir": None if targets_dir is None else os.path.abspath(targets_dir),
+            "target": target or host_and_port(_reachable(self.address), self.port),
+            "textfile_dir": None if textfile_dir is None else os.path.abspath(textfile_dir),
+            "textfile_interval": textfile_interval,
+        }
+        self._ask(frame, _ANSWER_SECONDS)
+        self._deliveries.append(frame)
+
+    def end(self, run: str, *, crashed: bool = False) -> None:
+        """The run has ended: remove its files. With `crashed` they stay, with its last state. Failure is logged."""
+        self._deliveries = [frame for frame in self._deliveries if frame["run"] != run]
+        self._tell({"op": "end", "run": run, "crashed": crashed}, _ANSWER_SECONDS)
+
+    def push(self, run: str, url: str) -> None:
+        """Replace what the Pushgateway at `url` has of `run` by its last state. Failure is logged."""
+        self._tell({"op": "push", "run": run, "url": url}, _PUSH_SECONDS)
+
+    def flush(self) -> None:
+        """Wait until a scrape shows what the aggregator has now.
+
+        Raises:
+            OSError: the exporter process does not answer.
+        """
+        self._ask({}, _ANSWER_SECONDS)
+
+    def close(self, *, crashed: bool = False) -> None:
+        """End every run that has files, as `end()` does, stop serving and free the port; harmless the second time."""
+        if self._pid != os.getpid() or self._is_closing:
+            return
+        _open.discard(self)
+        try:
+            self._tell({"op": "close", "crashed": crashed}, _CLOSE_SECONDS)
+            self._is_closing = True
+            self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._is_closing = True
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            self._thread.join(_CLOSE_SECONDS)
+            _close_pipes(self._process)
+
+    def __enter__(self) -> "MetricsServer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
+        self.close(crashed=kind is not None and is_crash(kind))
+
+    def _tell(self, frame: dict[str, Any], seconds: float) -> None:
+        """Like `_ask`, where failure must not end a run."""
+        try:
+            self._ask(frame, seconds)
+        except OSError as error:
+            _log.warning("%s", error)
+
+    def _ask(self, frame: dict[str, Any], seconds: float) -> None:
+        """Send a frame by the thread, and wait until the exporter process has done what it asks for.
+
+        Raises:
+            OSError: it cannot be done, or there is no answer.
+        """
+        if self._pid != os.getpid():
+            return
+        if self._is_closing:
+            raise OSError("the endpoint is closed")
+        answer: Future[dict[str, Any]] = Future()
+        self._requests.put((frame, answer))
+        try:
+            message = answer.result(seconds).get("error")
+        except TimeoutError:
+            message = f"the exporter process has not answered for {seconds:g} s; training goes on"
+        if message:
+            raise OSError(message)
+
+    def _start(self) -> subprocess.Popen:
+        """An exporter process that has bound the address.
+
+        Raises:
+            OSError, WebConfigError: as `__init__`.
+        """
+        command = [sys.executable, "-P", "-m", "exporter", "--address", self.address, "--port", str(self.port)]
+        command += ["--max-requests", str(self._max_requests), "--labels", json.dumps(self._process_labels)]
+        if self.web_config_file is not None:
+            command += ["--web.config.file", str(self.web_config_file)]
+        # What can be imported here can be imported there; -P keeps the working directory out.
+        path = os.pathsep.join(str(entry) or os.getcwd() for entry in sys.path)
+        process = subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            # Out of reach of the terminal's Ctrl-C; a session of its own would double its share of the CPU where the
+            # kernel groups processes by session.
+            process_group=0 if os.name == "posix" else None,
+        )
+        watchdog = threading.Timer(_START_SECONDS, process.kill)
+        watchdog.start()
+        try:
+            answer = json.loads(process.stdout.readline() or "null")
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            watchdog.cancel()
+        if answer is None or "error" in answer:
+            _close_pipes(process)
+            code = process.wait()
+        if answer is None:
+            where = host_and_port(self.address, self.port)
+            raise OSError(f"cannot serve /metrics on {where}: the exporter process ended with exit code {code}")
+        if "error" in answer:
+            raise (WebConfigError if answer["kind"] == "web config" else OSError)(answer["error"])
+        self.port, self.scheme = answer["port"], answer["scheme"]
+        return process
+
+    def _hand_over(self) -> None:
+        """Send what is asked for, and every new snapshot, until `close()`."""
+        while not self._is_closing:
+            try:
+                frame, answer = self._requests.get(timeout=_PERIOD_SECONDS)
+            except queue.Empty:
+                frame = answer = None
+            try:
+                result = self._exchange(frame)
+            except Exception as error:
+                result = {"error": f"the exporter process is not to be had: {error}"}
+                if not self._is_down and not isinstance(error, OSError):
+                    _log.exception("a snapshot could not be handed to the exporter process")
+            if answer is not None:
+                answer.set_result(result)
+                self._is_closing |= frame.get("op") == "close"
+
+    def _exchange(self, frame: dict[str, Any] | None) -> dict[str, Any]:
+        """Send the newest snapshot if there is one, then `frame` if there is one; the answer to it.
+
+        Raises:
+            OSError: there is no exporter process, and none can be started.
+        """
+        while True:
+            try:
+                if self._process.poll() is not None:
+                    raise BrokenPipeError(errno.EPIPE, "it has ended")
+                self._send_news(is_needed=frame is not None)
+                return self._send(frame) if frame else {}
+            except OSError:
+                if self._is_closing or (frame and frame["op"] == "close"):
+                    return {}
+                self._restart()
+
+    def _restart(self) -> None:
+        code = self._process.wait()
+        _close_pipes(self._process)
+        if self._is_down:
+            time.sleep(_RESTART_SECONDS)
+        try:
+            process = self._start()
+        except (OSError, ValueError) as error:
+            if not self._is_down:
+                _log.error("the exporter process has ended (exit code %s), and no other can be started: %s", code, error)
+            self._is_down = True
+            raise OSError(str(error)) from error
+        self._process, self._sent, self._is_down = process, None, False
+        _log.warning("the exporter process has ended (exit code %s); another one serves %s", code, self.url)
+        for frame in list(self._deliveries):
+            self._send_news(is_needed=True)
+            if message := self._send(frame).get("error"):
+                _log.warning("%s", message)
+
+    def _send_news(self, *, is_needed: bool) -> None:
+        snapshot = self._aggregator.snapshot
+        is_due = self.registry is not None and (is_needed or time.monotonic() - self._sent_at > _REGISTRY_SECONDS)
+        if snapshot is self._sent and not is_due:
+            return
+        self._sent_at = time.monotonic()
+        frame = {"op": "state", "snapshot": snapshot.plain(), "gc": gc.get_stats()}
+        if self.registry is not None:
+            frame["metrics"] = self._read_registry()
+        self._send(frame)
+        self._sent = snapshot
+
+    def _read_registry(self) -> list[Any] | None:
+        """The user's metrics as JSON can say them; None where they cannot be read."""
+        try:
+            families = [
+                [
+                    metric.name,
+                    metric.documentation,
+                    metric.type,
+                    metric.unit,
+                    [[s.name, dict(s.labels), float(s.value), _seconds(s.timestamp)] for s in metric.samples],
+                ]
+                for metric in self.registry.collect()
+            ]
+        except Exception:
+            if not self._is_registry_failing:
+                _log.exception("your metrics registry cannot be read; its metrics are missing until it works again")
+            self._is_registry_failing = True
+            return None
+        self._is_registry_failing = False
+        return families
+
+    def _send(self, frame: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a frame.
+
+        Raises:
+            OSError: the exporter process has ended.
+        """
+        body = json.dumps({"version": PROTOCOL_VERSION, **frame}).encode()
+        unsent = memoryview(struct.pack("!I", len(body)) + body)
+        while unsent:
+            unsent = unsent[self._process.stdin.write(unsent) :]
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        raise BrokenPipeError(errno.EPIPE, "it has ended")
+
+
+def host_and_port(address: str, port: int) -> str:
+    """`address:port`, with the brackets that an IPv6 address needs."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def is_crash(kind: type[BaseException]) -> bool:
+    """Whether a run that this exception ends has crashed. Ctrl-C is a wish."""
+    return not issubclass(kind, KeyboardInterrupt)
+
+
+def script_has_crashed() -> bool:
+    """At the exit of the interpreter: whether an exception ends it. In a notebook an old error is none."""
+    return not hasattr(sys, "ps1") and is_crash(getattr(sys, "last_type", None) or KeyboardInterrupt)
+
+
+def _reachable(address: str) -> str:
+    """What others call a server bound to `address`: this machine's name where that is a wildcard."""
+    import socket
+
+    return socket.gethostname() if address in ("0.0.0.0", "::") else address
+
+
+def _seconds(timestamp: Any) -> float | None:
+    return None if timestamp is None else float(timestamp)
+
+
+def _close_pipes(process: subprocess.Popen) -> None:
+    process.stdin.close()
+    process.stdout.close()
+
+
+_open: set[MetricsServer] = set()
+
+
+def _say_goodbye() -> None:
+    for server in list(_open):
+        server.close(crashed=script_has_crashed())
+
+
+atexit.register(_say_goodbye)

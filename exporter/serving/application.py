@@ -1,0 +1,168 @@
+"""Paths of the endpoint, and what each answers: an ASGI application."""
+
+import gzip
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from urllib.parse import parse_qs
+
+from prometheus_client.core import Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest, gzip_accepted
+from prometheus_client.registry import Collector
+
+from exporter.health import STALLED_SECONDS
+from exporter.metrics import RUN_LABEL, GuardedCollectors, build_collectors
+from exporter.serving.access import Access
+from exporter.serving.state import State
+from exporter.serving.status import StatusPage
+from exporter.serving.web_config import WebConfigFile
+
+_OPENMETRICS, _TEXT = "application/openmetrics-text", "text/plain"
+_GZIP_LEVEL = 1  # a quarter of the size; higher levels save little more
+_Answer = tuple[int, dict[str, str], bytes]
+_log = logging.getLogger(__name__)
+
+
+class Application:
+    """Answers `/`, `/metrics`, `/-/healthy` and `/-/ready`.
+
+    Args:
+        state: what the training process said last.
+        web_config: who may ask; None lets everybody in.
+        max_requests: scrapes whose clients have not taken their answers whole, above which further ones get 503; 0
+            for no limit.
+        pid: of the training process, whose process metrics are served.
+    """
+
+    def __init__(self, state: State, web_config: WebConfigFile | None, max_requests: int, pid: int) -> None:
+        self._state = state
+        self._access = Access(web_config)
+        self._max_requests = max_requests
+        self._scrapes = 0
+        collectors = build_collectors(
+            state, state.process_labels, pid=lambda: pid, gc_stats=lambda: state.gc_stats
+        )
+        if state.user_metrics is not None:
+            state.user_metrics.taken = frozenset(metric.name for metric in GuardedCollectors(collectors).describe())
+            collectors["registry"] = state.user_metrics
+        self._collectors = GuardedCollectors(collectors, state.process_labels)
+        self._paths: dict[str, Callable[[dict[str, str], dict[str, list[str]]], _Answer]] = {
+            "/": StatusPage(state),
+            "/metrics": self._metrics,
+            "/-/healthy": lambda headers, query: _text(200, "Healthy."),
+            "/-/ready": self._ready,
+        }
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return
+        headers: dict[str, str] = {}
+        for name, value in scope["headers"]:
+            key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+            headers[key] = f"{headers[key]},{text}" if key in headers else text
+        self._scrapes += scope["path"] == "/metrics"
+        try:
+            status, own, body = await self._answer(scope, headers)
+            own = {**self._access.headers, **own, "Content-Length": str(len(body))}
+            encoded = [(name.lower().encode(), value.encode()) for name, value in own.items()]
+            await send({"type": "http.response.start", "status": status, "headers": encoded})
+            await send({"type": "http.response.body", "body": body})
+        finally:
+            self._scrapes -= scope["path"] == "/metrics"
+
+    async def _answer(self, scope, headers: dict[str, str]) -> _Answer:
+        if refusal := await self._access.refusal(headers.get("authorization", "")):
+            status, text, more = refusal
+            return _text(status, text, more)
+        path = scope["path"]
+        if path not in self._paths:
+            return _text(404, "Not found; there are " + ", ".join(self._paths))
+        if scope["method"] not in ("GET", "HEAD"):
+            return _text(405, "Use GET or HEAD.", {"Allow": "GET, HEAD"})
+        if path == "/metrics" and 0 < self._max_requests < self._scrapes:
+            return _text(503, f"There are {self._max_requests} scrapes already.", {"Retry-After": "1"})
+        try:
+            query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=1000)
+        except ValueError:
+            return _text(400, "Too many parameters.")
+        try:
+            status, own, body = self._paths[path](headers, query)
+        except Exception:
+            _log.exception("%s cannot be answered", path)
+            return _text(500, "Internal error; see the log.")
+        if status == 200 and gzip_accepted(",".join(preferences(headers.get("accept-encoding", "")))):
+            return status, {**own, "Content-Encoding": "gzip"}, gzip.compress(body, _GZIP_LEVEL, mtime=0)
+        return status, own, body
+
+    def _metrics(self, headers: dict[str, str], query: dict[str, list[str]]) -> _Answer:
+        names, runs = frozenset(query.get("name[]", ())), frozenset(query.get("run", ()))
+        if missing := sorted(runs - self._state.snapshot.runs.keys()):
+            return _text(404, f"There is no run {', '.join(missing)} here.")
+        encode, content_type = negotiate(headers.get("accept", ""))
+        body = encode(_Selection(self._collectors, names, runs) if names or runs else self._collectors)
+        return 200, {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}, body
+
+    def _ready(self, headers: dict[str, str], query: dict[str, list[str]]) -> _Answer:
+        """Ready when every run has completed an update, and none has stalled."""
+        now, runs = time.time(), self._state.snapshot.runs.values()
+        reasons = [
+            f"run {run.run}: " + ("no update yet" if at is None else f"no update for {now - at:.0f} s")
+            for run in runs
+            if (at := run.last_update_timestamp_seconds) is None or now - at > STALLED_SECONDS
+        ]
+        if reasons or not runs:
+            return _text(503, "\n".join(["Not ready.", *(reasons or ["no run yet"])]))
+        return _text(200, "Ready.")
+
+
+class _Selection(Collector):
+    """The samples of a collector that have, or whose family has, one of `names`, and are of one of `runs` or of none.
+
+    No names and no runs stand for all.
+    """
+
+    def __init__(self, collector: Collector, names: frozenset[str], runs: frozenset[str]) -> None:
+        self._collector, self._names, self._runs = collector, names, runs
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._collector.collect():
+            selected = Metric(family.name, family.documentation, family.type, family.unit)
+            selected.samples = [
+                sample
+                for sample in family.samples
+                if (not self._names or {family.name, sample.name} & self._names)
+                and (not self._runs or sample.labels.get(RUN_LABEL) in (*self._runs, None))
+            ]
+            if selected.samples:
+                yield selected
+
+
+def negotiate(accept: str) -> tuple[Callable[[Collector], bytes], str]:
+    """Encoder and content type that an Accept header likes best; the text format where it likes none.
+
+    https://prometheus.io/docs/instrumenting/content_negotiation/ says what may stand there.
+    """
+    for element in preferences(accept):
+        media_type, *parameters = (part.strip() for part in element.split(";"))
+        version = next((p.partition("=")[2] for p in parameters if p.startswith("version=")), "")
+        if media_type == _OPENMETRICS and version in ("", "1.0.0") or (media_type, version) == (_TEXT, "1.0.0"):
+            return choose_encoder(element)
+        if media_type in (_TEXT, "text/*", "*/*") and version in ("", "0.0.4"):
+            break
+    return generate_latest, CONTENT_TYPE_PLAIN_0_0_4
+
+
+def preferences(header: str) -> Iterable[str]:
+    """The elements of an Accept or Accept-Encoding header, the most welcome first, without those that are refused."""
+
+    def quality(element: str) -> float:
+        try:
+            return float(element.partition("q=")[2].split(";")[0] or 1.0)
+        except ValueError:
+            return 0.0
+
+    return sorted((element for element in header.lower().split(",") if quality(element) > 0), key=quality, reverse=True)
+
+
+def _text(status: int, text: str, headers: dict[str, str] = {}) -> _Answer:
+    return status, {"Content-Type": "text/plain; charset=utf-8", **headers}, f"{text}\n".encode()

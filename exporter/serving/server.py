@@ -1,0 +1,60 @@
+"""hypercorn with the bounds of docs/endpoint.md."""
+
+import asyncio
+import asyncio.sslproto
+import contextlib
+import logging
+import socket
+import ssl
+from typing import Any
+
+from hypercorn.asyncio import serve as hypercorn_serve
+from hypercorn.config import Config
+
+from exporter.serving.application import Application
+from exporter.serving.web_config import WebConfigFile
+
+CLIENT_SECONDS = 8
+"""A connection has this long for its TLS handshake, for a whole request, and to take what it was sent."""
+_TLS_BUFFER_BYTES = 16 * 1024
+_log = logging.getLogger(__name__)
+
+
+class _Config(Config):
+    """Takes TLS from a web configuration file."""
+
+    def __init__(self, file: WebConfigFile | None) -> None:
+        self._context = file.context if file is not None else None
+        self.keep_alive_timeout = self.read_timeout = self.ssl_handshake_timeout = CLIENT_SECONDS
+        self.include_server_header = False
+        self.errorlog = None
+
+    @property
+    def ssl_enabled(self) -> bool:
+        return self._context is not None
+
+    def create_ssl_context(self) -> ssl.SSLContext | None:
+        return self._context
+
+
+def serve(application: Application, listener: socket.socket, file: WebConfigFile | None) -> None:
+    """Serve on a listening socket until the process ends."""
+    # asyncio reserves 256 KiB for each TLS connection, which 500 idle ones would make 125 MiB.
+    asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
+    with contextlib.suppress(AttributeError, OSError):  # Linux; connections inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * CLIENT_SECONDS)
+    config = _Config(file)
+    config.bind = f"fd://{listener.detach()}"
+    asyncio.run(_serve(application, config))
+
+
+async def _serve(application: Application, config: Config) -> None:
+    asyncio.get_running_loop().set_exception_handler(_note)
+    await hypercorn_serve(application, config, shutdown_trigger=asyncio.Event().wait)
+
+
+def _note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Clients that break off are no news."""
+    error = context.get("exception")
+    level = logging.DEBUG if isinstance(error, OSError) else logging.WARNING
+    _log.log(level, "%s: %r", context["message"], error)
