@@ -11,8 +11,9 @@ import struct
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from exporter.link import (
     DEFAULT_ADDRESS,
@@ -30,6 +31,7 @@ from exporter.serving.web_config import WebConfigFile
 
 _BACKLOG = 512
 _PARENT_SECONDS = 0.2  # between two looks whether the training process is there
+_LAST_WRITE_SECONDS = 0.5
 _MOST_DESCRIPTORS = 1024
 _MOST_BYTES = 1 << 30
 _log = logging.getLogger("exporter")
@@ -37,32 +39,30 @@ _log = logging.getLogger("exporter")
 
 def main() -> int:
     """Serve until the training process says goodbye or has gone. Returns the exit code."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
     if sys.stdin is None or sys.stdin.isatty():
-        _parser().error("a training process starts this, see README.md; there is nothing to serve without one")
+        parser.error("a training process starts this, see README.md; without one there is nothing to serve")
     # Whatever else prints must not come between the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers = os.dup(1)
+    os.dup2(2, 1)
     logging.basicConfig(format="%(message)s")
-    _become_humble()
+    _restrain()
     try:
         web_config = None if arguments.web_config_file is None else WebConfigFile(arguments.web_config_file)
         listener = _listen(arguments.address, arguments.port)
-    except WebConfigError as error:
-        _answer(answers, kind="web config", error=str(error))
+    except (WebConfigError, OSError) as error:
+        _answer(answers, kind="web config" if isinstance(error, WebConfigError) else "address", error=str(error))
         return 1
-    except OSError as error:
-        _answer(answers, kind="address", error=str(error))
-        return 1
-    scheme = "https" if web_config is not None and web_config.is_tls else "http"
+    scheme = "https" if web_config is not None and web_config.context is not None else "http"
     _answer(answers, port=listener.getsockname()[1], scheme=scheme)
     if hasattr(os, "nice"):
         os.nice(19)
     state = State(json.loads(arguments.labels))
     deliveries = Deliveries(state, scheme)
-    threading.Thread(target=_watch_parent, args=(deliveries,), name="parent", daemon=True).start()
-    threading.Thread(target=_take_frames, args=(state, deliveries, answers), name="frames", daemon=True).start()
-    state.has_come.wait()  # until then clients wait for the connection's first answer
+    threading.Thread(target=_watch_parent, args=(deliveries,), daemon=True).start()
+    threading.Thread(target=_take_frames, args=(state, deliveries, answers), daemon=True).start()
+    state.has_come.wait()  # clients that come before wait in the backlog
     serve(Application(state, web_config, arguments.max_requests, os.getppid()), listener, web_config)
     return 0
 
@@ -70,22 +70,19 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m exporter",
-        description="Serve the metrics of a training process, which starts this and ends it.",
+        description="Serve the metrics of a training process, which starts this program and ends it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--address", default=DEFAULT_ADDRESS, help="address to bind")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to bind; 0 takes any free one")
-    parser.add_argument(
-        "--web.config.file", dest="web_config_file", type=Path, help="TLS, users, headers and a rate limit"
-    )
-    parser.add_argument(
-        "--max-requests", type=int, default=DEFAULT_MAX_REQUESTS, help="scrapes at a time; 0 for no limit"
-    )
-    parser.add_argument("--labels", default="{}", help="JSON object of labels that every sample of a run gets")
+    add = parser.add_argument
+    add("--address", default=DEFAULT_ADDRESS, help="address to bind")
+    add("--port", type=int, default=DEFAULT_PORT, help="port to bind; 0 takes any free one")
+    add("--web.config.file", dest="web_config_file", type=Path, help="file with TLS, users, headers and a rate limit")
+    add("--max-requests", type=int, default=DEFAULT_MAX_REQUESTS, help="scrapes at a time; 0 for no limit")
+    add("--labels", default="{}", help="JSON object of labels that every sample of a run gets")
     return parser
 
 
-def _become_humble() -> None:
+def _restrain() -> None:
     """Leave signals to the training process, bound what clients can use up, and write files that others can read."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
@@ -96,8 +93,7 @@ def _become_humble() -> None:
 
         for kind, most in ((resource.RLIMIT_NOFILE, _MOST_DESCRIPTORS), (resource.RLIMIT_DATA, _MOST_BYTES)):
             hard = resource.getrlimit(kind)[1]
-            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.setrlimit(kind, (most, hard))
+            resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _listen(address: str, port: int) -> socket.socket:
@@ -108,8 +104,8 @@ def _listen(address: str, port: int) -> socket.socket:
     """
     try:
         family, *_, name = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        both = family == socket.AF_INET6 and name[0] == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(name, family=family, backlog=_BACKLOG, dualstack_ipv6=both)
+        is_dual = family == socket.AF_INET6 and name[0] == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(name, family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual)
     except (OSError, OverflowError, UnicodeError) as error:
         # The standard library adds the address to strerror, which is there already.
         reason = os.strerror(error.errno) if (getattr(error, "errno", None) or 0) > 0 else error
@@ -121,20 +117,27 @@ def _watch_parent(deliveries: Deliveries) -> None:
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
-    deliveries.leave_behind()
-    os._exit(0)
+    _leave(deliveries)
 
 
-def _take_frames(state: State, deliveries: Deliveries, answers: BinaryIO) -> None:
+def _take_frames(state: State, deliveries: Deliveries, answers: int) -> None:
     """Do what frames ask for, one after the other, until the pipe ends."""
     pipe = sys.stdin.buffer
     while len(head := pipe.read(4)) == 4:
         body = pipe.read(struct.unpack("!I", head)[0])
         try:
             frame = json.loads(body)
-            if frame["version"] != PROTOCOL_VERSION:
-                raise ValueError(f"it has version {frame['version']!r}, and this program reads {PROTOCOL_VERSION}")
-            _do(state, deliveries, frame)
+            if (version := frame.pop("version")) != PROTOCOL_VERSION:
+                raise ValueError(f"it has version {version!r}, and this program reads {PROTOCOL_VERSION}")
+            operation = frame.pop("op")
+            operations = {
+                "state": partial(state.take, frame),
+                "deliver": partial(deliveries.add, **frame),
+                "end": partial(deliveries.end, **frame),
+                "push": partial(deliveries.push, **frame),
+                "close": partial(deliveries.end_all, **frame),
+            }
+            operations[operation]()
         except OSError as error:
             _answer(answers, error=str(error))
         except Exception as error:
@@ -142,31 +145,22 @@ def _take_frames(state: State, deliveries: Deliveries, answers: BinaryIO) -> Non
             _answer(answers, error=f"the exporter process cannot do that: {error!r}")
         else:
             _answer(answers)
-            if frame["op"] == "close":
+            if operation == "close":
                 os._exit(0)
-    deliveries.leave_behind()
+    _leave(deliveries)
+
+
+def _leave(deliveries: Deliveries) -> None:
+    """The training process has gone without a goodbye: write its last state, if its folders answer."""
+    writing = threading.Thread(target=deliveries.end_all, kwargs={"crashed": True}, daemon=True)
+    writing.start()
+    writing.join(_LAST_WRITE_SECONDS)
     os._exit(0)
 
 
-def _do(state: State, deliveries: Deliveries, frame: dict[str, Any]) -> None:
-    match frame["op"]:
-        case "state":
-            state.take(frame)
-        case "deliver":
-            deliveries.add(frame)
-        case "end":
-            deliveries.end(frame["run"], crashed=frame["crashed"])
-        case "push":
-            deliveries.push(frame["run"], frame["url"])
-        case "close":
-            deliveries.end_all(crashed=frame["crashed"])
-        case other:
-            raise ValueError(f"there is no operation {other!r}")
-
-
-def _answer(answers: BinaryIO, **content: Any) -> None:
-    with contextlib.suppress(OSError):  # the training process has gone; its pipe says so next
-        answers.write(json.dumps(content).encode() + b"\n")
+def _answer(answers: int, **content: Any) -> None:
+    with contextlib.suppress(OSError):  # the training process has gone, which its pipe says next
+        os.write(answers, json.dumps(content).encode() + b"\n")
 
 
 if __name__ == "__main__":

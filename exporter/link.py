@@ -142,7 +142,7 @@ class MetricsServer:
             "targets_dir": None if targets_dir is None else os.path.abspath(targets_dir),
             "target": target or host_and_port(_reachable(self.address), self.port),
             "textfile_dir": None if textfile_dir is None else os.path.abspath(textfile_dir),
-            "textfile_interval": textfile_interval,
+            "interval": textfile_interval,
         }
         self._ask(frame, _ANSWER_SECONDS)
         self._deliveries.append(frame)

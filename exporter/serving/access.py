@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import bcrypt
 
-from exporter.serving.web_config import WebConfigFile
+from exporter.serving.web_config import WebConfig, WebConfigFile
 
 _REMEMBERED_CHECKS = 1024
 _BCRYPT_BYTES = 72  # bcrypt knows no more of a password
@@ -20,7 +20,7 @@ class Access:
     """Applies a web configuration file, in its newest version, to requests. Without a file all are let in.
 
     Passwords are compared one at a time, beside the event loop. Results are remembered under a keyed hash, so that
-    memory holds no password for long and a changed bcrypt hash is a new question.
+    memory holds no password for long, and a changed bcrypt hash is a new question.
     """
 
     def __init__(self, file: WebConfigFile | None) -> None:
@@ -28,18 +28,15 @@ class Access:
         self._key = secrets.token_bytes(32)
         self._known: OrderedDict[bytes, bool] = OrderedDict()
         self._lock = asyncio.Lock()
-        self._tokens, self._filled_at = 0.0, 0.0
+        self._tokens = self._filled_at = 0.0
 
     @property
-    def headers(self) -> Mapping[str, str]:
-        """To be added to every response."""
-        return self._file.current.headers if self._file is not None else {}
+    def config(self) -> WebConfig:
+        return WebConfig() if self._file is None else self._file.current
 
     async def refusal(self, authorization: str) -> tuple[int, str, dict[str, str]] | None:
         """Status, text and headers for a request that is turned away: 429 too many, 401 not authenticated."""
-        if self._file is None:
-            return None
-        config = self._file.current
+        config = self.config
         if config.rate_limit is not None and not self._take_token(*config.rate_limit):
             return 429, "Too many requests.", {"Retry-After": "1"}
         if config.users and not await self._is_known(config.users, authorization):
@@ -48,31 +45,27 @@ class Access:
 
     def _take_token(self, interval: float, burst: int) -> bool:
         now = time.monotonic()
-        self._tokens = min(self._tokens + (now - self._filled_at) / interval, burst)
-        self._filled_at = now
-        if self._tokens < 1.0:
-            return False
-        self._tokens -= 1.0
-        return True
+        tokens = min(self._tokens + (now - self._filled_at) / interval, burst)
+        self._tokens, self._filled_at = tokens - (tokens >= 1), now
+        return tokens >= 1
 
     async def _is_known(self, users: Mapping[str, str], authorization: str) -> bool:
         scheme, _, encoded = authorization.partition(" ")
         try:
-            user, colon, password = b64decode(encoded.strip(), validate=True).partition(b":")
+            name, colon, password = b64decode(encoded.strip(), validate=True).partition(b":")
         except ValueError:
             return False
-        if scheme.lower() != "basic" or not colon:
-            return False
-        name = user.decode(errors="replace")
+        user = name.decode(errors="replace")
         # An unknown user costs a comparison too, so that time does not tell who is known.
-        hashed = users.get(name) or next(iter(users.values()))
-        parts = (user, password, hashed.encode())
-        digest = hashlib.blake2b(b"".join(len(p).to_bytes(4) + p for p in parts), key=self._key).digest()
-        if digest not in self._known:
+        hashed = users.get(user) or next(iter(users.values()))
+        parts = (name, password, hashed.encode())
+        digest = hashlib.blake2b(b"".join(len(part).to_bytes(4) + part for part in parts), key=self._key).digest()
+        is_right = self._known.get(digest)
+        if is_right is None:
             async with self._lock:
-                if digest not in self._known:
-                    is_right = await asyncio.to_thread(bcrypt.checkpw, password[:_BCRYPT_BYTES], hashed.encode())
-                    self._known[digest] = is_right
-                    while len(self._known) > _REMEMBERED_CHECKS:
-                        self._known.popitem(last=False)
-        return self._known.get(digest, False) and name in users
+                is_right = await asyncio.to_thread(bcrypt.checkpw, password[:_BCRYPT_BYTES], hashed.encode())
+            if len(self._known) >= _REMEMBERED_CHECKS:
+                self._known.popitem(last=False)
+            self._known[digest] = is_right
+        self._known.move_to_end(digest)
+        return is_right and user in users and bool(colon) and scheme.lower() == "basic"

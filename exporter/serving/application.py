@@ -3,7 +3,8 @@
 import gzip
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 from urllib.parse import parse_qs
 
 from prometheus_client.core import Metric
@@ -19,7 +20,7 @@ from exporter.serving.web_config import WebConfigFile
 
 _OPENMETRICS, _TEXT = "application/openmetrics-text", "text/plain"
 _GZIP_LEVEL = 1  # a quarter of the size; higher levels save little more
-_Answer = tuple[int, dict[str, str], bytes]
+_Answer = tuple[int, Mapping[str, str], bytes]
 _log = logging.getLogger(__name__)
 
 
@@ -29,8 +30,7 @@ class Application:
     Args:
         state: what the training process said last.
         web_config: who may ask; None lets everybody in.
-        max_requests: scrapes whose clients have not taken their answers whole, above which further ones get 503; 0
-            for no limit.
+        max_requests: scrapes that are not answered whole yet, above which further ones get 503; 0 for no limit.
         pid: of the training process, whose process metrics are served.
     """
 
@@ -39,41 +39,40 @@ class Application:
         self._access = Access(web_config)
         self._max_requests = max_requests
         self._scrapes = 0
-        collectors = build_collectors(
-            state, state.process_labels, pid=lambda: pid, gc_stats=lambda: state.gc_stats
-        )
+        collectors = build_collectors(state, state.process_labels, pid=lambda: pid, gc_stats=lambda: state.gc_stats)
         if state.user_metrics is not None:
             state.user_metrics.taken = frozenset(metric.name for metric in GuardedCollectors(collectors).describe())
             collectors["registry"] = state.user_metrics
         self._collectors = GuardedCollectors(collectors, state.process_labels)
-        self._paths: dict[str, Callable[[dict[str, str], dict[str, list[str]]], _Answer]] = {
-            "/": StatusPage(state),
+        page = StatusPage(state)
+        self._paths: dict[str, Callable[[Mapping[str, str], Mapping[str, list[str]]], _Answer]] = {
+            "/": lambda headers, query: page.answer(),
             "/metrics": self._metrics,
             "/-/healthy": lambda headers, query: _text(200, "Healthy."),
-            "/-/ready": self._ready,
+            "/-/ready": lambda headers, query: self._ready(),
         }
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
         headers: dict[str, str] = {}
         for name, value in scope["headers"]:
-            key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+            key, text = name.decode("latin-1"), value.decode("latin-1")
             headers[key] = f"{headers[key]},{text}" if key in headers else text
-        self._scrapes += scope["path"] == "/metrics"
+        is_scrape = scope["path"] == "/metrics"
+        self._scrapes += is_scrape
         try:
             status, own, body = await self._answer(scope, headers)
-            own = {**self._access.headers, **own, "Content-Length": str(len(body))}
+            own = {**self._access.config.headers, **own, "Content-Length": str(len(body))}
             encoded = [(name.lower().encode(), value.encode()) for name, value in own.items()]
             await send({"type": "http.response.start", "status": status, "headers": encoded})
             await send({"type": "http.response.body", "body": body})
         finally:
-            self._scrapes -= scope["path"] == "/metrics"
+            self._scrapes -= is_scrape
 
-    async def _answer(self, scope, headers: dict[str, str]) -> _Answer:
+    async def _answer(self, scope: Any, headers: Mapping[str, str]) -> _Answer:
         if refusal := await self._access.refusal(headers.get("authorization", "")):
-            status, text, more = refusal
-            return _text(status, text, more)
+            return _text(*refusal)
         path = scope["path"]
         if path not in self._paths:
             return _text(404, "Not found; there are " + ", ".join(self._paths))
@@ -90,11 +89,11 @@ class Application:
         except Exception:
             _log.exception("%s cannot be answered", path)
             return _text(500, "Internal error; see the log.")
-        if status == 200 and gzip_accepted(",".join(preferences(headers.get("accept-encoding", "")))):
+        if gzip_accepted(",".join(preferences(headers.get("accept-encoding", "")))):
             return status, {**own, "Content-Encoding": "gzip"}, gzip.compress(body, _GZIP_LEVEL, mtime=0)
         return status, own, body
 
-    def _metrics(self, headers: dict[str, str], query: dict[str, list[str]]) -> _Answer:
+    def _metrics(self, headers: Mapping[str, str], query: Mapping[str, list[str]]) -> _Answer:
         names, runs = frozenset(query.get("name[]", ())), frozenset(query.get("run", ()))
         if missing := sorted(runs - self._state.snapshot.runs.keys()):
             return _text(404, f"There is no run {', '.join(missing)} here.")
@@ -102,7 +101,7 @@ class Application:
         body = encode(_Selection(self._collectors, names, runs) if names or runs else self._collectors)
         return 200, {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}, body
 
-    def _ready(self, headers: dict[str, str], query: dict[str, list[str]]) -> _Answer:
+    def _ready(self) -> _Answer:
         """Ready when every run has completed an update, and none has stalled."""
         now, runs = time.time(), self._state.snapshot.runs.values()
         reasons = [
@@ -116,10 +115,7 @@ class Application:
 
 
 class _Selection(Collector):
-    """The samples of a collector that have, or whose family has, one of `names`, and are of one of `runs` or of none.
-
-    No names and no runs stand for all.
-    """
+    """The samples that have, or whose family has, one of `names`, and are of one of `runs` or of none; empty for all."""
 
     def __init__(self, collector: Collector, names: frozenset[str], runs: frozenset[str]) -> None:
         self._collector, self._names, self._runs = collector, names, runs
@@ -144,7 +140,7 @@ def negotiate(accept: str) -> tuple[Callable[[Collector], bytes], str]:
     """
     for element in preferences(accept):
         media_type, *parameters = (part.strip() for part in element.split(";"))
-        version = next((p.partition("=")[2] for p in parameters if p.startswith("version=")), "")
+        version = next((part.partition("=")[2] for part in parameters if part.startswith("version=")), "")
         if media_type == _OPENMETRICS and version in ("", "1.0.0") or (media_type, version) == (_TEXT, "1.0.0"):
             return choose_encoder(element)
         if media_type in (_TEXT, "text/*", "*/*") and version in ("", "0.0.4"):
@@ -152,7 +148,7 @@ def negotiate(accept: str) -> tuple[Callable[[Collector], bytes], str]:
     return generate_latest, CONTENT_TYPE_PLAIN_0_0_4
 
 
-def preferences(header: str) -> Iterable[str]:
+def preferences(header: str) -> list[str]:
     """The elements of an Accept or Accept-Encoding header, the most welcome first, without those that are refused."""
 
     def quality(element: str) -> float:
@@ -161,8 +157,8 @@ def preferences(header: str) -> Iterable[str]:
         except ValueError:
             return 0.0
 
-    return sorted((element for element in header.lower().split(",") if quality(element) > 0), key=quality, reverse=True)
+    return sorted((each for each in header.lower().split(",") if quality(each) > 0), key=quality, reverse=True)
 
 
-def _text(status: int, text: str, headers: dict[str, str] = {}) -> _Answer:
+def _text(status: int, text: str, headers: Mapping[str, str] = {}) -> _Answer:
     return status, {"Content-Type": "text/plain; charset=utf-8", **headers}, f"{text}\n".encode()

@@ -24,62 +24,68 @@ from exporter.serving.state import State
 
 PUSH_JOB = "ppo_final"
 """Not the job of running trainers: a Pushgateway keeps what it was given, and a finished run must not look stalled."""
+PUSH_SECONDS = 10.0
 STALE_SECONDS = 3600.0
 """How long the target file of a dead process stays at least, so that the alert on it has been told."""
-TOUCH_SECONDS = 60.0
-"""So often a living process touches its target file."""
-_PUSH_SECONDS = 10.0
-_LAST_WRITE_SECONDS = 0.5
+TARGET_FILE_SECONDS = 60.0
+"""So often a living process writes its target file again."""
 _LONGEST_NAME = 150  # with what is added to it, below the 255 bytes of common file systems
 _log = logging.getLogger(__name__)
 
 
+class RunFamilies(Collector):
+    """The families of one run, and nothing of its process, which node_exporter and Pushgateway have of their own."""
+
+    def __init__(self, state: State, run: str) -> None:
+        self._state, self._run = state, run
+
+    def collect(self) -> Iterator[Metric]:
+        runs = [run for run in self._state.snapshot.runs.values() if run.run == self._run]
+        return (family.collect(runs, self._state.process_labels) for family in METRIC_FAMILIES if family.is_per_run)
+
+
 class Deliveries:
-    """The files of every run of the training process. A thread keeps each of them, for a folder may not answer."""
+    """The files of every run of the training process."""
 
     def __init__(self, state: State, scheme: str) -> None:
         self._state = state
         self._scheme = scheme
-        self._files: list[_RunFile] = []
+        self._files: dict[str, list[_RunFile]] = {}
 
-    def add(self, frame: Mapping[str, Any]) -> None:
-        """Raises:
-        OSError: a file cannot be written, or another process writes that run's text file; then there is none of both.
+    def add(self, run: str, target: str, targets_dir: str | None, textfile_dir: str | None, interval: float) -> None:
+        """Begin to keep the files of a run, in the folders that are given.
+
+        Raises:
+            OSError: a file cannot be written, or another process writes that run's text file; then there is none of
+                both.
         """
-        run, added = frame["run"], []
-        collector = RunFamilies(self._state, run)
+        files = self._files.setdefault(run, [])
+        before = len(files)
+        name = _file_name(run, self._state.process_labels)
         try:
-            if frame["targets_dir"] is not None:
-                added.append(_target_file(frame, self._scheme, self._state.process_labels))
-            if frame["textfile_dir"] is not None:
-                what = f"a file to {frame['textfile_dir']}"
-                with _explained(what):
-                    file = _RunFile(Path(frame["textfile_dir"]), run, self._state.process_labels, ".prom")
-                    file.hold()
-                    added.append(file)
-                    file.keep(lambda path: write_to_textfile(str(path), collector), frame["textfile_interval"])
+            if targets_dir is not None:
+                with _explained(f"a target file to {targets_dir}"):
+                    files.append(_target_file(Path(targets_dir), name, run, target, self._scheme))
+            if textfile_dir is not None:
+                with _explained(f"a file to {textfile_dir}"):
+                    collector = RunFamilies(self._state, run)
+                    path = Path(textfile_dir, f"{name}.prom")
+                    files.append(_RunFile(path, run, lambda path: write_to_textfile(str(path), collector), interval))
         except BaseException:
-            for file in added:
+            for file in files[before:]:
                 file.end(remove=True)
+            del files[before:]
             raise
-        self._files += added
 
     def end(self, run: str, *, crashed: bool) -> None:
-        """Remove the files of a run, or leave them with its last state."""
-        ended = [file for file in self._files if file.run == run]
-        self._files = [file for file in self._files if file.run != run]
-        for file in ended:
+        """Remove the files of a run, or leave them with its last state. Failure is logged."""
+        for file in self._files.pop(run, ()):
             file.end(remove=not crashed)
 
     def end_all(self, *, crashed: bool) -> None:
-        for run in {file.run for file in self._files}:
+        """`end` every run."""
+        for run in list(self._files):
             self.end(run, crashed=crashed)
-
-    def leave_behind(self) -> None:
-        """The training process has gone without a goodbye: write its last state, if that takes no time."""
-        thread = threading.Thread(target=self.end_all, kwargs={"crashed": True}, daemon=True)
-        thread.start()
-        thread.join(_LAST_WRITE_SECONDS)
 
     def push(self, run: str, url: str) -> None:
         """Replace what the Pushgateway at `url` has of `run` (job `ppo_final`, grouping key `run` and labels).
@@ -88,27 +94,17 @@ class Deliveries:
             OSError: it could not be pushed; the message says where to and why.
         """
         key = {RUN_LABEL: run, **self._state.process_labels}
-        failures: list[Exception] = []
-
-        def push() -> None:
-            try:
-                push_to_gateway(url, PUSH_JOB, RunFamilies(self._state, run), key, timeout=_PUSH_SECONDS)
-            except Exception as error:  # also what http.client makes of a server that speaks something else
-                failures.append(error)
-
-        # The timeout of a socket does not bound the whole, and nothing bounds the look-up of a name.
-        thread = threading.Thread(target=push, daemon=True)
-        thread.start()
-        thread.join(_PUSH_SECONDS)
-        if thread.is_alive():
-            raise OSError(f"cannot push the final state to {url}: no answer within {_PUSH_SECONDS:g} s")
-        for error in failures:
+        try:
+            push_to_gateway(url, PUSH_JOB, RunFamilies(self._state, run), key, timeout=PUSH_SECONDS)
+        except Exception as error:  # also what http.client makes of a server that speaks something else
             raise OSError(f"cannot push the final state to {url}: {_reason(error)}") from error
 
 
 def check_pushgateway_url(url: str) -> None:
-    """Raises:
-    ValueError: no final state can be pushed there, for it is no URL of a Pushgateway.
+    """Check that a final state could be pushed there.
+
+    Raises:
+        ValueError: it is no URL of a Pushgateway.
     """
     try:
         parts = urlsplit(url)
@@ -121,156 +117,111 @@ def check_pushgateway_url(url: str) -> None:
         raise ValueError("a URL with a user is not supported; put a proxy that adds it before the Pushgateway")
 
 
-class RunFamilies(Collector):
-    """The families of one run, and nothing of its process, which node_exporter and Pushgateway have of their own."""
-
-    def __init__(self, state: State, run: str) -> None:
-        self._state = state
-        self._run = run
-
-    def collect(self) -> Iterator[Metric]:
-        run = self._state.snapshot.runs.get(self._run)
-        for family in METRIC_FAMILIES:
-            if family.is_per_run:
-                yield family.collect([] if run is None else [run], self._state.process_labels)
-
-
 class _RunFile:
-    """A file named by its run, in a folder that many processes share; one process at a time holds the name."""
+    """A file that one process at a time holds, and writes again every `interval` seconds in a thread until `end()`.
 
-    def __init__(self, folder: Path, run: str, labels: Mapping[str, str], suffix: str, number: int = 1) -> None:
-        self.run = run
-        name = "".join([f"ppo-{quote(run, safe='')}", *(f",{key}={quote(text)}" for key, text in labels.items())])
-        if len(name) > _LONGEST_NAME:
-            name = f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-        self.path = folder / f"{name}{f'.{number}' if number > 1 else ''}{suffix}"
-        self._lock = -1
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, run: str, write: Callable[[Path], None], interval: float) -> None:
+        self.path = path
+        self._run = run
+        self._write = write
+        self._is_failing = False
         self._has_ended = threading.Event()
-        self._last: Callable[[], None] | None = None
-        self._thread: threading.Thread | None = None
-
-    def hold(self) -> None:
-        """Raises:
-        BlockingIOError: another process holds the name.
-        OSError: the folder cannot be written.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock_path(self.path)
-        while True:
-            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
             if not _is_free(self._lock):
-                os.close(self._lock)
-                reason = f"another process writes a run of the name {self.run} there"
-                raise BlockingIOError(errno.EBUSY, reason)
-            # Whoever had it may have taken it along.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._lock), os.stat(lock)):
-                    break
+                raise BlockingIOError(errno.EBUSY, f"another process writes a run of the name {run} there")
+            for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*"):
+                unfinished.unlink()
+            write(path)
+        except BaseException:
             os.close(self._lock)
-        for unfinished in self.path.parent.glob(f"{glob.escape(self.path.name)}.*"):
-            unfinished.unlink(missing_ok=True)
-
-    def keep(self, write: Callable[[Path], None], interval: float) -> None:
-        """Write the file now, and let a thread call `write` every `interval` seconds until `end()`.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        write(self.path)
-        self._last = lambda: write(self.path)
+            raise
         self._thread = threading.Thread(target=self._keep, args=(interval,), name="run-file", daemon=True)
         self._thread.start()
 
-    def _keep(self, interval: float) -> None:
-        is_failing = False
-        while not self._has_ended.wait(interval):
-            try:
-                self._last()
-                is_failing = False
-            except Exception as error:
-                if not is_failing:
-                    reason = getattr(error, "strerror", None) or error
-                    _log.warning("%s is out of date: %s; it is tried again, and training goes on", self.path, reason)
-                is_failing = True
-
     def end(self, *, remove: bool) -> None:
-        """Raises:
-        OSError: the file cannot be removed or written for the last time.
-        """
         self._has_ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
+        if remove:
+            self._try(lambda path: path.unlink(missing_ok=True))
+            self._try(lambda path: _lock_of(path).unlink(missing_ok=True))
+        else:
+            self._try(self._write)
+        os.close(self._lock)
+
+    def _keep(self, interval: float) -> None:
+        while not self._has_ended.wait(interval):
+            self._try(self._write)
+
+    def _try(self, change: Callable[[Path], None]) -> None:
         try:
-            if remove:
-                self.path.unlink(missing_ok=True)
-            elif self._last is not None:
-                self._last()
-        except OSError as error:
-            what = f"still names run {self.run}, which will look down" if self.path.suffix == ".json" else "is out of date"
-            raise OSError(f"{self.path} {what}: {error.strerror}") from error
-        finally:
-            if remove:
-                with contextlib.suppress(OSError):
-                    _lock_path(self.path).unlink()
-            os.close(self._lock)
+            change(self.path)
+            self._is_failing = False
+        except Exception as error:
+            if not self._is_failing:
+                reason = getattr(error, "strerror", None) or error
+                _log.warning("%s of run %s is out of date: %s; it is tried again", self.path, self._run, reason)
+            self._is_failing = True
 
 
-def _target_file(frame: Mapping[str, Any], scheme: str, labels: Mapping[str, str]) -> _RunFile:
-    """The file by which Prometheus' file service discovery finds a run, one target entry a run."""
-    target, run = frame["target"], frame["run"]
+def _target_file(folder: Path, name: str, run: str, target: str, scheme: str) -> _RunFile:
+    """The file by which Prometheus' file service discovery finds a run; one with a number where its name is held."""
     # The parameter makes /metrics say this run alone, so that several runs of a process are targets of their own.
-    entry = {"run": run, "instance": target, "__param_run": run}
+    labels = {"run": run, "instance": target, "__param_run": run}
     if scheme != "http":
-        entry["__scheme__"] = scheme
-    text = json.dumps([{"targets": [target], "labels": entry}], indent=2) + "\n"
+        labels["__scheme__"] = scheme
+    text = json.dumps([{"targets": [target], "labels": labels}], indent=2) + "\n"
 
     def write(path: Path) -> None:
-        if file.is_there:  # what somebody has deleted stays deleted
-            os.utime(path)
-        else:
-            unfinished = path.with_name(f"{path.name}.tmp")  # Prometheus reads *.json only
-            try:
-                unfinished.write_text(text)
-                unfinished.replace(path)
-            except OSError:
-                unfinished.unlink(missing_ok=True)
-                raise
-            file.is_there = True
-        _remove_stale(path.parent)
+        unfinished = path.with_name(f"{path.name}.tmp")  # Prometheus reads *.json only
+        try:
+            unfinished.write_text(text)
+            unfinished.replace(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        _remove_stale(folder)
 
-    with _explained(f"a target file to {frame['targets_dir']}"):
-        for number in range(1, 1000):
-            file = _RunFile(Path(frame["targets_dir"]), run, labels, ".json", number)
-            with contextlib.suppress(BlockingIOError):
-                file.hold()
-                file.is_there = False
-                file.keep(write, TOUCH_SECONDS)
-                return file
-        raise BlockingIOError(errno.EBUSY, f"a thousand processes write runs of the name {run} there")
+    for number in range(1, 1000):
+        with contextlib.suppress(BlockingIOError):
+            path = folder / (f"{name}.{number}.json" if number > 1 else f"{name}.json")
+            return _RunFile(path, run, write, TARGET_FILE_SECONDS)
+    raise OSError(errno.EBUSY, f"a thousand processes write runs of the name {run} there")
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove target files of processes that are gone, and have not touched them for an hour."""
+    """Remove target files of processes that are gone, and have not written them for an hour."""
     for lock in folder.glob(".ppo-*.json.lock"):
         path = folder / lock.name[1:].removesuffix(".lock")
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                descriptor = os.open(lock, os.O_RDWR)
-                try:
-                    if _is_free(descriptor):
+                with lock.open("r+") as descriptor:
+                    if _is_free(descriptor.fileno()):
                         path.unlink()
                         lock.unlink()
                         _log.warning("removed %s, for its process has been gone for an hour", path)
-                finally:
-                    os.close(descriptor)
 
 
-def _lock_path(path: Path) -> Path:
+def _file_name(run: str, labels: Mapping[str, str]) -> str:
+    """Two runs must not meet in one file, so what a file name cannot hold is escaped, and what is cut has a digest."""
+    name = "".join([f"ppo-{quote(run, safe='')}", *(f",{key}={quote(text)}" for key, text in labels.items())])
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
 def _is_free(descriptor: int) -> bool:
-    """Whether nobody holds the lock, which this process then does; so where there are no locks."""
+    """Whether nobody else holds the lock, which this process does from now on. Without locks everything is free."""
     try:
         import fcntl
 
@@ -278,7 +229,7 @@ def _is_free(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except (ImportError, OSError):
-        return True
+        pass
     return True
 
 
@@ -295,6 +246,5 @@ def _reason(error: Exception) -> object:
         return getattr(error, "reason", error)
     with contextlib.suppress(Exception):
         # Which of the metrics it does not want, and why, stands in the body.
-        body = " ".join(error.read(500).decode(errors="replace").split())
-        return f"{error.code} {error.reason}" + (f": {body}" if body else "")
+        return f"{error.code} {error.reason}: {' '.join(error.read(500).decode(errors='replace').split())}"
     return f"{error.code} {error.reason}"

@@ -8,7 +8,7 @@ import socket
 import ssl
 from typing import Any
 
-from hypercorn.asyncio import serve as hypercorn_serve
+from hypercorn.asyncio import serve as serve_by_hypercorn
 from hypercorn.config import Config
 
 from exporter.serving.application import Application
@@ -21,20 +21,17 @@ _log = logging.getLogger(__name__)
 
 
 class _Config(Config):
-    """Takes TLS from a web configuration file."""
-
-    def __init__(self, file: WebConfigFile | None) -> None:
-        self._context = file.context if file is not None else None
-        self.keep_alive_timeout = self.read_timeout = self.ssl_handshake_timeout = CLIENT_SECONDS
-        self.include_server_header = False
-        self.errorlog = None
+    errorlog = None
+    include_server_header = False
+    keep_alive_timeout = read_timeout = ssl_handshake_timeout = CLIENT_SECONDS
+    context: ssl.SSLContext | None = None
 
     @property
     def ssl_enabled(self) -> bool:
-        return self._context is not None
+        return self.context is not None
 
     def create_ssl_context(self) -> ssl.SSLContext | None:
-        return self._context
+        return self.context
 
 
 def serve(application: Application, listener: socket.socket, file: WebConfigFile | None) -> None:
@@ -43,18 +40,18 @@ def serve(application: Application, listener: socket.socket, file: WebConfigFile
     asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     with contextlib.suppress(AttributeError, OSError):  # Linux; connections inherit it
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * CLIENT_SECONDS)
-    config = _Config(file)
+    config = _Config()
+    config.context = None if file is None else file.context
     config.bind = f"fd://{listener.detach()}"
-    asyncio.run(_serve(application, config))
 
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(_note)
+        await serve_by_hypercorn(application, config, shutdown_trigger=asyncio.Event().wait)
 
-async def _serve(application: Application, config: Config) -> None:
-    asyncio.get_running_loop().set_exception_handler(_note)
-    await hypercorn_serve(application, config, shutdown_trigger=asyncio.Event().wait)
+    asyncio.run(run())
 
 
 def _note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Clients that break off are no news."""
     error = context.get("exception")
-    level = logging.DEBUG if isinstance(error, OSError) else logging.WARNING
-    _log.log(level, "%s: %r", context["message"], error)
+    _log.log(logging.DEBUG if isinstance(error, OSError) else logging.WARNING, "%s: %r", context["message"], error)

@@ -1,6 +1,6 @@
 """The status page: every run on one self-contained page, rendered here, for whoever has no Grafana at hand.
 
-It is rendered when somebody asks, and once per snapshot; a script in it asks again and shows what has changed.
+A script in it asks again and shows what has changed.
 """
 
 import math
@@ -8,20 +8,21 @@ import statistics
 import time
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.utils import floatToGoString
 
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.health import CRITICAL_THRESHOLD, STALLED_SECONDS, WARNING_THRESHOLD, HealthLevel, cv_text
 from exporter.metrics import LAST_UPDATE_TIMESTAMP, METRIC_FAMILIES, MetricFamily
-from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
+from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot
 from exporter.serving.state import State
 
 RELOAD_SECONDS = 5
@@ -38,59 +39,55 @@ _SIGNALS = [
 
 
 class StatusPage:
-    """Answers requests for the page on the runs of `state`."""
+    """The page on the runs of `state`, and the policy that lets a browser run its own style and script only."""
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._shown: tuple[Snapshot, frozenset[str]] | None = None
-        self._body = b""
 
-    def __call__(self, headers: object, query: object) -> tuple[int, dict[str, str], bytes]:
-        snapshot = self._state.snapshot
-        stalled = frozenset(_stalled(snapshot, time.time()))
-        if self._shown is None or self._shown[0] is not snapshot or self._shown[1] != stalled:
-            self._body = self._document.render(snapshot, stalled)
-            self._shown = snapshot, stalled
-        return (
-            200,
-            {
-                "Content-Type": "text/html; charset=utf-8",
-                "Content-Security-Policy": self._document.policy,
-                "X-Content-Type-Options": "nosniff",
-                "Referrer-Policy": "no-referrer",
-                "Cache-Control": "no-store",
-                "Vary": "Accept-Encoding",
-            },
-            self._body,
+    def answer(self) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body, as the runs are now."""
+        runs = list(self._state.snapshot.runs.values())
+        states = {run.run: _State.of(run, time.time()) for run in runs}
+        worst = max(runs, key=lambda run: states[run.run].urgency, default=None)
+        counts = Counter((state.word, state.color) for state in states.values())
+        body = self._template.render(
+            runs=runs,
+            states=states,
+            counts=[(count, word, color) for (word, color), count in counts.items()],
+            icon=states[worst.run].color if worst else _DIM,
+            title=f"{states[worst.run].text} · {worst.run}" if worst else "PPO gradient health",
+            charts={run.run: _Chart(run.recent_gradient_cvs, run.updates) for run in runs},
         )
+        return 200, self._headers, body.encode()
 
     @cached_property
-    def _document(self) -> "_Document":
-        return _Document()
+    def _sources(self) -> dict[str, str]:
+        return {kind: Path(__file__).with_name(f"status.{kind}").read_text() for kind in ("html", "css", "js")}
 
+    @cached_property
+    def _headers(self) -> dict[str, str]:
+        css, js = (
+            "sha256-" + b64encode(sha256(self._sources[kind].encode()).digest()).decode() for kind in ("css", "js")
+        )
+        policy = f"default-src 'none'; style-src '{css}'; script-src '{js}'; connect-src 'self'; img-src data:"
+        return {
+            "Content-Type": "text/html; charset=utf-8",
+            "Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+            "Vary": "Accept-Encoding",
+        }
 
-class _Document:
-    """The template with its style and script, and the policy that lets a browser run these and nothing else."""
-
-    def __init__(self) -> None:
+    @cached_property
+    def _template(self) -> Any:
         from jinja2 import Environment, StrictUndefined  # a run whose page nobody opens need not wait for it
         from markupsafe import Markup
 
-        html, css, js = (Path(__file__).with_name(f"status.{suffix}").read_text() for suffix in ("html", "css", "js"))
-        self.policy = "; ".join(
-            [
-                "default-src 'none'",
-                f"style-src '{_digest(css)}'",
-                f"script-src '{_digest(js)}'",
-                "connect-src 'self'",
-                "img-src data:",
-                *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
-            ]
-        )
         environment = Environment(autoescape=True, undefined=StrictUndefined)
         environment.globals.update(
-            css=Markup(css),
-            js=Markup(js),
+            css=Markup(self._sources["css"]),
+            js=Markup(self._sources["js"]),
             exact=floatToGoString,
             short=_short,
             iso=_iso,
@@ -98,7 +95,6 @@ class _Document:
             heads=_heads,
             unreachable=_unreachable,
             signals=_signals,
-            spoken=_spoken,
             families=METRIC_FAMILIES,
             bounds=_LEAST.items(),
             warning=WARNING_THRESHOLD,
@@ -106,21 +102,7 @@ class _Document:
             stalled_seconds=STALLED_SECONDS,
             reload_seconds=RELOAD_SECONDS,
         )
-        self._template = environment.from_string(html)
-
-    def render(self, snapshot: Snapshot, stalled: frozenset[str]) -> bytes:
-        runs = list(snapshot.runs.values())
-        states = {run.run: _State.of(run, run.run in stalled) for run in runs}
-        worst = max(runs, key=lambda run: states[run.run].urgency, default=None)
-        counts = Counter((state.word, state.color) for state in states.values())
-        return self._template.render(
-            runs=runs,
-            states=states,
-            counts=[(count, word, color) for (word, color), count in counts.items()],
-            icon=states[worst.run].color if worst else _DIM,
-            title=f"{states[worst.run].text} · {worst.run}" if worst else "PPO gradient health",
-            charts={run.run: _Chart(run.recent_gradient_cvs, run.updates) for run in runs},
-        ).encode()
+        return environment.from_string(self._sources["html"])
 
 
 _DIM = "dim"
@@ -142,12 +124,12 @@ class _State:
     urgency: tuple[int, float]
 
     @classmethod
-    def of(cls, run: RunSnapshot, is_stalled: bool) -> "_State":
+    def of(cls, run: RunSnapshot, now: float) -> "_State":
         quality = run.gradient_quality
         if run.last_update_timestamp_seconds is None:
             text = "No update since the resume" if run.resumes else "No update yet"
             return cls(text, "without an update", _DIM, (0, 0.0))
-        if is_stalled:
+        if now - run.last_update_timestamp_seconds > STALLED_SECONDS:
             return cls("stalled", "stalled", "red", (3, quality.gradient_cv))
         rank = {HealthLevel.HEALTHY: 1, HealthLevel.WARNING: 2, HealthLevel.CRITICAL: 4}[quality.health]
         return cls(cv_text(quality.gradient_cv), quality.health.word, quality.health.color, (rank, quality.gradient_cv))
@@ -171,10 +153,6 @@ class _Chart:
     updates: int
     width = HISTORY_UPDATES - 1
     height = 1000
-
-    @property
-    def count(self) -> int:
-        return len(self.cvs)
 
     @cached_property
     def _finite(self) -> list[float]:
@@ -219,7 +197,7 @@ class _Chart:
     def summary(self) -> str:
         if not self.cvs:
             return "none yet"
-        nonfinite = self.count - len(self._finite)
+        nonfinite = len(self.cvs) - len(self._finite)
         parts = [f"{nonfinite} not finite"] if nonfinite else []
         if self._finite:
             low, middle, high = min(self._finite), statistics.median(self._finite), max(self._finite)
@@ -228,16 +206,8 @@ class _Chart:
 
     @property
     def caption(self) -> str:
-        if not self.cvs:
-            return "No update yet"
-        return f"Gradient CV, updates {self.updates - self.count + 1:,} to {self.updates:,}: {self.summary}"
-
-
-def _stalled(snapshot: Snapshot, now: float) -> Iterable[str]:
-    for run in snapshot.runs.values():
-        at = run.last_update_timestamp_seconds
-        if at is not None and now - at > STALLED_SECONDS:
-            yield run.run
+        first = self.updates - len(self.cvs) + 1
+        return f"Gradient CV, updates {first:,} to {self.updates:,}: {self.summary}" if self.cvs else "No update yet"
 
 
 def _signals(run: RunSnapshot) -> list[tuple[MetricFamily, float]]:
@@ -256,10 +226,6 @@ def _heads(quality: GradientQuality) -> list[str]:
     return list({**quality.nonfinite_steps, **quality.head_norms})
 
 
-def _spoken(name: str) -> str:
-    return name.removeprefix("ppo_").removesuffix("_total").replace("_", " ")
-
-
 def _short(value: float) -> str:
     """Four digits of a measurement, all digits of a count."""
     if isinstance(value, int):
@@ -269,7 +235,3 @@ def _short(value: float) -> str:
 
 def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + b64encode(sha256(text.encode()).digest()).decode()
