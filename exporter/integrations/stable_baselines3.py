@@ -16,8 +16,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from exporter.aggregator import RunAggregator
 from exporter.heads import Rows, row_heads
+from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT
 from exporter.monitor import GradientMonitor
-from exporter.server import DEFAULT_ADDRESS, DEFAULT_PORT
 
 # Keys of SB3's logger (PPO, and A2C where it has another) -> our signals. The entropy has the other sign there.
 _SIGNALS = {

@@ -13,7 +13,6 @@ from mixin.dashboards.panels import (
     LEVEL_MEANINGS,
     MATCHERS,
     NEUTRAL,
-    PROCESS_MATCHERS,
     RUN_LEGEND,
     Board,
     Query,
@@ -42,20 +41,12 @@ from mixin.promql import (
 
 LEVEL = f"{LEVEL_RECORD}{{{MATCHERS}}}"
 CV = f"{CV_RECORD}{{{MATCHERS}}}"
-
-
-def _of_each_run(metric: str, aggregation: str) -> str:
-    """A metric of the process, for each run that it serves."""
-    process = f"{aggregation} by (job, instance) ({metric}{{{PROCESS_MATCHERS}}})"
-    return f"{per_run('group', CV)} * on (job, instance) group_left () {process}"
-
-
-DOWN = f"{per_run('min', f'up{{{PROCESS_MATCHERS}}}')} == 0"
-UP = f"{_of_each_run('up', 'min')} or {DOWN}"
+UP = per_run("min", f"up{{{MATCHERS}}}")
+DOWN = f"{UP} == 0"
 # Before its first update a run has no time of the last one; then the start of its process counts.
 AGE = (
     f"time() - ({per_run('max', select(metrics.LAST_UPDATE_TIMESTAMP, MATCHERS))}"
-    f" or {_of_each_run('process_start_time_seconds', 'max')})"
+    f" or {per_run('max', f'process_start_time_seconds{{{MATCHERS}}}')})"
 )
 UP_MEANINGS = {1: ("up", HealthLevel.HEALTHY.color), 0: ("DOWN", HealthLevel.CRITICAL.color)}
 COLORED_CELL = {"type": "color-background", "mode": "basic"}

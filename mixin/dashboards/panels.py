@@ -44,8 +44,6 @@ SCHEMA_VERSION = 38
 GRID_WIDTH = 24
 
 MATCHERS = f'job=~"$job", {RUN_LABEL}=~"$run", instance=~"$instance"'
-# An endpoint of several runs has all their names in the label `run` of `up` and of its process metrics.
-PROCESS_MATCHERS = f'job=~"$job", {RUN_LABEL}=~"(.+,)?($run)(,.+)?", instance=~"$instance"'
 DATASOURCE = common_models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 RUN_LEGEND = f"{{{{{RUN_LABEL}}}}}"
 HEAD_LEGEND = f"{{{{{HEAD_LABEL}}}}} · {RUN_LEGEND}"

@@ -15,7 +15,6 @@ from mixin.dashboards.panels import (
     LEVEL_MEANINGS,
     MATCHERS,
     NEUTRAL,
-    PROCESS_MATCHERS,
     RUN_DASHBOARD_UID,
     RUN_LEGEND,
     Board,
@@ -251,8 +250,8 @@ def _steps(board: Board) -> None:
     board.row(20, "Every gradient step")
     heatmap = heatmap_panel(
         "CV per gradient step",
-        "How many gradient steps had a CV in each bucket; the topmost one holds everything beyond, NaN and infinity "
-        "included. Good: a dark band at the bottom. Bad: a second band high above it, which means spikes.",
+        "How many gradient steps had a CV in each bucket; the topmost one holds everything beyond. Non-finite steps are "
+        "in none. Good: a dark band at the bottom. Bad: a second band high above it, which means spikes.",
         "short",
         0,
         axis_decimals=3,
@@ -375,7 +374,7 @@ def _process(board: Board) -> None:
     memory = series_panel(
         "Memory", "Resident memory of the training process. Good: a plateau. Bad: growing without end.", "bytes", 1
     )
-    board.add(61, (0, 0, 6, 7), memory, by_run(f"process_resident_memory_bytes{{{PROCESS_MATCHERS}}}"))
+    board.add(61, (0, 0, 6, 7), memory, by_run(f"process_resident_memory_bytes{{{MATCHERS}}}"))
 
     cpu = series_panel(
         "CPU",
@@ -384,12 +383,12 @@ def _process(board: Board) -> None:
         "short",
         2,
     )
-    board.add(62, (6, 0, 6, 7), cpu, by_run(f"rate(process_cpu_seconds_total{{{PROCESS_MATCHERS}}}[$__rate_interval])"))
+    board.add(62, (6, 0, 6, 7), cpu, by_run(f"rate(process_cpu_seconds_total{{{MATCHERS}}}[$__rate_interval])"))
 
     up = series_panel(
-        "Trainer up", "Good: 1, Prometheus can scrape the trainer. Bad: 0, it crashed or hangs.", "none", 0
+        "Trainer up", "Good: 1, Prometheus can scrape the trainer. Bad: 0, its process has gone.", "none", 0
     )
-    board.add(63, (12, 0, 6, 7), up.min(0).max(1), by_run(f"up{{{PROCESS_MATCHERS}}}"))
+    board.add(63, (12, 0, 6, 7), up.min(0).max(1), by_run(f"up{{{MATCHERS}}}"))
 
     errors = series_panel(
         "Errors of the measurement",

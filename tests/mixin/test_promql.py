@@ -12,7 +12,7 @@ from conftest import fetch
 from prometheus_client.parser import text_string_to_metric_families
 
 from exporter.aggregator import RunAggregator
-from exporter.server import MetricsServer
+from exporter.link import MetricsServer
 from mixin.__main__ import REPOSITORY
 
 # Written by Prometheus itself, not by the exporter.

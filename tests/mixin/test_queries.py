@@ -5,13 +5,12 @@ import sys
 import time
 from collections.abc import Callable
 
-from conftest import free_ports, wait_until
+from conftest import wait_until
 from test_promql import GRAFANA_RULES, RECORDED, VARIABLES, dashboard_files, with_values
 
 from exporter.aggregator import RunAggregator
-from exporter.discovery import TargetFile
 from exporter.health import HealthLevel
-from exporter.server import MetricsServer
+from exporter.link import MetricsServer
 from exporter.telemetry import PPOUpdatePayload
 from mixin.config import MixinConfig
 from mixin.dashboards import EMPTY_IN_HEALTH
@@ -80,13 +79,14 @@ def test_what_is_empty_in_health_shows_a_drill_a_dead_run_and_a_stalled_one(
 ):
     observability = start_observability()
     start_trainer(start, observability, "--drill", "nan:op:3-1000000")
-    TargetFile(observability.targets, f"127.0.0.1:{free_ports().metrics}", "dead")
-
+    with MetricsServer(RunAggregator(), port=0) as dead:
+        dead.deliver("dead", targets_dir=observability.targets)
+        dead.close(crashed=True)
     last_update = time.time() - MixinConfig().stalled_seconds - 1
     aggregator = RunAggregator()
     aggregator.handle_ppo_update(PPOUpdatePayload(run="stalled", timestamp_seconds=last_update))
     with MetricsServer(aggregator, port=0) as server:
-        TargetFile(observability.targets, f"127.0.0.1:{server.port}", "stalled")
+        server.deliver("stalled", targets_dir=observability.targets)
         check(observability, set(queries()))
         (silent,) = map(with_values, queries()["Down or stalled"])
         problems = {"dead": "down", "stalled": "stalled"}
@@ -108,8 +108,8 @@ def test_the_time_at_a_level_begins_when_the_level_does(start_observability: Cal
         return {sample["metric"]["run"]: float(sample["value"][1]) for sample in observability.query(expression)}
 
     with MetricsServer(aggregator, port=0) as server:
-        TargetFile(observability.targets, f"127.0.0.1:{server.port}", "changing", "steady")
         for run in ("changing", "steady"):
+            server.deliver(run, targets_dir=observability.targets)
             aggregator.handle_ppo_update(PPOUpdatePayload(run=run, gradient_cv=0.1))
         wait_until(lambda: seconds().get("steady", 0) > 12, "12 seconds at one level")
         aggregator.handle_ppo_update(PPOUpdatePayload(run="changing", gradient_cv=3.0))
@@ -143,7 +143,7 @@ def test_the_first_screen_and_the_table_say_what_the_run_said(start_observabilit
         return next(((each["metric"].get("head", ""), round(float(each["value"][1]), 4)) for each in samples), None)
 
     with MetricsServer(aggregator, port=0) as server:
-        TargetFile(observability.targets, f"127.0.0.1:{server.port}", "demo")
+        server.deliver("demo", targets_dir=observability.targets)
         told = queries()
         level, cv, head, _, episode_return, _, up = told["All runs"]
         for expression, expected in {
@@ -178,14 +178,15 @@ def test_runs_of_one_process_have_a_row_each(start_observability: Callable):
         return {sample["metric"]["run"] for sample in observability.query(with_values(expression))}
 
     with MetricsServer(aggregator, port=0) as server:
-        TargetFile(observability.targets, f"127.0.0.1:{server.port}", "one", "other")
+        for run in ("one", "other"):
+            server.deliver(run, targets_dir=observability.targets)
         aggregator.handle_ppo_update(PPOUpdatePayload(run="one"))
         aggregator.register_run("other", [])  # before its first update
         for expression in queries()["All runs"]:
             if "timestamp" in expression or "up{" in expression:
                 wait_until(lambda: runs(expression) == {"one", "other"}, f"a row each from {expression}")
         (up,) = queries()["Trainer up"]
-        assert runs(up.replace("$run", "one")) == {"one,other"} and not runs(up.replace("$run", "on"))
+        assert runs(up.replace("$run", "one")) == {"one"} and not runs(up.replace("$run", "on"))
 
 
 def test_the_same_queries_show_a_stable_baselines3_run(start: Callable, start_observability: Callable):

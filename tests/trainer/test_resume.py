@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.server import MetricsServer
+from exporter.link import MetricsServer
 from exporter.snapshot import RunSnapshot
 from trainer.agent import NonFiniteGradientError
 from trainer.checkpoint import checkpoints_in, load, resolve
