@@ -5,8 +5,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
@@ -19,7 +20,6 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from exporter.health import HealthLevel
 from exporter.snapshot import Histogram, RunSnapshot, Snapshot
 
 RUN_LABEL = "run"
@@ -28,9 +28,12 @@ HEAD_LABEL = "head"
 COLLECTOR_LABEL = "collector"
 RANK_LABEL = "rank"
 _log = logging.getLogger(__name__)
-
-# (label values beside `run`, value); a value is a Histogram for histograms, a dict for info.
-Sample = tuple[tuple[str, ...], object]
+_METRIC = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+    "info": InfoMetricFamily,
+}
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,28 @@ class MetricFamily:
     """One declaration: what the family is called and where its samples come from.
 
     Attributes:
-        name: as it is queried in Prometheus, with `_total` or `_info` where the type has one.
         kind: counter, gauge, histogram or info.
+        name: as it is queried in Prometheus, with `_total` or `_info` where the type has one.
         documentation: the HELP text.
-        labels: label names beside `run`.
-        samples: reads the family's samples of one run from its snapshot.
-        is_per_run: otherwise there is no label `run`, and `samples` reads a `Collection`.
+        read: from a `RunSnapshot` the value of the one sample (a number, a `Histogram`, a mapping for info; None while
+            it is not known), or a mapping of the label's value to the sample's where there is a label.
+        labels: the label beside `run`, if there is one.
+        is_per_run: otherwise there is no label `run`, and `read` takes a `Collection`.
     """
 
-    name: str
     kind: str
+    name: str
     documentation: str
-    labels: tuple[str, ...]
-    samples: Callable[..., Iterable[Sample]]
+    read: Callable[[Any], Any]
+    labels: tuple[str, ...] = ()
     is_per_run: bool = True
+
+    def samples(self, run: Any) -> list[tuple[tuple[str, ...], Any]]:
+        """(label values beside `run`, value) of every sample of a run."""
+        value = self.read(run)
+        if self.labels:
+            return [((label,), value) for label, value in value.items()]
+        return [] if value is None else [((), value)]
 
     def collect(self, runs: Iterable, process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
         """The family with the samples of all `runs` (or collections), each with the labels of this process.
@@ -59,17 +70,7 @@ class MetricFamily:
         Values become floats here, so that none that a float cannot hold fails the rendering of all of them.
         """
         labels = (*process_labels, *((RUN_LABEL,) if self.is_per_run else ()), *self.labels)
-        match self.kind:
-            case "counter":
-                family = CounterMetricFamily(self.name, self.documentation, labels=labels)
-            case "gauge":
-                family = GaugeMetricFamily(self.name, self.documentation, labels=labels)
-            case "histogram":
-                family = HistogramMetricFamily(self.name, self.documentation, labels=labels)
-            case "info":
-                family = InfoMetricFamily(self.name.removesuffix("_info"), self.documentation, labels=labels)
-            case other:
-                raise ValueError(f"{self.name}: unknown metric type {other!r}")
+        family = _METRIC[self.kind](self.name.removesuffix("_info"), self.documentation, labels=labels)
         for run in runs:
             for label_values, value in self.samples(run):
                 label_values = (*process_labels.values(), *((run.run,) if self.is_per_run else ()), *label_values)
@@ -81,97 +82,75 @@ class MetricFamily:
         return family
 
 
-def _one(read: Callable[[RunSnapshot], object]) -> Callable[[RunSnapshot], list[Sample]]:
-    """One sample per run, or none while its value is not known."""
-
-    def samples(run: RunSnapshot) -> list[Sample]:
-        value = read(run)
-        return [] if value is None else [((), value)]
-
-    return samples
+_gauge, _counter, _histogram = (partial(MetricFamily, kind) for kind in ("gauge", "counter", "histogram"))
 
 
 def _signal(name: str, documentation: str) -> MetricFamily:
-    return MetricFamily(f"ppo_{name}", "gauge", documentation, (), _one(lambda run: run.signals.get(name)))
+    return _gauge(f"ppo_{name}", documentation, lambda run: run.signals.get(name))
 
 
-GRADIENT_CV = MetricFamily(
+GRADIENT_CV = _gauge(
     "ppo_gradient_cv",
-    "gauge",
     "Mean coefficient of variation of the action heads' gradient norms over the gradient steps of the last PPO "
     "update, labeled by its health level; one sample per run, +Inf when a gradient was not finite.",
+    lambda run: {run.gradient_quality.health: run.gradient_quality.gradient_cv},
     (HEALTH_LABEL,),
-    lambda run: [((run.gradient_quality.health,), run.gradient_quality.gradient_cv)],
 )
-GRADIENT_CV_CEILING = MetricFamily(
+GRADIENT_CV_CEILING = _gauge(
     "ppo_gradient_cv_ceiling",
-    "gauge",
     "Largest coefficient of variation that the heads which contributed to the last update could reach: the square "
     "root of their number.",
-    (),
-    _one(lambda run: run.gradient_quality.ceiling),
+    lambda run: run.gradient_quality.ceiling,
 )
-GRADIENT_STEPS = MetricFamily(
+GRADIENT_STEPS = _counter(
     "ppo_gradient_steps_total",
-    "counter",
     "Gradient steps by the health level of their own coefficient of variation.",
+    lambda run: run.gradient_quality.steps_by_level,
     (HEALTH_LABEL,),
-    lambda run: [((level,), run.gradient_quality.steps_by_level[level]) for level in HealthLevel],
 )
-GRADIENT_CV_PER_STEP = MetricFamily(
+GRADIENT_CV_PER_STEP = _histogram(
     "ppo_gradient_cv_per_step",
-    "histogram",
     "Coefficient of variation of each gradient step whose gradient was finite; ppo_gradient_steps_total counts the "
     "others too.",
-    (),
-    _one(lambda run: run.gradient_quality.cv_per_step),
+    lambda run: run.gradient_quality.cv_per_step,
 )
-HEAD_GRADIENT_NORM = MetricFamily(
+HEAD_GRADIENT_NORM = _gauge(
     "ppo_head_gradient_norm",
-    "gauge",
-    "Mean L2 norm of the head's gradient in the last update, over the steps in which it was finite; "
-    "heads without a gradient are absent.",
+    "Mean L2 norm of the head's gradient in the last update, over the steps in which it was finite; heads without a "
+    "gradient are absent.",
+    lambda run: run.gradient_quality.head_norms,
     (HEAD_LABEL,),
-    lambda run: [((head,), norm) for head, norm in run.gradient_quality.head_norms.items()],
 )
-HEAD_GRADIENT_SHARE = MetricFamily(
+HEAD_GRADIENT_SHARE = _gauge(
     "ppo_head_gradient_share",
-    "gauge",
     "The head's part of the sum of the heads' gradient norms in the last update, 0 to 1; a head whose norm is not "
     "finite takes the whole.",
+    lambda run: run.gradient_quality.head_shares,
     (HEAD_LABEL,),
-    lambda run: [((head,), share) for head, share in run.gradient_quality.head_shares.items()],
 )
-NONFINITE_GRADIENTS = MetricFamily(
+NONFINITE_GRADIENTS = _counter(
     "ppo_nonfinite_gradients_total",
-    "counter",
     "Gradient steps in which the head's gradient norm was NaN or infinite.",
+    lambda run: run.gradient_quality.nonfinite_steps,
     (HEAD_LABEL,),
-    lambda run: [((head,), count) for head, count in run.gradient_quality.nonfinite_steps.items()],
 )
-SKIPPED_GRADIENT_STEPS = MetricFamily(
+SKIPPED_GRADIENT_STEPS = _counter(
     "ppo_skipped_gradient_steps_total",
-    "counter",
     "Gradient steps that did not touch the weights because a gradient, of a head or elsewhere, was not finite.",
-    (),
-    _one(lambda run: run.gradient_quality.skipped_steps),
+    lambda run: run.gradient_quality.skipped_steps,
 )
-GRADIENT_NORM = MetricFamily(
+GRADIENT_NORM = _gauge(
     "ppo_gradient_norm",
-    "gauge",
     "Mean global L2 norm of the gradient in the last update; before clipping, unless a monitor measures after it.",
-    (),
-    _one(lambda run: run.gradient_quality.gradient_norm),
+    lambda run: run.gradient_quality.gradient_norm,
 )
-UPDATES = MetricFamily("ppo_updates_total", "counter", "PPO updates completed.", (), _one(lambda run: run.updates))
-ENVIRONMENT_STEPS = MetricFamily(
+UPDATES = _counter("ppo_updates_total", "PPO updates completed.", lambda run: run.updates)
+ENVIRONMENT_STEPS = _counter(
     "ppo_environment_steps_total",
-    "counter",
     "Environment steps collected, summed over the parallel environments.",
-    (),
-    _one(lambda run: run.environment_steps),
+    lambda run: run.environment_steps,
 )
-EPISODES = MetricFamily("ppo_episodes_total", "counter", "Episodes completed.", (), _one(lambda run: run.episodes))
+EPISODES = _counter("ppo_episodes_total", "Episodes completed.", lambda run: run.episodes)
 POLICY_LOSS = _signal("policy_loss", "Mean clipped policy loss of the last update.")
 VALUE_LOSS = _signal("value_loss", "Mean value loss of the last update.")
 ENTROPY = _signal("entropy", "Mean entropy of the policy in the last update, summed over the heads, in nats.")
@@ -189,69 +168,55 @@ EXPLAINED_VARIANCE = _signal(
 LEARNING_RATE = _signal("learning_rate", "Learning rate of the last update.")
 EPISODE_RETURN_MEAN = _signal("episode_return_mean", "Mean undiscounted return of the last episodes.")
 EPISODE_LENGTH_MEAN = _signal("episode_length_mean", "Mean length of the last episodes, in environment steps.")
-UPDATE_DURATION = MetricFamily(
+UPDATE_DURATION = _histogram(
     "ppo_update_duration_seconds",
-    "histogram",
     "Wall time of the PPO update, all epochs and minibatches.",
-    (),
-    _one(lambda run: run.update_duration_seconds),
+    lambda run: run.update_duration_seconds,
 )
-ROLLOUT_DURATION = MetricFamily(
+ROLLOUT_DURATION = _histogram(
     "ppo_rollout_duration_seconds",
-    "histogram",
     "Wall time of collecting the rollout of an update.",
-    (),
-    _one(lambda run: run.rollout_duration_seconds),
+    lambda run: run.rollout_duration_seconds,
 )
-RANK_ROLLOUT = MetricFamily(
+RANK_ROLLOUT = _gauge(
     "ppo_rank_rollout_seconds",
-    "gauge",
     "Wall time that the rank, one of the processes that train the run together, took for its part of the last rollout.",
+    lambda run: {str(rank): seconds for rank, seconds in enumerate(run.rank_rollout_seconds)},
     (RANK_LABEL,),
-    lambda run: [((str(rank),), seconds) for rank, seconds in enumerate(run.rank_rollout_seconds)],
 )
-LAST_UPDATE_TIMESTAMP = MetricFamily(
+LAST_UPDATE_TIMESTAMP = _gauge(
     "ppo_last_update_timestamp_seconds",
-    "gauge",
     "Unix time at which the last PPO update ended, or of a later gradient step; absent before the first update.",
-    (),
-    _one(lambda run: run.last_update_timestamp_seconds),
+    lambda run: run.last_update_timestamp_seconds,
 )
-EXPORTER_ERRORS = MetricFamily(
+EXPORTER_ERRORS = _counter(
     "ppo_exporter_errors_total",
-    "counter",
     "Errors inside the measurement itself; training goes on without the sample.",
-    (),
-    _one(lambda run: run.exporter_errors),
+    lambda run: run.exporter_errors,
 )
-RESUMES = MetricFamily(
+RESUMES = _counter(
     "ppo_resumes_total",
-    "counter",
     "Times that the run was continued from a checkpoint; the other counters go on over it.",
-    (),
-    _one(lambda run: run.resumes),
+    lambda run: run.resumes,
 )
 RUN_INFO = MetricFamily(
-    "ppo_run_info",
     "info",
+    "ppo_run_info",
     "What is being trained: environment, seed, device, torch and exporter versions.",
-    (),
-    _one(lambda run: dict(run.info)),
+    lambda run: dict(run.info),
 )
-COLLECTOR_SUCCESS = MetricFamily(
+COLLECTOR_SUCCESS = _gauge(
     "ppo_exporter_collector_success",
-    "gauge",
     "Whether the collector worked in this scrape: 1, or 0 when its metrics, or those of a run, are missing.",
+    lambda collection: {collection.collector: collection.is_success},
     (COLLECTOR_LABEL,),
-    lambda collection: [((collection.collector,), collection.is_success)],
     is_per_run=False,
 )
-COLLECTOR_DURATION = MetricFamily(
+COLLECTOR_DURATION = _gauge(
     "ppo_exporter_collector_duration_seconds",
-    "gauge",
     "Wall time that the collector took in this scrape.",
+    lambda collection: {collection.collector: collection.duration_seconds},
     (COLLECTOR_LABEL,),
-    lambda collection: [((collection.collector,), collection.duration_seconds)],
     is_per_run=False,
 )
 

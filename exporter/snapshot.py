@@ -1,12 +1,15 @@
 """The state of every run at one moment: frozen, swapped whole, safe to read from any thread."""
 
+import builtins
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections import abc
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import cache
 from itertools import accumulate
-from types import MappingProxyType
-from typing import Any
+from types import MappingProxyType, NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from exporter.gradient_cv import gradient_cv_ceiling
 from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
@@ -21,7 +24,6 @@ CV_BUCKET_BOUNDS = (
 DURATION_BUCKET_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 HISTORY_UPDATES = 300
 """Updates of a run whose CV is remembered: about 10 KiB."""
-_RUN_COUNTS = ("updates", "environment_steps", "episodes", "exporter_errors", "resumes")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Histogram:
     counts: tuple[int, ...]
     total: float = 0.0
 
+    def __post_init__(self) -> None:
+        if len(self.counts) != len(self.bounds) + 1:
+            raise ValueError(f"{len(self.bounds)} bounds need one count more, got {len(self.counts)}")
+
     @classmethod
     def empty(cls, bounds: tuple[float, ...]) -> "Histogram":
         return cls(bounds, (0,) * (len(bounds) + 1))
@@ -49,18 +55,6 @@ class Histogram:
                 counts[bisect_left(self.bounds, value)] += 1
                 total += value
         return Histogram(self.bounds, tuple(counts), total)
-
-    @classmethod
-    def from_plain(cls, state: Mapping[str, Any]) -> "Histogram":
-        """The histogram of `RunSnapshot.plain()`.
-
-        Raises:
-            KeyError, TypeError, ValueError: `state` is something else.
-        """
-        bounds, counts = _numbers(state["bounds"]), tuple(map(_count, state["counts"]))
-        if len(counts) != len(bounds) + 1:
-            raise ValueError(f"expected {len(bounds) + 1} counts for {len(bounds)} bounds, got {len(counts)}")
-        return cls(bounds, counts, _number(state["total"]))
 
     def continuing(self, earlier: "Histogram") -> "Histogram":
         """`earlier`, or this one where the bounds have changed since: counts of other buckets mean nothing here."""
@@ -85,24 +79,6 @@ class GradientQuality:
     cv_per_step: Histogram = Histogram.empty(CV_BUCKET_BOUNDS)
     nonfinite_steps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     skipped_steps: int = 0
-
-    @classmethod
-    def from_plain(cls, state: Mapping[str, Any]) -> "GradientQuality":
-        """The quality of `RunSnapshot.plain()`.
-
-        Raises:
-            KeyError, TypeError, ValueError: `state` is something else.
-        """
-        return cls(
-            gradient_cv=_number(state["gradient_cv"]),
-            contributing_heads=_count(state["contributing_heads"]),
-            gradient_norm=_number_or_none(state["gradient_norm"]),
-            head_norms=_mapping(_number, state["head_norms"]),
-            steps_by_level=MappingProxyType({level: _count(state["steps_by_level"][level]) for level in HealthLevel}),
-            cv_per_step=Histogram.from_plain(state["cv_per_step"]),
-            nonfinite_steps=_mapping(_count, state["nonfinite_steps"]),
-            skipped_steps=_count(state["skipped_steps"]),
-        )
 
     @property
     def health(self) -> HealthLevel:
@@ -157,23 +133,8 @@ class RunSnapshot:
 
     @classmethod
     def from_plain(cls, state: Mapping[str, Any]) -> "RunSnapshot":
-        """The run of `plain()`.
-
-        Raises:
-            KeyError, TypeError, ValueError: `state` is something else, or of another version.
-        """
-        return cls(
-            run=_text(state["run"]),
-            info=_mapping(_text, state["info"]),
-            gradient_quality=GradientQuality.from_plain(state["gradient_quality"]),
-            recent_gradient_cvs=_numbers(state["recent_gradient_cvs"]),
-            signals=_mapping(_number, state["signals"]),
-            update_duration_seconds=Histogram.from_plain(state["update_duration_seconds"]),
-            rollout_duration_seconds=Histogram.from_plain(state["rollout_duration_seconds"]),
-            rank_rollout_seconds=_numbers(state["rank_rollout_seconds"]),
-            last_update_timestamp_seconds=_number_or_none(state["last_update_timestamp_seconds"]),
-            **{name: _count(state[name]) for name in _RUN_COUNTS},
-        )
+        """The run of `plain()`; KeyError, TypeError or ValueError where `state` is something else."""
+        return _from_plain(cls, state)
 
     def resumed(self, state: Mapping[str, Any]) -> "RunSnapshot":
         """This run going on from `plain()` of an earlier process: every total and the last values, one resume more.
@@ -218,11 +179,7 @@ class Snapshot:
 
     @classmethod
     def from_plain(cls, state: Mapping[str, Any]) -> "Snapshot":
-        """The snapshot of `plain()`.
-
-        Raises:
-            KeyError, TypeError, ValueError: `state` is something else, or of another version.
-        """
+        """The snapshot of `plain()`; KeyError, TypeError or ValueError where `state` is something else."""
         runs = map(RunSnapshot.from_plain, state["runs"])
         return cls(MappingProxyType({run.run: run for run in runs}))
 
@@ -235,36 +192,28 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"expected a count, got {value!r}")
-    return value
+def _from_plain(kind: Any, value: Any) -> Any:
+    """What `_plain` made of a value of the type `kind`, as that again."""
+    arguments = get_args(kind)
+    if is_dataclass(kind):
+        return kind(**{name: _from_plain(hint, value[name]) for name, hint in _hints(kind).items()})
+    if NoneType in arguments:
+        return None if value is None else _from_plain(arguments[0], value)
+    match get_origin(kind) or kind:
+        case builtins.tuple:
+            return tuple(_from_plain(arguments[0], item) for item in value)
+        case abc.Mapping if isinstance(value, Mapping):
+            key_kind, item_kind = arguments
+            return MappingProxyType({key_kind(key): _from_plain(item_kind, item) for key, item in value.items()})
+        case builtins.float if type(value) is float or (type(value) is int and value.bit_length() < 1024):
+            return float(value)
+        case builtins.int if type(value) is int and value >= 0:  # all of them are counts
+            return value
+        case builtins.str if type(value) is str:
+            return value
+    raise TypeError(f"expected {kind}, got {value!r}")
 
 
-def _number(value: Any) -> float:
-    if type(value) not in (float, int):
-        raise TypeError(f"expected a number, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError("a number is too large for a float") from None
-
-
-def _number_or_none(value: Any) -> float | None:
-    return None if value is None else _number(value)
-
-
-def _numbers(values: Iterable[Any]) -> tuple[float, ...]:
-    return tuple(map(_number, values))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a string, got {value!r}")
-    return value
-
-
-def _mapping(convert: Callable[[Any], Any], values: Any) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"expected a mapping, got {values!r}")
-    return MappingProxyType({_text(key): convert(value) for key, value in values.items()})
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
