@@ -300,7 +300,9 @@ class MetricsServer:
             process = self._start()
         except (OSError, ValueError) as error:
             if not self._is_down:
-                _log.error("the exporter process has ended (exit code %s), and no other can be started: %s", code, error)
+                _log.error(
+                    "the exporter process has ended (exit code %s), and no other can be started: %s", code, error
+                )
             self._is_down = True
             raise OSError(str(error)) from error
         self._process, self._sent, self._is_down = process, None, False

@@ -214,7 +214,9 @@ def _tls(path: Path, given: Mapping[str, Any], files: dict[Path, Any]) -> dict[s
         if name in keys:
             keys[name] = path.parent / str(keys[name])
             files[keys[name]] = _state(keys[name])
-            _require(files[keys[name]] is not None, f"tls_server_config.{name}", "a file that is there", str(keys[name]))
+            _require(
+                files[keys[name]] is not None, f"tls_server_config.{name}", "a file that is there", str(keys[name])
+            )
         _require(name in keys or name == "client_ca_file", f"tls_server_config.{name}", "given")
     for name, choices in (("min_version", _VERSIONS), ("max_version", _VERSIONS), ("client_auth_type", _CLIENT_AUTH)):
         is_known = isinstance(keys[name], str) and keys[name] in choices
