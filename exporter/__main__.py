@@ -131,7 +131,7 @@ def _take_frames(state: State, deliveries: Deliveries, answers: int) -> None:
                 raise ValueError(f"it has version {version!r}, and this program reads {PROTOCOL_VERSION}")
             operation = frame.pop("op")
             operations = {
-                "state": partial(state.take, frame),
+                "state": partial(state.take, **frame),
                 "deliver": partial(deliveries.add, **frame),
                 "end": partial(deliveries.end, **frame),
                 "push": partial(deliveries.push, **frame),

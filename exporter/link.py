@@ -6,7 +6,6 @@ snapshot. Each frame is answered by one line of JSON before the next one is sent
 
 import atexit
 import errno
-import gc
 import json
 import logging
 import os
@@ -21,6 +20,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry, GCCollector
 
 from exporter.aggregator import RunAggregator
 from exporter.snapshot import Snapshot
@@ -102,7 +103,11 @@ class MetricsServer:
         self._sent_at = 0.0
         self._is_closing = False
         self._is_down = False
-        self._is_registry_failing = False
+        # Their figures are of this process, and have to be read here.
+        self._collectors = {"gc": GCCollector(CollectorRegistry())}
+        if registry is not None:
+            self._collectors["registry"] = registry
+        self._failing: set[str] = set()
         self._pid = os.getpid()
         self._process = self._start()
         self._thread = threading.Thread(target=self._hand_over, name="ppo-exporter-link", daemon=True)
@@ -318,14 +323,12 @@ class MetricsServer:
         if snapshot is self._sent and not is_due:
             return
         self._sent_at = time.monotonic()
-        frame = {"op": "state", "snapshot": snapshot.plain(), "gc": gc.get_stats()}
-        if self.registry is not None:
-            frame["metrics"] = self._read_registry()
-        self._send(frame)
+        metrics = {name: self._read(name, collector) for name, collector in self._collectors.items()}
+        self._send({"op": "state", "snapshot": snapshot.plain(), "metrics": metrics})
         self._sent = snapshot
 
-    def _read_registry(self) -> list[Any] | None:
-        """The user's metrics as JSON can say them; None where they cannot be read."""
+    def _read(self, name: str, collector: Registry) -> list[Any] | None:
+        """The metrics of a collector as JSON can say them; None where they cannot be read."""
         try:
             families = [
                 [
@@ -335,14 +338,14 @@ class MetricsServer:
                     metric.unit,
                     [[s.name, dict(s.labels), float(s.value), _seconds(s.timestamp)] for s in metric.samples],
                 ]
-                for metric in self.registry.collect()
+                for metric in collector.collect()
             ]
         except Exception:
-            if not self._is_registry_failing:
-                _log.exception("your metrics registry cannot be read; its metrics are missing until it works again")
-            self._is_registry_failing = True
+            if name not in self._failing:
+                _log.exception("the metrics of %s cannot be read; they are missing until they can", name)
+            self._failing.add(name)
             return None
-        self._is_registry_failing = False
+        self._failing.discard(name)
         return families
 
     def _send(self, frame: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Every metric family, declared once, and the collectors that fill them."""
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,7 +8,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -20,7 +19,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from exporter.snapshot import Histogram, RunSnapshot, Snapshot
+from exporter.snapshot import Histogram, Snapshot
 
 RUN_LABEL = "run"
 HEALTH_LABEL = "health"
@@ -238,53 +237,29 @@ class SnapshotSource(Protocol):
 class RunCollector(Collector):
     """All families of all runs, from the one snapshot that was current when the scrape began.
 
-    A run whose samples cannot be made is left out whole, and takes no other with it; `is_complete` says whether
-    the last `collect()` had all runs.
+    A run whose samples cannot be made is left out whole, and takes no other with it; `error` is then why, else None.
     """
 
     def __init__(self, source: SnapshotSource, process_labels: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.is_complete = True
+        self.error: Exception | None = None
         self._source = source
         self._process_labels = process_labels
-        self._failing: set[str] = set()
 
     def describe(self) -> list[Metric]:
         """The families without samples; by their names a registry knows what is in it."""
         return [family.collect((), self._process_labels) for family in _RUN_FAMILIES]
 
     def collect(self) -> list[Metric]:
-        metrics, failing = self.describe(), set()
+        metrics, self.error = self.describe(), None
         for name, run in self._source.snapshot.runs.items():
             try:
                 samples = [family.collect((run,), self._process_labels).samples for family in _RUN_FAMILIES]
-            except Exception:
-                failing.add(name)
-                if name not in self._failing:
-                    _log.exception("run %s: its metrics cannot be made; they are missing until they can", name)
+            except Exception as error:
+                self.error = RuntimeError(f"run {name}: its metrics cannot be made: {error!r}")
             else:
                 for metric, more in zip(metrics, samples, strict=True):
                     metric.samples += more
-        self._failing, self.is_complete = failing, not failing
         return metrics
-
-
-class GcCollector(Collector):
-    """The families of prometheus-client's GCCollector, from the figures of any process."""
-
-    def __init__(self, stats: Callable[[], list[dict[str, int]]] = gc.get_stats) -> None:
-        self._stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        for name, key, documentation in (
-            ("python_gc_objects_collected", "collected", "Objects collected during gc"),
-            ("python_gc_objects_uncollectable", "uncollectable", "Uncollectable objects found during GC"),
-            ("python_gc_collections", "collections", "Number of times this generation was collected"),
-        ):
-            family = CounterMetricFamily(name, documentation, labels=("generation",))
-            for generation, figures in enumerate(stats):
-                family.add_metric((str(generation),), float(figures[key]))
-            yield family
 
 
 @dataclass(frozen=True)
@@ -296,62 +271,39 @@ class Collection:
     duration_seconds: float
 
 
-class Guarded(Collector):
-    """A collector that does not raise: one that fails takes nothing but its own metrics with it.
-
-    A failure is logged once until the collector works again. `last` says how the last `collect()` went; None before
-    the first.
-    """
-
-    def __init__(self, name: str, collector: Collector) -> None:
-        self.name = name
-        self.last: Collection | None = None
-        self._collector = collector
-        self._is_failing = False
-
-    def describe(self) -> Iterable[Metric]:
-        describe = getattr(self._collector, "describe", self.collect)
-        return describe()
-
-    def collect(self) -> list[Metric]:
-        started = time.perf_counter()
-        try:
-            families = list(self._collector.collect())
-            # A run collector may have left out some of the runs.
-            is_success = getattr(self._collector, "is_complete", True)
-            self._is_failing = False
-        except Exception:
-            families, is_success = [], False
-            if not self._is_failing:
-                _log.exception("collector %s failed; its metrics are missing until it works again", self.name)
-            self._is_failing = True
-        self.last = Collection(self.name, is_success, time.perf_counter() - started)
-        return families
-
-
 class GuardedCollectors(Collector):
     """All of `collectors`, by name and each by itself, and then how each of them went in this scrape.
 
-    They are one collector for a registry, so that what they say on themselves belongs to the same scrape, also where
-    only some names are asked for.
+    One that fails takes nothing but its own metrics with it, and is logged once until it works again. All are one
+    collector for a registry, so that what they say on themselves belongs to the same scrape.
     """
 
     def __init__(
         self, collectors: Mapping[str, Collector], process_labels: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        self._guarded = [Guarded(name, collector) for name, collector in collectors.items()]
+        self._collectors = collectors
         self._process_labels = process_labels
+        self._failing: set[str] = set()
 
     def describe(self) -> Iterator[Metric]:
-        for guarded in self._guarded:
-            yield from guarded.describe()
+        for collector in self._collectors.values():
+            yield from getattr(collector, "describe", collector.collect)()
         yield from self._about(())
 
     def collect(self) -> Iterator[Metric]:
         collections = []
-        for guarded in self._guarded:
-            families = guarded.collect()
-            collections.append(guarded.last)
+        for name, collector in self._collectors.items():
+            started = time.perf_counter()
+            try:
+                families, error = list(collector.collect()), getattr(collector, "error", None)
+            except Exception as failure:
+                families, error = [], failure
+            if error is None:
+                self._failing.discard(name)
+            elif name not in self._failing:
+                self._failing.add(name)
+                _log.error("collector %s failed; metrics are missing until it works again", name, exc_info=error)
+            collections.append(Collection(name, error is None, time.perf_counter() - started))
             yield from families
         yield from self._about(collections)
 
@@ -363,35 +315,24 @@ class GuardedCollectors(Collector):
 def build_collectors(
     source: SnapshotSource,
     process_labels: Mapping[str, str] = MappingProxyType({}),
-    *,
-    pid: Callable[[], int] | None = None,
-    gc_stats: Callable[[], list[dict[str, int]]] = gc.get_stats,
+    pid: Callable[[], int | str] = lambda: "self",
 ) -> dict[str, Collector]:
-    """By name: the runs of `source`, and the process that trains, its platform and its GC.
+    """By name: the runs of `source`, the process of the id `pid()`, and the platform and the GC of this one.
 
-    Args:
-        source: whose `snapshot` every scrape reads.
-        process_labels: added to every sample of a run, such as a rank.
-        pid: the process that trains; by default this one.
-        gc_stats: what its `gc.get_stats()` says.
+    `process_labels`, such as a rank, are added to every sample of a run.
     """
     return {
         "run": RunCollector(source, process_labels),
-        "process": ProcessCollector(pid=pid or (lambda: "self"), registry=None),
+        "process": ProcessCollector(pid=pid, registry=None),
         "platform": PlatformCollector(registry=None),
-        "gc": GcCollector(gc_stats),
+        "gc": GCCollector(CollectorRegistry()),  # it wants one, and must not be in that of others
     }
 
 
 def build_registry(
-    source: SnapshotSource,
-    process_labels: Mapping[str, str] = MappingProxyType({}),
-    *,
-    pid: Callable[[], int] | None = None,
-    gc_stats: Callable[[], list[dict[str, int]]] = gc.get_stats,
+    source: SnapshotSource, process_labels: Mapping[str, str] = MappingProxyType({})
 ) -> CollectorRegistry:
-    """`build_collectors`, guarded, in one registry: one that fails takes nothing but its own metrics with it."""
+    """`build_collectors`, guarded, in one registry, for whoever serves them by other means."""
     registry = CollectorRegistry()
-    collectors = build_collectors(source, process_labels, pid=pid, gc_stats=gc_stats)
-    registry.register(GuardedCollectors(collectors, process_labels))
+    registry.register(GuardedCollectors(build_collectors(source, process_labels), process_labels))
     return registry

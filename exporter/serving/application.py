@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from exporter.health import STALLED_SECONDS
 from exporter.metrics import RUN_LABEL, GuardedCollectors, build_collectors
 from exporter.serving.access import Access
-from exporter.serving.state import State
+from exporter.serving.state import Relay, State
 from exporter.serving.status import StatusPage
 from exporter.serving.web_config import WebConfigFile
 
@@ -39,10 +39,10 @@ class Application:
         self._access = Access(web_config)
         self._max_requests = max_requests
         self._scrapes = 0
-        collectors = build_collectors(state, state.process_labels, pid=lambda: pid, gc_stats=lambda: state.gc_stats)
-        if state.user_metrics is not None:
-            state.user_metrics.taken = frozenset(metric.name for metric in GuardedCollectors(collectors).describe())
-            collectors["registry"] = state.user_metrics
+        collectors = build_collectors(state, state.process_labels, pid=lambda: pid)
+        taken = frozenset(metric.name for metric in GuardedCollectors(collectors).describe())
+        for name in state.metrics:
+            collectors[name] = Relay(state, name, frozenset() if name in collectors else taken)
         self._collectors = GuardedCollectors(collectors, state.process_labels)
         page = StatusPage(state)
         self._paths: dict[str, Callable[[Mapping[str, str], Mapping[str, list[str]]], _Answer]] = {

@@ -16,45 +16,36 @@ class State:
     Attributes:
         process_labels: added to every sample of a run.
         snapshot: every run of the training process, replaced whole.
-        gc_stats: `gc.get_stats()` there.
-        user_metrics: what it read from a registry of the user's; None where there is none.
+        metrics: by the name of a collector there the families that it had, each [name, documentation, type, unit,
+            samples], a sample being [name, labels, value, timestamp]; None where it failed.
         has_come: set by the first frame.
     """
 
     def __init__(self, process_labels: Mapping[str, str]) -> None:
         self.process_labels = process_labels
         self.snapshot = Snapshot()
-        self.gc_stats: list[dict[str, int]] = []
-        self.user_metrics: UserMetrics | None = None
+        self.metrics: dict[str, list[Any] | None] = {}
         self.has_come = threading.Event()
 
-    def take(self, frame: Mapping[str, Any]) -> None:
-        """Raises KeyError, TypeError or ValueError where the frame is none; then nothing has changed."""
-        snapshot = Snapshot.from_plain(frame["snapshot"])
-        if "metrics" in frame:
-            self.user_metrics = self.user_metrics or UserMetrics()
-            self.user_metrics.families = frame["metrics"]
-        self.snapshot, self.gc_stats = snapshot, frame["gc"]
+    def take(self, snapshot: Mapping[str, Any], metrics: dict[str, list[Any] | None]) -> None:
+        """Raises KeyError, TypeError or ValueError where `snapshot` is none; then nothing has changed."""
+        self.snapshot = Snapshot.from_plain(snapshot)
+        self.metrics = metrics
         self.has_come.set()
 
 
-class UserMetrics(Collector):
-    """The metrics of a registry that lies in the training process.
+class Relay(Collector):
+    """What the collector of this name in the training process had, without families of the names in `taken`."""
 
-    Attributes:
-        families: [name, documentation, type, unit, samples], a sample being [name, labels, value, timestamp]; None
-            where the registry could not be read.
-        taken: names of families that others serve.
-    """
-
-    families: list[Any] | None = None
-    taken: frozenset[str] = frozenset()
+    def __init__(self, state: State, name: str, taken: frozenset[str] = frozenset()) -> None:
+        self._state, self._name, self._taken = state, name, taken
 
     def collect(self) -> Iterator[Metric]:
-        if self.families is None:
-            raise RuntimeError("the training process could not read the registry, and has said why")
-        for name, documentation, kind, unit, samples in self.families:
-            if name not in self.taken:
+        families = self._state.metrics[self._name]
+        if families is None:
+            raise RuntimeError("it failed in the training process, which has said why")
+        for name, documentation, kind, unit, samples in families:
+            if name not in self._taken:
                 metric = Metric(name, documentation, kind, unit)
                 for sample in samples:
                     metric.add_sample(*sample)
