@@ -5,6 +5,7 @@ snapshot. Each frame is answered by one line of JSON before the next one is sent
 """
 
 import atexit
+import contextlib
 import errno
 import json
 import logging
@@ -35,9 +36,10 @@ _PERIOD_SECONDS = 0.1  # between two looks for a new snapshot, so that many upda
 _REGISTRY_SECONDS = 1.0  # between two readings of a registry of the user's, whose values have no snapshot
 _START_SECONDS = 60.0
 _RESTART_SECONDS = 5.0  # between two attempts
-_ANSWER_SECONDS = 10.0
+_ANSWER_SECONDS = 5.0
 _PUSH_SECONDS = 15.0  # more than the push itself may take
 _CLOSE_SECONDS = 5.0
+_EXIT_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -101,7 +103,7 @@ class MetricsServer:
         self._requests: queue.SimpleQueue[tuple[dict[str, Any], Future]] = queue.SimpleQueue()
         self._sent: Snapshot | None = None
         self._sent_at = 0.0
-        self._is_closing = False
+        self._closed = threading.Event()
         self._is_down = False
         # Their figures are of this process, and have to be read here.
         self._collectors = {"gc": GCCollector(CollectorRegistry())}
@@ -113,7 +115,11 @@ class MetricsServer:
         self._thread = threading.Thread(target=self._hand_over, name="ppo-exporter-link", daemon=True)
         self._thread.start()
         _open.add(self)
-        self.flush()
+        try:
+            self.flush()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def url(self) -> str:
@@ -171,20 +177,18 @@ class MetricsServer:
 
     def close(self, *, crashed: bool = False) -> None:
         """End every run that has files, as `end()` does, stop serving and free the port; harmless the second time."""
-        if self._pid != os.getpid() or self._is_closing:
+        if self._pid != os.getpid() or self._closed.is_set():
             return
         _open.discard(self)
         try:
-            self._tell({"op": "close", "crashed": crashed}, _CLOSE_SECONDS)
-            self._is_closing = True
-            self._process.wait(_CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            self._is_closing = True
             if self._process.poll() is None:
-                self._process.kill()
-                self._process.wait()
+                self._tell({"op": "close", "crashed": crashed}, _CLOSE_SECONDS)
+        finally:
+            self._closed.set()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_EXIT_SECONDS)
+            self._process.kill()
+            self._process.wait()
             self._thread.join(_CLOSE_SECONDS)
             _close_pipes(self._process)
 
@@ -209,7 +213,7 @@ class MetricsServer:
         """
         if self._pid != os.getpid():
             return
-        if self._is_closing:
+        if self._closed.is_set():
             raise OSError("the endpoint is closed")
         answer: Future[dict[str, Any]] = Future()
         self._requests.put((frame, answer))
@@ -264,7 +268,7 @@ class MetricsServer:
 
     def _hand_over(self) -> None:
         """Send what is asked for, and every new snapshot, until `close()`."""
-        while not self._is_closing:
+        while not self._closed.is_set():
             try:
                 frame, answer = self._requests.get(timeout=_PERIOD_SECONDS)
             except queue.Empty:
@@ -277,7 +281,8 @@ class MetricsServer:
                     _log.exception("a snapshot could not be handed to the exporter process")
             if answer is not None:
                 answer.set_result(result)
-                self._is_closing |= frame.get("op") == "close"
+                if frame.get("op") == "close":
+                    return
 
     def _exchange(self, frame: dict[str, Any] | None) -> dict[str, Any]:
         """Send the newest snapshot if there is one, then `frame` if there is one; the answer to it.
@@ -292,7 +297,7 @@ class MetricsServer:
                 self._send_news(is_needed=frame is not None)
                 return self._send(frame) if frame else {}
             except OSError:
-                if self._is_closing or (frame and frame["op"] == "close"):
+                if self._closed.is_set() or (frame and frame["op"] == "close"):
                     return {}
                 self._restart()
 
@@ -300,7 +305,7 @@ class MetricsServer:
         code = self._process.wait()
         _close_pipes(self._process)
         if self._is_down:
-            time.sleep(_RESTART_SECONDS)
+            self._closed.wait(_RESTART_SECONDS)
         try:
             process = self._start()
         except (OSError, ValueError) as error:
@@ -322,10 +327,9 @@ class MetricsServer:
         is_due = self.registry is not None and (is_needed or time.monotonic() - self._sent_at > _REGISTRY_SECONDS)
         if snapshot is self._sent and not is_due:
             return
-        self._sent_at = time.monotonic()
+        self._sent, self._sent_at = snapshot, time.monotonic()
         metrics = {name: self._read(name, collector) for name, collector in self._collectors.items()}
         self._send({"op": "state", "snapshot": snapshot.plain(), "metrics": metrics})
-        self._sent = snapshot
 
     def _read(self, name: str, collector: Registry) -> list[Any] | None:
         """The metrics of a collector as JSON can say them; None where they cannot be read."""
