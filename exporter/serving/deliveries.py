@@ -25,6 +25,8 @@ from exporter.serving.state import State
 PUSH_JOB = "ppo_final"
 """Not the job of running trainers: a Pushgateway keeps what it was given, and a finished run must not look stalled."""
 PUSH_SECONDS = 10.0
+END_SECONDS = 3.0
+"""So long the end of a run waits for the folder of a file."""
 STALE_SECONDS = 3600.0
 """How long the target file of a dead process stays at least, so that the alert on it has been told."""
 TARGET_FILE_SECONDS = 60.0
@@ -94,10 +96,21 @@ class Deliveries:
             OSError: it could not be pushed; the message says where to and why.
         """
         key = {RUN_LABEL: run, **self._state.process_labels}
-        try:
-            push_to_gateway(url, PUSH_JOB, RunFamilies(self._state, run), key, timeout=PUSH_SECONDS)
-        except Exception as error:  # also what http.client makes of a server that speaks something else
-            raise OSError(f"cannot push the final state to {url}: {_reason(error)}") from error
+        reason: list[object] = [f"no answer within {PUSH_SECONDS:g} s"]
+
+        def push() -> None:
+            try:
+                push_to_gateway(url, PUSH_JOB, RunFamilies(self._state, run), key, timeout=PUSH_SECONDS)
+                reason.clear()
+            except Exception as error:  # also what http.client makes of a server that speaks something else
+                reason[:] = [_reason(error)]
+
+        # A socket's timeout bounds neither an answer that comes byte by byte nor the look-up of a name.
+        thread = threading.Thread(target=push, daemon=True)
+        thread.start()
+        thread.join(PUSH_SECONDS)
+        if reason:
+            raise OSError(f"cannot push the final state to {url}: {reason[0]}")
 
 
 def check_pushgateway_url(url: str) -> None:
@@ -130,44 +143,57 @@ class _RunFile:
         self._run = run
         self._write = write
         self._is_failing = False
+        self._is_removed = False
         self._has_ended = threading.Event()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT, 0o644)
+        if not _is_free(self._lock):
+            os.close(self._lock)
+            raise BlockingIOError(errno.EBUSY, f"another process writes a run of the name {run} there")
         try:
-            if not _is_free(self._lock):
-                raise BlockingIOError(errno.EBUSY, f"another process writes a run of the name {run} there")
             for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*"):
                 unfinished.unlink()
             write(path)
         except BaseException:
+            _lock_of(path).unlink(missing_ok=True)
             os.close(self._lock)
             raise
         self._thread = threading.Thread(target=self._keep, args=(interval,), name="run-file", daemon=True)
         self._thread.start()
 
     def end(self, *, remove: bool) -> None:
+        """Remove the file, or write it for the last time; its folder has `END_SECONDS` for it. Failure is logged."""
+        self._is_removed = remove
         self._has_ended.set()
-        self._thread.join()
-        if remove:
-            self._try(lambda path: path.unlink(missing_ok=True))
-            self._try(lambda path: _lock_of(path).unlink(missing_ok=True))
-        else:
-            self._try(self._write)
-        os.close(self._lock)
+        self._thread.join(END_SECONDS)
+        if self._thread.is_alive():
+            _log.warning("%s stays as it is, for its folder has not answered for %g s", self.path, END_SECONDS)
 
     def _keep(self, interval: float) -> None:
         while not self._has_ended.wait(interval):
-            self._try(self._write)
+            self._write_again()
+        if self._is_removed:
+            self._remove()
+        else:
+            self._write_again()
+        os.close(self._lock)
 
-    def _try(self, change: Callable[[Path], None]) -> None:
+    def _write_again(self) -> None:
         try:
-            change(self.path)
+            self._write(self.path)
             self._is_failing = False
         except Exception as error:
             if not self._is_failing:
                 reason = getattr(error, "strerror", None) or error
-                _log.warning("%s of run %s is out of date: %s; it is tried again", self.path, self._run, reason)
+                _log.warning("%s is out of date: %s; it is tried again, and training goes on", self.path, reason)
             self._is_failing = True
+
+    def _remove(self) -> None:
+        try:
+            self.path.unlink(missing_ok=True)
+            _lock_of(self.path).unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("%s still names run %s, which will look down: %s", self.path, self._run, error.strerror)
 
 
 def _target_file(folder: Path, name: str, run: str, target: str, scheme: str) -> _RunFile:
@@ -190,7 +216,7 @@ def _target_file(folder: Path, name: str, run: str, target: str, scheme: str) ->
 
     for number in range(1, 1000):
         with contextlib.suppress(BlockingIOError):
-            path = folder / (f"{name}.{number}.json" if number > 1 else f"{name}.json")
+            path = folder / (f"{name},{number}.json" if number > 1 else f"{name}.json")
             return _RunFile(path, run, write, TARGET_FILE_SECONDS)
     raise OSError(errno.EBUSY, f"a thousand processes write runs of the name {run} there")
 
@@ -210,7 +236,7 @@ def _remove_stale(folder: Path) -> None:
 
 def _file_name(run: str, labels: Mapping[str, str]) -> str:
     """Two runs must not meet in one file, so what a file name cannot hold is escaped, and what is cut has a digest."""
-    name = "".join([f"ppo-{quote(run, safe='')}", *(f",{key}={quote(text)}" for key, text in labels.items())])
+    name = "".join([f"ppo-{quote(run, safe='')}", *(f",{key}={quote(text, safe='')}" for key, text in labels.items())])
     if len(name) <= _LONGEST_NAME:
         return name
     return f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
@@ -246,5 +272,6 @@ def _reason(error: Exception) -> object:
         return getattr(error, "reason", error)
     with contextlib.suppress(Exception):
         # Which of the metrics it does not want, and why, stands in the body.
-        return f"{error.code} {error.reason}: {' '.join(error.read(500).decode(errors='replace').split())}"
+        body = " ".join(error.read(500).decode(errors="replace").split())
+        return f"{error.code} {error.reason}: {body}".removesuffix(": ")
     return f"{error.code} {error.reason}"
