@@ -1,11 +1,11 @@
 """The final state of a run in a real Pushgateway, and runs that end well without one."""
 
+import contextlib
 import shutil
 import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,7 @@ def test_the_end_of_a_trainer_decides_what_is_pushed_and_which_files_stay(pushga
         "failed": ("--drill", "nan:op:3-3", "--on-nonfinite", "raise"),
         "stopped/1": ("--total-timesteps", "100000000"),
     }
-    with ExitStack() as processes:
+    with contextlib.ExitStack() as processes:
         started = {run: processes.enter_context(trainer(run, folder, *push, *flags)) for run, flags in ends.items()}
         wait_until(lambda: started["stopped/1"].stdout.readline().startswith("update"), "updates")
         started["stopped/1"].send_signal(signal.SIGTERM)
@@ -121,12 +121,14 @@ def failing_push(answer: bytes, pause: float) -> str:
 
     def serve() -> None:
         client, _ = listener.accept()
-        with client:
-            client.recv(1 << 20)
+        with client, contextlib.suppress(OSError):
             for part in [bytes([byte]) for byte in answer] if pause else [answer]:
                 client.sendall(part)
                 if ended.wait(pause):
                     break
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(1 << 16):  # a close with something unread would be a reset
+                pass
 
     with socket.create_server(("127.0.0.1", int(url.rpartition(":")[2]))) as listener:
         thread = threading.Thread(target=serve)
