@@ -110,6 +110,7 @@ class MetricsServer:
         if registry is not None:
             self._collectors["registry"] = registry
         self._failing: set[str] = set()
+        self._given_up: Future | None = None
         self._pid = os.getpid()
         self._process = self._start()
         self._thread = threading.Thread(target=self._hand_over, name="ppo-exporter-link", daemon=True)
@@ -180,13 +181,15 @@ class MetricsServer:
         if self._pid != os.getpid() or self._closed.is_set():
             return
         _open.discard(self)
+        # A process that has been waited for in vain, or whose push a second Ctrl-C ends, is not waited for again.
+        is_silent = self._given_up is not None and not self._given_up.done()
         try:
-            if self._process.poll() is None:
+            if self._process.poll() is None and not is_silent:
                 self._tell({"op": "close", "crashed": crashed}, _CLOSE_SECONDS)
         finally:
             self._closed.set()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_EXIT_SECONDS)
+                self._process.wait(0 if is_silent else _EXIT_SECONDS)
             self._process.kill()
             self._process.wait()
             self._thread.join(_CLOSE_SECONDS)
@@ -219,7 +222,10 @@ class MetricsServer:
         self._requests.put((frame, answer))
         try:
             message = answer.result(seconds).get("error")
-        except TimeoutError:
+        except BaseException as error:
+            self._given_up = answer
+            if not isinstance(error, TimeoutError):
+                raise
             message = f"the exporter process has not answered for {seconds:g} s; training goes on"
         if message:
             raise OSError(message)

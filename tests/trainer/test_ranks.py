@@ -123,7 +123,7 @@ def test_a_dead_rank_ends_the_job_names_itself_and_leaves_a_target_and_a_checkpo
     assert "rank 0 cannot go on without the others" in said
     assert re.search(r"rank +: 1 .*\n +exitcode +: -9", said)  # torchrun's report
     assert re.search(r"^demo: failed after update \d+", said, re.MULTILINE)
-    assert [json.loads(path.read_text())[0]["labels"]["run"] for path in (tmp_path / "targets").iterdir()] == ["demo"]
+    assert [json.loads(path.read_text())[0]["labels"]["run"] for path in (tmp_path / "targets").glob("*.json")] == ["demo"]
     last = max(int(path.stem.split("-")[1]) for path in (tmp_path / "demo").glob("update-*.pt"))
     (seen,) = updates_of(
         train(1, tmp_path, "--resume", "--env", "uneven:Uneven-v0", "--total-timesteps", str(128 * (last + 1)))
