@@ -40,7 +40,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks import replay
 from benchmarks.machine import machine
 from benchmarks.replay import History, Recording, Schedule, run_name
-from exporter.discovery import TargetFile
 from exporter.metrics import GRADIENT_CV_CEILING, UPDATES
 from mixin.config import parse_duration
 from mixin.dashboards import FLEET_DASHBOARD_UID
@@ -302,8 +301,10 @@ def measure(
             done = following
         filled = time.monotonic() - began
 
+        (targets := folder / "targets").mkdir()
         for run, instance in enumerate(instances):
-            TargetFile(folder / "targets", instance, run_name(run))
+            entry = {"targets": [instance], "labels": {"run": run_name(run), "instance": instance}}
+            (targets / f"ppo-{run_name(run)}.json").write_text(json.dumps([entry]))
         write_yaml(config, content, "prometheus.yml")
         process.send(signal.SIGHUP)
 

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from conftest import Observability, wait_until
 
-from exporter import MetricsServer, PPOUpdatePayload, RunAggregator, TargetFile, gradient_cv
+from exporter import MetricsServer, PPOUpdatePayload, RunAggregator, gradient_cv
 from mixin.__main__ import REPOSITORY
 
 HOLD = 5  # seconds; Prometheus waits for two here, so that it is first as it is with the real times
@@ -112,7 +112,7 @@ class Run:
         self._aggregator = RunAggregator()
         self._aggregator.register_run("demo", ["slot", "op", "a", "b", "c", "d", "e"])
         self._server = MetricsServer(self._aggregator, port=observability.ports.metrics)
-        self._target = TargetFile(observability.targets, f"127.0.0.1:{observability.ports.metrics}", "demo")
+        self._server.deliver("demo", targets_dir=observability.targets)
 
     def update(self, **norms: float) -> None:
         cv = gradient_cv(norms.values())
