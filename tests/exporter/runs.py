@@ -79,9 +79,7 @@ def trainer(run: str, folder: Path, *flags: str | Path) -> Iterator[subprocess.P
     """A trainer that keeps its target file and its text file in a folder."""
     command = [sys.executable, "-m", "trainer", "--run", run, "--metrics-port", "0", *TINY]
     command += ["--targets-dir", folder, "--textfile-dir", folder, "--textfile-interval", "0.2", *flags]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
@@ -90,8 +88,8 @@ def trainer(run: str, folder: Path, *flags: str | Path) -> Iterator[subprocess.P
 
 def exporter_process() -> int:
     """Process id of the exporter process that this one has started last."""
-    children = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
-    return max(pid for pid in children if b"exporter" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+    children = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    return max(int(pid) for pid in children if b"exporter" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
 
 
 def names(folder: Path) -> set[str]:

@@ -163,7 +163,7 @@ def test_whatever_else_answers_is_told(answer: bytes, reason: str):
 
 @pytest.mark.parametrize(
     "url",
-    ["", "localhost:9091", "ftp://a", "http://", "http://a:b", "http://a:0", "http://a/?x", "http://u:p@a", "http://[a"],
+    ["", "localhost:91", "ftp://a", "http://", "http://a:b", "http://a:0", "http://a/?x", "http://u:p@a", "http://[a"],
 )
 def test_what_is_no_url_of_a_pushgateway_is_refused_before_training(url: str):
     with pytest.raises(ValueError, match="Pushgateway"):

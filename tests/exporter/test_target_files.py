@@ -46,6 +46,7 @@ def test_a_restart_replaces_the_file_that_a_crash_left_and_a_live_run_of_the_sam
         assert targets(tmp_path) == [f"127.0.0.1:{again.port}"]
         with start() as beside:
             assert targets(tmp_path) == sorted(f"127.0.0.1:{server.port}" for server in (again, beside))
+            assert names(tmp_path) == {"ppo-r.json", "ppo-r,2.json"} | {"ppo-r.prom"}  # no run is called `r,2` there
         assert targets(tmp_path) == [f"127.0.0.1:{again.port}"]
     assert targets(tmp_path) == []
 

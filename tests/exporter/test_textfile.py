@@ -131,7 +131,7 @@ def test_a_file_system_that_does_not_answer_holds_up_the_end_of_a_run_for_a_mome
     is_asked, answers = threading.Event(), threading.Event()
     kept = Deliveries(State({}), "http")
     kept.add("r", "127.0.0.1:1", None, str(folder), 0.01)
-    monkeypatch.setattr(deliveries, "write_to_textfile", lambda *given: (is_asked.set(), answers.wait()))
+    monkeypatch.setattr(deliveries, "write_to_textfile", lambda *given: (is_asked.set(), answers.wait(20)))
     monkeypatch.setattr(deliveries, "END_SECONDS", 0.1)
     assert is_asked.wait(20)
     kept.end("r", crashed=False)
@@ -144,7 +144,7 @@ def test_a_second_process_does_not_write_the_file_of_a_living_one(folder):
     path = folder / "ppo-r.prom"
     with script(folder) as first, MetricsServer(trained_aggregator(), port=0) as second:
         before = path.read_text()
-        with pytest.raises(OSError, match=f"cannot write a file to {folder}: another process writes a run of the name r"):
+        with pytest.raises(OSError, match=f"cannot write a file to {folder}: another process writes a run of the name"):
             second.deliver("r", targets_dir=folder, textfile_dir=folder)
         assert names(folder) == {"ppo-r.json", "ppo-r.prom"} and path.read_text() == before
         first.kill()
