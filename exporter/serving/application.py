@@ -1,5 +1,6 @@
 """Paths of the endpoint, and what each answers: an ASGI application."""
 
+import asyncio
 import gzip
 import logging
 import time
@@ -18,6 +19,8 @@ from exporter.serving.state import Relay, State
 from exporter.serving.status import StatusPage
 from exporter.serving.web_config import WebConfigFile
 
+CLIENT_SECONDS = 8
+"""A connection has this long for its TLS handshake, for a whole request, and to take what it was sent."""
 _OPENMETRICS, _TEXT = "application/openmetrics-text", "text/plain"
 _GZIP_LEVEL = 1  # a quarter of the size; higher levels save little more
 _Answer = tuple[int, Mapping[str, str], bytes]
@@ -53,26 +56,28 @@ class Application:
         }
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
         if scope["type"] != "http":
             return
         headers: dict[str, str] = {}
         for name, value in scope["headers"]:
             key, text = name.decode("latin-1"), value.decode("latin-1")
             headers[key] = f"{headers[key]},{text}" if key in headers else text
-        is_scrape = scope["path"] == "/metrics"
+        refusal = await self._access.refusal(headers.get("authorization", ""))
+        is_scrape = refusal is None and scope["path"] == "/metrics"
         self._scrapes += is_scrape
         try:
-            status, own, body = await self._answer(scope, headers)
+            status, own, body = _text(*refusal) if refusal else self._answer(scope, headers)
             own = {**self._access.config.headers, **own, "Content-Length": str(len(body))}
             encoded = [(name.lower().encode(), value.encode()) for name, value in own.items()]
-            await send({"type": "http.response.start", "status": status, "headers": encoded})
-            await send({"type": "http.response.body", "body": body})
+            async with asyncio.timeout(CLIENT_SECONDS):
+                await send({"type": "http.response.start", "status": status, "headers": encoded})
+                await send({"type": "http.response.body", "body": body})
         finally:
             self._scrapes -= is_scrape
 
-    async def _answer(self, scope: Any, headers: Mapping[str, str]) -> _Answer:
-        if refusal := await self._access.refusal(headers.get("authorization", "")):
-            return _text(*refusal)
+    def _answer(self, scope: Any, headers: Mapping[str, str]) -> _Answer:
         path = scope["path"]
         if path not in self._paths:
             return _text(404, "Not found; there are " + ", ".join(self._paths))

@@ -1,6 +1,7 @@
 """hypercorn with the bounds of docs/endpoint.md."""
 
 import asyncio
+import asyncio.constants
 import asyncio.sslproto
 import contextlib
 import logging
@@ -8,16 +9,22 @@ import socket
 import ssl
 from typing import Any
 
-from hypercorn.asyncio import serve as serve_by_hypercorn
+import hypercorn.asyncio.run
+from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
 
-from exporter.serving.application import Application
+from exporter.serving.application import CLIENT_SECONDS, Application
 from exporter.serving.web_config import WebConfigFile
 
-CLIENT_SECONDS = 8
-"""A connection has this long for its TLS handshake, for a whole request, and to take what it was sent."""
 _TLS_BUFFER_BYTES = 16 * 1024
+_TLS_GOODBYE_SECONDS = 1
 _log = logging.getLogger(__name__)
+
+
+class _Connection(TCPServer):
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()  # which would keep a connection that the client has closed until it ends
 
 
 class _Config(Config):
@@ -36,8 +43,12 @@ class _Config(Config):
 
 def serve(application: Application, listener: socket.socket, file: WebConfigFile | None) -> None:
     """Serve on a listening socket until the process ends."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that has gone
+    hypercorn.asyncio.run.TCPServer = _Connection
     # asyncio reserves 256 KiB for each TLS connection, which 500 idle ones would make 125 MiB.
     asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
+    # And it waits half a minute for a client that does not close its side of TLS.
+    asyncio.constants.SSL_SHUTDOWN_TIMEOUT = _TLS_GOODBYE_SECONDS
     with contextlib.suppress(AttributeError, OSError):  # Linux; connections inherit it
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * CLIENT_SECONDS)
     config = _Config()
@@ -46,12 +57,11 @@ def serve(application: Application, listener: socket.socket, file: WebConfigFile
 
     async def run() -> None:
         asyncio.get_running_loop().set_exception_handler(_note)
-        await serve_by_hypercorn(application, config, shutdown_trigger=asyncio.Event().wait)
+        await hypercorn.asyncio.serve(application, config, shutdown_trigger=asyncio.Event().wait)
 
     asyncio.run(run())
 
 
 def _note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Clients that break off are no news."""
-    error = context.get("exception")
-    _log.log(logging.DEBUG if isinstance(error, OSError) else logging.WARNING, "%s: %r", context["message"], error)
+    """Clients that break off, or send nonsense, are no news; else they could fill the log."""
+    _log.debug("%s: %r", context["message"], context.get("exception"))

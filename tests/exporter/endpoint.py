@@ -1,11 +1,10 @@
 """Clients and certificates with which tests of the endpoint go at it."""
 
+import contextlib
 import http.client
-import os
 import socket
 import ssl
 import subprocess
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -75,15 +74,20 @@ def make_certificate(path: Path, sans: str = "IP:127.0.0.1", authority: Path | N
     return path
 
 
-def resources() -> tuple[int, int]:
-    """Threads and descriptors of this process."""
-    return threading.active_count(), len(os.listdir("/proc/self/fd"))
-
-
-def hold(port: int, request: bytes, tls: ssl.SSLContext | None) -> socket.socket:
+def hold(port: int, request: bytes, tls: ssl.SSLContext | None = None) -> socket.socket:
     """A connection on which `request` has been sent, after a TLS handshake where `tls` is given."""
     client = socket.create_connection(("127.0.0.1", port), timeout=20)
     if tls is not None:
         client = tls.wrap_socket(client, server_hostname="127.0.0.1")
     client.sendall(request)
     return client
+
+
+def exporters() -> set[int]:
+    """Ids of the exporter processes of this process that have not ended."""
+    running = set()
+    for pid in " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split():
+        with contextlib.suppress(FileNotFoundError):
+            if b"\0-m\0exporter\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                running.add(int(pid))
+    return running
