@@ -146,9 +146,8 @@ class _RunFile:
         self._is_removed = False
         self._has_ended = threading.Event()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(_lock_of(path), os.O_RDWR | os.O_CREAT, 0o644)
-        if not _is_free(self._lock):
-            os.close(self._lock)
+        self._lock = _hold(_lock_of(path))
+        if self._lock is None:
             raise BlockingIOError(errno.EBUSY, f"another process writes a run of the name {run} there")
         try:
             for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*"):
@@ -226,12 +225,12 @@ def _remove_stale(folder: Path) -> None:
     for lock in folder.glob(".ppo-*.json.lock"):
         path = folder / lock.name[1:].removesuffix(".lock")
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                with lock.open("r+") as descriptor:
-                    if _is_free(descriptor.fileno()):
-                        path.unlink()
-                        lock.unlink()
-                        _log.warning("removed %s, for its process has been gone for an hour", path)
+            is_stale = time.time() - path.stat().st_mtime > STALE_SECONDS
+            if is_stale and (descriptor := _hold(lock)) is not None:
+                with os.fdopen(descriptor):
+                    path.unlink()
+                    lock.unlink()
+                    _log.warning("removed %s, for its process has been gone for an hour", path)
 
 
 def _file_name(run: str, labels: Mapping[str, str]) -> str:
@@ -246,17 +245,27 @@ def _lock_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _is_free(descriptor: int) -> bool:
-    """Whether nobody else holds the lock, which this process does from now on. Without locks everything is free."""
-    try:
-        import fcntl
+def _hold(lock: Path) -> int | None:
+    """Lock a file until the descriptor is closed; None if another process holds it. Where there are no locks, none does.
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        pass
-    return True
+    Raises:
+        OSError: it cannot be opened.
+    """
+    # NFS locks only what is open for writing, which elsewhere keeps the file system from being made read-only.
+    for mode in (os.O_RDONLY, os.O_RDWR):
+        descriptor = os.open(lock, mode | os.O_CREAT, 0o644)
+        try:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except (ImportError, OSError):
+            if mode == os.O_RDONLY:
+                os.close(descriptor)
+    return descriptor
 
 
 @contextlib.contextmanager
