@@ -246,7 +246,7 @@ def _lock_of(path: Path) -> Path:
 
 
 def _hold(lock: Path) -> int | None:
-    """Lock a file until the descriptor is closed; None if another process holds it. Where there are no locks, none does.
+    """Lock a file until the descriptor is closed; None if another process holds it. Without locks none does.
 
     Raises:
         OSError: it cannot be opened.
