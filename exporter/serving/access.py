@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import math
 import secrets
 import time
 from base64 import b64decode
@@ -28,7 +29,7 @@ class Access:
         self._key = secrets.token_bytes(32)
         self._known: OrderedDict[bytes, bool] = OrderedDict()
         self._lock = asyncio.Lock()
-        self._tokens = self._filled_at = 0.0
+        self._tokens, self._filled_at = math.inf, 0.0
 
     @property
     def config(self) -> WebConfig:

@@ -174,7 +174,7 @@ def _config(path: Path, root: Any, files: dict[Path, Any]) -> WebConfig:
         tls=_tls(path, tls, files) if "tls_server_config" in root else None,
         http2=http2,
         users={str(name): hashed for name, hashed in users.items()},
-        headers={name: str(value) for name, value in headers.items()},
+        headers={name: str(value) for name, value in headers.items() if value != ""},
         rate_limit=_rate_limit(_section("rate_limit", root.get("rate_limit"), ("interval", "burst"))),
         files=files,
     )
@@ -186,14 +186,14 @@ def _require(condition: bool, name: str, what: str, *got: object) -> None:
 
 
 def _section(name: str, value: Any, known: Collection[str] | None = None) -> dict[str, Any]:
-    """The keys of a mapping, all of them among `known`; those without a value are left out."""
+    """The keys of a mapping; where they must be among `known`, those without a value are left out."""
     _require(value is None or isinstance(value, dict), name or "the file", "`key: value` lines")
     for key in value or () if known is not None else ():
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
             hint = "is not supported here" if key in _NOT_SUPPORTED else "unknown key"
             raise ValueError(f"{name}.{key}: {hint}{f'; did you mean {nearest[0]}?' if nearest else ''}".lstrip("."))
-    return {key: item for key, item in (value or {}).items() if item is not None}
+    return {key: item for key, item in (value or {}).items() if item is not None or known is None}
 
 
 def _rate_limit(keys: Mapping[str, Any]) -> tuple[float, int] | None:
