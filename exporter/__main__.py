@@ -103,6 +103,8 @@ def _listen(address: str, port: int) -> socket.socket:
         OSError: the address cannot be bound; the message names it and the reason.
     """
     try:
+        if not 0 <= port <= 65535:
+            raise OverflowError("a port is 0 to 65535")  # the look-up would take the rest of a division
         family, *_, name = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         is_dual = family == socket.AF_INET6 and name[0] == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(name, family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual)

@@ -24,8 +24,20 @@ def command(tmp_path: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "trainer", "--metrics-port", "0", *folders, *flags]
 
 
+_launched: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_all():
+    yield
+    while _launched:
+        _launched.pop().kill()  # those that a failed test has left
+
+
 def launch(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _launched.append(process)
+    return process
 
 
 def start(tmp_path: Path, *flags: str) -> subprocess.Popen:
