@@ -38,10 +38,10 @@ with MetricsServer(trained_aggregator(timestamp_seconds=time.time() - float(age)
 WAIT = "signal.pause()"
 # It has the pipes too. Closing, as a clean end of the worker would, is not its business.
 WORKER = """
-if (worker := os.fork()) == 0:
+if os.fork() == 0:
     server.close()
     signal.alarm(60)
-print(worker, flush=True)
+    print(os.getpid(), flush=True)
 signal.pause()
 """
 HANG = "print('hangs', flush=True); ctypes.PyDLL(None).pause()"  # which keeps the interpreter lock
@@ -170,7 +170,7 @@ def test_a_port_that_is_taken_by_others_meanwhile_is_told_once_and_served_when_i
 def test_the_exporter_process_of_a_killed_trainer_leaves_at_once_and_its_target_file_stays(tmp_path, then):
     with training(tmp_path, then) as trainer:
         worker = int(trainer.process.stdout.readline()) if then == WORKER else None
-        assert trainer.get("/metrics")[0] == 200
+        assert trainer.has_exporter() and trainer.get("/metrics")[0] == 200
         trainer.process.kill()
         # After a fifth of a second, where the machine is quiet.
         wait_until(trainer.is_refused, "the connection is refused", seconds=5)
