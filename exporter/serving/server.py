@@ -12,22 +12,41 @@ from typing import Any
 import hypercorn.asyncio.run
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.config import Config
+from hypercorn.events import Event, Updated
 
 from exporter.serving.application import CLIENT_SECONDS, Application
 from exporter.serving.web_config import WebConfigFile
 
 _TLS_BUFFER_BYTES = 16 * 1024
 _TLS_GOODBYE_SECONDS = 1
+_LONGEST_SECONDS = 20  # a slow comparison of passwords and a slow reader, one after the other
+_KERNEL_BUFFER_BYTES = 64 * 1024  # else it takes megabytes for a client that asks and asks and does not read
 _log = logging.getLogger(__name__)
 
 
 class _Connection(TCPServer):
+    """Is broken off after _LONGEST_SECONDS without rest: HTTP/2 and WebSocket know ways to keep it up for ever."""
+
+    async def run(self) -> None:
+        self._limit = self.loop.call_later(_LONGEST_SECONDS, self.writer.transport.abort)
+        try:
+            await super().run()
+        finally:
+            self._limit.cancel()
+
+    async def protocol_send(self, event: Event) -> None:
+        await super().protocol_send(event)
+        if isinstance(event, Updated) and event.idle:  # every request is answered
+            self._limit.cancel()
+            self._limit = self.loop.call_later(_LONGEST_SECONDS, self.writer.transport.abort)
+
     async def _read_data(self) -> None:
         await super()._read_data()
         await self.idle_task.stop()  # which would keep a connection that the client has closed until it ends
 
 
 class _Config(Config):
+    backlog = 512  # this, not that of the listener, holds
     errorlog = None
     include_server_header = False
     keep_alive_timeout = read_timeout = ssl_handshake_timeout = CLIENT_SECONDS
@@ -49,7 +68,10 @@ def serve(application: Application, listener: socket.socket, file: WebConfigFile
     asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     # And it waits half a minute for a client that does not close its side of TLS.
     asyncio.constants.SSL_SHUTDOWN_TIMEOUT = _TLS_GOODBYE_SECONDS
-    with contextlib.suppress(AttributeError, OSError):  # Linux; connections inherit it
+    # Connections inherit these.
+    for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        listener.setsockopt(socket.SOL_SOCKET, buffer, _KERNEL_BUFFER_BYTES)
+    with contextlib.suppress(AttributeError, OSError):  # Linux
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * CLIENT_SECONDS)
     config = _Config()
     config.context = None if file is None else file.context
