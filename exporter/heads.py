@@ -191,8 +191,10 @@ class HeadGradientMeter:
             except Exception as error:
                 on_error(error)
 
-        # What is frozen may be unfrozen later; integers never have a gradient.
-        return [_hooked(p, take) for p in self.parameters if p.is_floating_point() or p.is_complex()]
+        take = torch.compiler.disable(take)  # a compiled training step must not trace into it
+        # What is frozen may be unfrozen later; integers never have a gradient, nor what inference mode has made.
+        able = [p for p in self.parameters if (p.is_floating_point() or p.is_complex()) and not p.is_inference()]
+        return [_hooked(parameter, take) for parameter in able]
 
     def measure(self) -> Tensor:
         """Take the norms of the gradients as they are now.

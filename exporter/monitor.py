@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
+from exporter.endpoint import SharedEndpoint
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import Head, HeadGradientMeter, PendingGradientSteps
 from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT, MetricsServer, Registry, is_crash, script_has_crashed
@@ -109,7 +110,7 @@ class GradientMonitor:
         self._arriving: queue.SimpleQueue[tuple[PendingGradientSteps, dict[str, object]] | None] = queue.SimpleQueue()
         self._publisher: threading.Thread | None = None
         self._optimizer: Callable[[], Optimizer | None] = lambda: None
-        self._endpoints: list[_Endpoint] = []
+        self._endpoints: list[SharedEndpoint] = []
         self._pushgateways: list[tuple[MetricsServer, str]] = []
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -142,6 +143,10 @@ class GradientMonitor:
         }
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
+        for other in list(_attached.values()):
+            if other._optimizer() is None:
+                other.detach()  # it would keep the parameters of a model that has gone
+        self._optimizer = weakref.ref(optimizer)
         if not self._is_registered:
             self._replace_earlier(optimizer)
             self._aggregator.register_run(self.run, meter.head_names, self._info)
@@ -151,7 +156,6 @@ class GradientMonitor:
             if warning is not None:
                 _log.warning("run %s: %s", self.run, warning)
         self._meter = meter
-        self._optimizer = weakref.ref(optimizer)
         # A compiled training step must not trace into them.
         self._hooks = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
@@ -182,9 +186,10 @@ class GradientMonitor:
                 hook.remove()
             self._hooks = []
             try:
-                self._close_window()
+                self._close_window(is_last=True)
             except Exception as error:
                 self._failed(error)
+            self._meter = None
             publisher, self._publisher = self._publisher, None
             if publisher is not None:
                 self._arriving.put(None)
@@ -218,7 +223,7 @@ class GradientMonitor:
         self._is_registered = False
         if _attached.get((self._aggregator, self.run)) is self:
             del _attached[self._aggregator, self.run]
-        if crashed and _Endpoint.has_abandoned(self._aggregator, self.run):
+        if crashed and SharedEndpoint.has_abandoned(self._aggregator, self.run):
             self._aggregator.abandon_run(self.run)
         else:
             self._aggregator.remove_run(self.run)
@@ -243,6 +248,8 @@ class GradientMonitor:
         every_rank: bool = False,
     ) -> str | None:
         """Serve `/metrics` from a process of its own; monitors that name the same port share it.
+
+        Called again for the same port, new files take the place of those that it has written before.
 
         In a torch.distributed group only rank 0 serves; with `every_rank` each one
         does, at `port` + its local rank and with a label `rank`.
@@ -274,18 +281,22 @@ class GradientMonitor:
                 labels = {RANK_LABEL: str(rank)}
             elif rank != 0:
                 return None
-        endpoint = _Endpoint.join(self, address, port, labels, web_config_file, registry)
+        endpoint = SharedEndpoint.join(self._aggregator, self.run, address, port, labels, web_config_file, registry)
+        server, is_new = endpoint.server, endpoint not in self._endpoints
         try:
             if targets_dir is not None or textfile_dir is not None:
-                endpoint.server.deliver(self.run, targets_dir=targets_dir, textfile_dir=textfile_dir)
+                if not is_new:
+                    server.end(self.run)
+                server.deliver(self.run, targets_dir=targets_dir, textfile_dir=textfile_dir)
         except BaseException:
-            endpoint.leave(self.run, crashed=False)
+            if is_new:
+                endpoint.leave(self.run, crashed=False)
             raise
-        if endpoint not in self._endpoints:
+        if is_new:
             self._endpoints.append(endpoint)
-        if pushgateway is not None:
-            self._pushgateways.append((endpoint.server, pushgateway))
-        return endpoint.server.url
+        if pushgateway is not None and (server, pushgateway) not in self._pushgateways:
+            self._pushgateways.append((server, pushgateway))
+        return server.url
 
     def record(self, **values: float | None) -> None:
         """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
@@ -333,6 +344,8 @@ class GradientMonitor:
     def _observe(self, optimizer: Optimizer) -> None:
         try:
             with self._lock:
+                if self._meter is None:
+                    return  # another thread has detached it meanwhile
                 scale = getattr(optimizer, "grad_scale", None)
                 if self._before_clipping and self._grad_scaler is not None:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
@@ -352,7 +365,7 @@ class GradientMonitor:
         except Exception as error:
             self._failed(error)
 
-    def _close_window(self) -> None:
+    def _close_window(self, is_last: bool = False) -> None:
         if self._meter is None or not self._steps_in_window:
             return  # without a gradient step there is nothing to call healthy
         self._steps_in_window = 0
@@ -362,7 +375,7 @@ class GradientMonitor:
         for name in _ONCE:
             self._signals.pop(name, None)
         pending = self._meter.start_collecting()
-        if self._publisher is None and pending.is_ready:
+        if self._publisher is None and (is_last or pending.is_ready):
             return self._publish(pending, progress)
         # Training must not wait for the device, nor a window for the next gradient step.
         if self._publisher is None:
@@ -421,64 +434,6 @@ def _checked(name: str, value: object) -> float | int | None:
     return number
 
 
-class _Endpoint:
-    """A server and the runs on it; it closes with the last one."""
-
-    _open: dict[tuple[RunAggregator, str, int], "_Endpoint"] = {}
-    _lock = threading.Lock()
-
-    def __init__(self, server: MetricsServer, key: tuple[RunAggregator, str, int]) -> None:
-        self.server = server
-        self._key = key
-        self._runs: set[str] = set()
-        self._abandoned: set[str] = set()
-
-    @classmethod
-    def join(
-        cls,
-        monitor: GradientMonitor,
-        address: str,
-        port: int,
-        labels: Mapping[str, str],
-        web_config_file: str | Path | None,
-        registry: Registry | None,
-    ) -> "_Endpoint":
-        aggregator = monitor._aggregator
-        with cls._lock:
-            endpoint = cls._open.get((aggregator, address, port))
-            if endpoint is None:
-                server = MetricsServer(
-                    aggregator, address, port, labels, web_config_file=web_config_file, registry=registry
-                )
-                endpoint = cls(server, (aggregator, address, server.port))
-                cls._open[endpoint._key] = endpoint
-            elif web_config_file is not None and Path(web_config_file).absolute() != endpoint.server.web_config_file:
-                raise ValueError(f"{endpoint.server.url} is served already, with another web_config_file or none")
-            elif registry is not None and registry is not endpoint.server.registry:
-                raise ValueError(f"{endpoint.server.url} is served already, with another registry or none")
-            endpoint._runs.add(monitor.run)
-            endpoint._abandoned.discard(monitor.run)
-            return endpoint
-
-    def leave(self, run: str, crashed: bool) -> None:
-        with self._lock, ExitStack() as last_first:
-            self._runs.discard(run)
-            if not self._runs:
-                del self._open[self._key]
-                for abandoned in self._abandoned:
-                    last_first.callback(self._key[0].remove_run, abandoned)
-                last_first.callback(self.server.close, crashed=crashed)
-            elif crashed:
-                self._abandoned.add(run)
-            self.server.end(run, crashed=crashed)
-
-    @classmethod
-    def has_abandoned(cls, aggregator: RunAggregator, run: str) -> bool:
-        """Whether a run has crashed beside others of its endpoint: its series have to stay, for `up` will not tell."""
-        with cls._lock:
-            return any(each._key[0] is aggregator and run in each._abandoned for each in cls._open.values())
-
-
 _attached: dict[tuple[RunAggregator, str], GradientMonitor] = {}
 
 
@@ -486,8 +441,6 @@ def _begin_anew() -> None:
     """In a forked child: what is served there is not what its parent serves."""
     global _process_aggregator, _attached
     _process_aggregator, _attached = RunAggregator(), {}
-    _Endpoint._open = {}
-    _Endpoint._lock = threading.Lock()
 
 
 def _say_goodbye() -> None:

@@ -1,0 +1,88 @@
+"""One endpoint for all runs of a process that name the same port."""
+
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from exporter.aggregator import RunAggregator
+from exporter.link import MetricsServer, Registry
+
+
+class SharedEndpoint:
+    """A server and the runs on it; it closes with the last one.
+
+    A run that crashes beside others stays on it, so that somebody sees that it has stalled.
+    """
+
+    _open: dict[tuple[RunAggregator, str, int], "SharedEndpoint"] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, server: MetricsServer, key: tuple[RunAggregator, str, int]) -> None:
+        self.server = server
+        self._key = key
+        self._runs: set[str] = set()
+        self._abandoned: set[str] = set()
+
+    @classmethod
+    def join(
+        cls,
+        aggregator: RunAggregator,
+        run: str,
+        address: str,
+        port: int,
+        labels: Mapping[str, str],
+        web_config_file: str | Path | None,
+        registry: Registry | None,
+    ) -> "SharedEndpoint":
+        """The endpoint of this process at that port, with `run` on it.
+
+        Raises:
+            OSError: the address cannot be bound.
+            ValueError: the web configuration file is wrong, or the endpoint has another one, or another registry.
+        """
+        with cls._lock:
+            endpoint = cls._open.get((aggregator, address, port))
+            if endpoint is None:
+                server = MetricsServer(
+                    aggregator, address, port, labels, web_config_file=web_config_file, registry=registry
+                )
+                endpoint = cls(server, (aggregator, address, server.port))
+                cls._open[endpoint._key] = endpoint
+            elif web_config_file is not None and Path(web_config_file).absolute() != endpoint.server.web_config_file:
+                raise ValueError(f"{endpoint.server.url} is served already, with another web_config_file or none")
+            elif registry is not None and registry is not endpoint.server.registry:
+                raise ValueError(f"{endpoint.server.url} is served already, with another registry or none")
+            endpoint._runs.add(run)
+            endpoint._abandoned.discard(run)
+            return endpoint
+
+    def leave(self, run: str, crashed: bool) -> None:
+        """End a run, and the server with its last one."""
+        with self._lock, ExitStack() as last_first:
+            self._runs.discard(run)
+            if not self._runs:
+                del self._open[self._key]
+                for abandoned in self._abandoned:
+                    last_first.callback(self._key[0].remove_run, abandoned)
+                last_first.callback(self.server.close, crashed=crashed)
+            elif crashed:
+                self._abandoned.add(run)
+            self.server.end(run, crashed=crashed)
+
+    @classmethod
+    def has_abandoned(cls, aggregator: RunAggregator, run: str) -> bool:
+        """Whether a run has crashed beside others of its endpoint: its series have to stay, for `up` will not tell."""
+        with cls._lock:
+            return any(each._key[0] is aggregator and run in each._abandoned for each in cls._open.values())
+
+
+def _begin_anew() -> None:
+    """In a forked child: what is served there is not what its parent serves."""
+    SharedEndpoint._open = {}
+    SharedEndpoint._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
