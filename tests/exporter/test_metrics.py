@@ -1,32 +1,25 @@
-"""`/metrics` as Prometheus scrapes it: over TCP, while updates come in. And the collectors behind it."""
+"""Every metric family as it is scraped, and the collectors behind `/metrics`."""
 
 import gc
 import math
 import re
 import subprocess
-import threading
-import urllib.request
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from endpoint import ask
 from prometheus_client import CollectorRegistry, GCCollector, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from exporter import HealthLevel, MetricsServer, RunAggregator, emit_ppo_update
 from exporter.metrics import GuardedCollectors, RunCollector, build_collectors, build_registry
+from exporter.snapshot import Snapshot
 from exporter.telemetry import GradientStep, summarize_gradient_steps
 
 GOLDEN = Path(__file__).with_name("golden_metrics.txt")
-
-
-def scrape(url: str, accept: str = "text/plain") -> str:
-    with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept": accept}), timeout=10) as response:
-        return response.read().decode()
 
 
 def one_update(aggregator: RunAggregator) -> None:
@@ -57,111 +50,57 @@ def aggregator() -> RunAggregator:
     return RunAggregator()
 
 
-@pytest.fixture
-def url(aggregator) -> Iterator[str]:
-    with MetricsServer(aggregator, port=0) as server:
-        yield server.url
-
-
-def test_every_family_is_as_recorded(aggregator, url):
+def test_every_family_is_as_recorded(aggregator, servers):
     """The whole contract with dashboards and rules in one file; a change here is a change for users."""
     aggregator.register_run('walker "17"\n', ["op", "slot"], {"environment": "host-growth", "seed": "1"})
     one_update(aggregator)
-    ours = [line for line in scrape(url).splitlines() if "ppo_" in line]
+    with MetricsServer(aggregator, port=0) as server:
+        text, openmetrics = (ask(server.url, Accept=accept).text for accept in ("*/*", "application/openmetrics-text"))
+    ours = [line for line in text.splitlines() if "ppo_" in line]
     ours = [re.sub(r"(duration_seconds{collector=.*}) .*", r"\1 0.001", line) for line in ours]
     assert ours == GOLDEN.read_text().splitlines()
-
-
-def test_promtool_has_nothing_to_say(servers, aggregator, url):
-    aggregator.register_run("r", ["op", "slot"], {"seed": "1"})
-    one_update(aggregator)
-    check = subprocess.run([servers.promtool, "check", "metrics"], input=scrape(url), capture_output=True, text=True)
+    # And promtool has nothing to say.
+    check = subprocess.run([servers.promtool, "check", "metrics"], input=text, capture_output=True, text=True)
     assert (check.returncode, check.stdout, check.stderr) == (0, "", "")
+    for families in (parse_text(text), parse_openmetrics(openmetrics)):
+        names = {family.name.removesuffix("_total") for family in families}
+        assert {"ppo_gradient_cv", "ppo_gradient_cv_per_step", "process_cpu_seconds", "python_info"} <= names
 
 
-def test_before_the_first_update_a_run_is_there_and_healthy(aggregator, url):
+def test_before_the_first_update_a_run_is_there_and_healthy(aggregator):
     aggregator.register_run("r", ["op", "slot", "target"])
-    samples = {
-        (sample.name, *sorted(sample.labels.items())): sample.value
-        for family in parse_text(scrape(url))
-        for sample in family.samples
-        if sample.name.startswith("ppo_")
-    }
-    assert samples["ppo_gradient_cv", ("health", "healthy"), ("run", "r")] == 0.0
-    assert samples["ppo_gradient_cv_ceiling", ("run", "r")] == pytest.approx(math.sqrt(3))
+    samples = samples_of(build_registry(aggregator))
+    assert samples["ppo_gradient_cv", "healthy", "r"] == 0.0
+    assert samples["ppo_gradient_cv_ceiling", "r"] == pytest.approx(math.sqrt(3))
     for level in HealthLevel:
-        assert samples["ppo_gradient_steps_total", ("health", level), ("run", "r")] == 0.0
-    assert samples["ppo_nonfinite_gradients_total", ("head", "op"), ("run", "r")] == 0.0
+        assert samples["ppo_gradient_steps_total", level, "r"] == 0.0
+    assert samples["ppo_nonfinite_gradients_total", "op", "r"] == 0.0
     assert not [name for name, *_ in samples if name in ("ppo_policy_loss", "ppo_last_update_timestamp_seconds")]
 
 
-def test_both_formats_are_negotiated_and_carry_process_metrics(aggregator, url):
-    one_update(aggregator)
-    accept = "application/openmetrics-text;version=1.0.0"
-    for families in (parse_text(scrape(url)), parse_openmetrics(scrape(url, accept))):
-        names = {family.name for family in families}
-        assert {"ppo_gradient_cv", "ppo_gradient_cv_per_step", "process_cpu_seconds", "python_info"} <= {
-            name.removesuffix("_total") for name in names
-        }
+def test_every_scrape_is_of_one_update():
+    """The source is as quick as can be: whoever looks again sees another update, of another level."""
 
+    class Quick:
+        updates, aggregator = 0, RunAggregator()
 
-def test_every_scrape_holds_one_level_from_one_update(aggregator, url):
-    """Updates flip the level and carry their own number in several families; no scrape may mix two of them."""
-    aggregator.register_run("r", ["op", "slot"])
-    cvs = {HealthLevel.HEALTHY: 0.25, HealthLevel.WARNING: 1.25, HealthLevel.CRITICAL: math.inf}
-    finished = threading.Event()
+        @property
+        def snapshot(self) -> Snapshot:
+            self.updates += 1
+            cv = (0.25, 1.25, math.inf)[self.updates % 3]
+            metrics = {"gradient_cv": cv, "gradient_cv_per_step": (cv,), "gradient_norm": float(self.updates)}
+            emit_ppo_update(metrics, run="r", handler=self.aggregator, environment_steps=1)
+            return self.aggregator.snapshot
 
-    def flip() -> None:
-        number = 0
-        while not finished.is_set():
-            number += 1
-            cv = list(cvs.values())[number % 3]
-            emit_ppo_update(
-                {"gradient_cv": cv, "gradient_cv_per_step": (cv,), "gradient_norm": float(number)},
-                run="r",
-                handler=aggregator,
-                environment_steps=1,
-            )
-
-    def check_scrapes() -> set[str]:
-        seen = set()
-        for _ in range(60):
-            families = {family.name: family.samples for family in parse_text(scrape(url))}
-            (sample,) = families["ppo_gradient_cv"]
-            level = HealthLevel(sample.labels["health"])
-            assert sample.value == (cvs[level] if families["ppo_updates"][0].value else 0.0)
-            updates = families["ppo_updates"][0].value
-            assert families["ppo_environment_steps"][0].value == updates
-            assert sum(s.value for s in families["ppo_gradient_steps"]) == updates
-            if updates:
-                assert families["ppo_gradient_norm"][0].value == updates
-            seen.add(level)
-        return seen
-
-    trainer = threading.Thread(target=flip)
-    trainer.start()
-    try:
-        with ThreadPoolExecutor(4) as scrapers:
-            seen = set().union(*(future.result() for future in [scrapers.submit(check_scrapes) for _ in range(4)]))
-    finally:
-        finished.set()
-        trainer.join()
-    assert seen == set(HealthLevel)
-
-
-def test_a_taken_port_is_a_clear_error(aggregator):
-    with MetricsServer(aggregator, port=0) as server:
-        with pytest.raises(
-            OSError, match=rf"cannot serve /metrics on 127\.0\.0\.1:{server.port}: Address already in use"
-        ):
-            MetricsServer(aggregator, port=server.port)
-        port = server.port
-    MetricsServer(aggregator, port=port).close()
-
-
-def test_the_default_address_is_this_machine_only(aggregator):
-    with MetricsServer(aggregator, port=0) as server:
-        assert server.url == f"http://127.0.0.1:{server.port}/metrics"
+    registry, levels = build_registry(Quick()), set()
+    for update in (1, 2, 3):
+        samples = samples_of(registry)
+        (level,) = [level for level in HealthLevel if ("ppo_gradient_cv", level, "r") in samples]
+        assert level is HealthLevel.of(samples["ppo_gradient_cv", level, "r"])
+        assert sum(samples["ppo_gradient_steps_total", level, "r"] for level in HealthLevel) == update
+        assert samples["ppo_updates_total", "r"] == samples["ppo_gradient_norm", "r"] == update
+        levels.add(level)
+    assert levels == set(HealthLevel)
 
 
 def samples_of(collector) -> dict[tuple, float]:
