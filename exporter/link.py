@@ -161,8 +161,13 @@ class MetricsServer:
 
     def end(self, run: str, *, crashed: bool = False) -> None:
         """The run has ended: remove its files. With `crashed` they stay, with its last state. Failure is logged."""
-        self._deliveries = [frame for frame in self._deliveries if frame["run"] != run]
-        self._tell({"op": "end", "run": run, "crashed": crashed}, _ANSWER_SECONDS)
+        try:
+            self._ask({"op": "end", "run": run, "crashed": crashed}, _ANSWER_SECONDS)
+        except OSError as error:
+            _log.warning("%s; files of run %s stay as they are", error, run)
+        finally:
+            # Not before: of a process that has just been killed another one has to take the files over.
+            self._deliveries = [frame for frame in self._deliveries if frame["run"] != run]
 
     def push(self, run: str, url: str) -> None:
         """Replace what the Pushgateway at `url` has of `run` by its last state. Failure is logged."""
@@ -226,7 +231,7 @@ class MetricsServer:
             self._given_up = answer
             if not isinstance(error, TimeoutError):
                 raise
-            message = f"the exporter process has not answered for {seconds:g} s; training goes on"
+            message = f"the exporter process has not answered for {seconds:g} s"
         if message:
             raise OSError(message)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Observability, fetch, free_ports, wait_until
-from conftest import _with_short_durations as with_short_durations
 from prometheus_client.parser import text_string_to_metric_families
 
+from exporter.health import STALLED_SECONDS
 from stack.servers import ROOT, Servers
 
 TINY = ("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64", "--total-timesteps", "100000000")
@@ -42,8 +42,8 @@ def servers(servers: Servers, request) -> Servers:
 
 
 @pytest.fixture
-def observability(start_observability) -> Observability:
-    return start_observability()
+def observability(start_observability, request) -> Observability:
+    return start_observability(getattr(request, "param", "2s"))
 
 
 @pytest.fixture
@@ -107,11 +107,11 @@ def test_a_killed_trainer_is_told_and_its_series_end_and_go_on_with_the_resume(o
     assert value(observability, 'ppo_resumes_total{run="killed"}') == 1
 
 
-def test_a_stopped_process_is_down_and_one_that_stands_still_is_stalled(observability, train, tmp_path):
-    generated = tmp_path / "generated"
-    command = [sys.executable, "-m", "mixin", "--output", generated, "--stalled-after", "30s"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    with_short_durations(generated / "alerts/ppo.rules.yml", tmp_path / "alerts", "2s")
+@pytest.mark.parametrize("observability", ["1s"], indirect=True)
+def test_a_trainer_that_is_stopped_or_stands_still_is_stalled_and_not_down(observability, train, tmp_path):
+    rules, limit = tmp_path / "alerts/ppo.rules.yml", f"> {STALLED_SECONDS:g}"
+    assert limit in (text := rules.read_text())
+    rules.write_text(text.replace(limit, "> 6"))
     observability.processes["prometheus"].send(signal.SIGHUP)
 
     # Nobody reads what it prints, so it stands still as soon as the pipe is full.
@@ -120,23 +120,58 @@ def test_a_stopped_process_is_down_and_one_that_stands_still_is_stalled(observab
     train("blocked", "--log-interval", "1", stdout=write_end)
     os.close(write_end)
     stopped = train("stopped")
-    updates = 'ppo_updates_total{run="stopped"}'
-    wait_until(lambda: value(observability, updates), "updates")
+    wait_until(lambda: value(observability, 'ppo_updates_total{run="stopped"}'), "updates")
     stopped.send_signal(signal.SIGSTOP)
-    wait_until(lambda: observability.notified("firing", alertname="PPOTrainerDown", run="stopped"), "down")
-    last = value(observability, f"last_over_time({updates}[10m])")
-    stopped.send_signal(signal.SIGCONT)
-    wait_until(lambda: observability.notified("resolved", alertname="PPOTrainerDown", run="stopped"), "up again")
-    assert value(observability, updates) >= last
+    standing = {}
+    for run in ("stopped", "blocked"):
+        told = {"alertname": "PPOTrainingStalled", "run": run}
+        wait_until(lambda told=told: observability.notified("firing", **told), f"{run} is stalled")
+        standing[run] = value(observability, f'ppo_updates_total{{run="{run}"}}')
+        assert value(observability, f'min_over_time(up{{run="{run}"}}[10m])') == 1
 
-    wait_until(lambda: observability.notified("firing", alertname="PPOTrainingStalled", run="blocked"), "stalled")
-    assert value(observability, 'up{run="blocked"}') == 1
-    assert fetch(f"http://{address(observability, 'blocked')}/-/healthy")[0] == 200
-    blocked_at = value(observability, 'ppo_updates_total{run="blocked"}')
+    stopped.send_signal(signal.SIGCONT)
     # It ends with the trainer, by whom the pipe is closed.
     threading.Thread(target=os.fdopen(read_end, "rb").read, daemon=True).start()
-    wait_until(lambda: observability.notified("resolved", alertname="PPOTrainingStalled", run="blocked"), "moving")
-    assert value(observability, 'ppo_updates_total{run="blocked"}') > blocked_at
+    for run, before in standing.items():
+        told = {"alertname": "PPOTrainingStalled", "run": run}
+        wait_until(lambda told=told: observability.notified("resolved", **told), f"{run} moves")
+        assert value(observability, f'ppo_updates_total{{run="{run}"}}') > before
+    assert observability.notified("firing", alertname="PPOTrainerDown") == []
+
+
+def exporter_process(trainer: subprocess.Popen) -> int:
+    """Its process id."""
+    children = Path(f"/proc/{trainer.pid}/task").glob("*/children")
+    (pid,) = [pid for path in children for pid in path.read_text().split()]
+    return int(pid)
+
+
+def test_a_run_goes_on_when_its_exporter_process_is_killed_or_stopped(observability, train, tmp_path):
+    log, down = tmp_path / "log", {"alertname": "PPOTrainerDown", "run": "served"}
+    with log.open("wb") as file:
+        trainer = train("served", "--log-interval", "1", stdout=file.fileno())
+    updates = 'ppo_updates_total{run="served"}'
+    before = wait_until(lambda: value(observability, updates), "updates")
+    target = address(observability, "served")
+    os.kill(exporter_process(trainer), signal.SIGKILL)
+    wait_until(lambda: (value(observability, updates) or 0) > before, "another one serves")
+    assert address(observability, "served") == target
+    assert value(observability, f"resets({updates}[10m])") == 0
+    assert observability.notified("firing", **down) == []
+
+    os.kill(exporter_process(trainer), signal.SIGSTOP)
+    printed = log.stat().st_size
+    wait_until(lambda: observability.notified("firing", **down), "down")
+    assert log.stat().st_size > printed
+    began = time.monotonic()
+    trainer.terminate()
+    assert trainer.wait(30) == 143
+    assert time.monotonic() - began < 15  # it is waited for once, for five seconds
+    assert "stopped by SIGTERM" in log.read_text() and list((tmp_path / "checkpoints").glob("served/*.pt"))
+    assert trainer.stderr.read().splitlines() == [
+        f"the exporter process has ended (exit code -9); another one serves http://{target}/metrics",
+        "the exporter process has not answered for 5 s; files of run served stay as they are",
+    ]
 
 
 def test_a_prometheus_that_is_killed_in_the_middle_of_a_drill_tells_its_end(
@@ -350,8 +385,6 @@ EMIT = f"""
 import itertools, time
 from exporter import MetricsServer, RunAggregator, emit_ppo_update
 from exporter.telemetry import GradientStep, summarize_gradient_steps
-from exporter.web import connections
-connections.CPU_SHARE = 1.0  # so that scrapes come as fast as they are asked for
 aggregator = RunAggregator()
 aggregator.register_run("r", ["op", "slot", "alpha", "blueprint", "curve"])
 kinds = ([1.0, 1.1, 0.9, 1.0, 1.0], [1.0, 0.2, 0.2, 0.9, 0.3], [1.0, 0.0, 0.0, 0.0, 0.0], [float("nan")] + [1.0] * 4)
