@@ -135,9 +135,6 @@ def test_malformed_requests_do_no_harm(tmp_path, scheme, capfd):
 
         first, process = of_the_run(), exporters() - others
         for _ in range(REQUESTS // (ODD + BROKEN)):
-            batch = [odd_request(chance, chance.sample(HEADERS, chance.randrange(1, 4))) for _ in range(ODD)]
-            batch.append(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            told.update(statuses(hold(server.port, b"".join(batch), tls)))
             clients = []
             for _ in range(BROKEN):
                 broken = broken_request(chance)
@@ -145,8 +142,10 @@ def test_malformed_requests_do_no_harm(tmp_path, scheme, capfd):
                 clients.append(hold(server.port, broken, context))
                 if context is None and chance.random() < 0.5:
                     clients[-1].shutdown(socket.SHUT_WR)
-            scrape()  # which came later, so that what there is to say to the others has been said
-            for client in clients:
+            batch = [odd_request(chance, chance.sample(HEADERS, chance.randrange(1, 4))) for _ in range(ODD)]
+            batch.append(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            told.update(statuses(hold(server.port, b"".join(batch), tls)))
+            for client in clients:  # which have waited for so long that there is no more to come
                 client.setblocking(False)
                 told.update(statuses(client))
         assert of_the_run() == first
