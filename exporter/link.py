@@ -171,7 +171,7 @@ class MetricsServer:
 
     def push(self, run: str, url: str) -> None:
         """Replace what the Pushgateway at `url` has of `run` by its last state. Failure is logged."""
-        self._tell({"op": "push", "run": run, "url": url}, _PUSH_SECONDS)
+        self._tell({"op": "push", "run": run, "url": url}, 0 if self._is_silent else _PUSH_SECONDS)
 
     def flush(self) -> None:
         """Wait until a scrape shows what the aggregator has now.
@@ -186,8 +186,7 @@ class MetricsServer:
         if self._pid != os.getpid() or self._closed.is_set():
             return
         _open.discard(self)
-        # A process that has been waited for in vain, or whose push a second Ctrl-C ends, is not waited for again.
-        is_silent = self._given_up is not None and not self._given_up.done()
+        is_silent = self._is_silent
         try:
             if self._process.poll() is None and not is_silent:
                 self._tell({"op": "close", "crashed": crashed}, _CLOSE_SECONDS)
@@ -205,6 +204,11 @@ class MetricsServer:
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
         self.close(crashed=kind is not None and is_crash(kind))
+
+    @property
+    def _is_silent(self) -> bool:
+        """Whether the exporter process has been waited for in vain, or a second Ctrl-C ends its push: once is enough."""
+        return self._given_up is not None and not self._given_up.done()
 
     def _tell(self, frame: dict[str, Any], seconds: float) -> None:
         """Like `_ask`, where failure must not end a run."""
@@ -231,7 +235,7 @@ class MetricsServer:
             self._given_up = answer
             if not isinstance(error, TimeoutError):
                 raise
-            message = f"the exporter process has not answered for {seconds:g} s"
+            message = f"the exporter process does not answer to {frame.get('op', 'state')!r}"
         if message:
             raise OSError(message)
 
