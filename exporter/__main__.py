@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _restrain() -> None:
     """Leave signals to the training process, bound what clients can use up, and write files that others can read."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    # SIGTTOU: under `stty tostop` it would be stopped by a line of its own, for it is no process of the foreground.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGTTOU"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.umask(0o022)

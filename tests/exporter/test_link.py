@@ -201,7 +201,7 @@ def test_a_trainer_that_is_stopped_or_hangs_is_still_served_and_no_longer_ready(
 
 def test_signals_of_the_terminal_leave_the_exporter_process_to_the_trainers_goodbye(tmp_path):
     with training(tmp_path, INTERRUPTED) as trainer:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
             os.kill(trainer.exporter, signum)
         assert trainer.get("/metrics")[0] == 200
         os.killpg(trainer.process.pid, signal.SIGINT)  # Ctrl-C
