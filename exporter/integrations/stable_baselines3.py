@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from exporter.aggregator import RunAggregator
 from exporter.heads import Rows, row_heads
-from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT
+from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT, Registry
 from exporter.monitor import GradientMonitor
 
 # Keys of SB3's logger (PPO, and A2C where it has another) -> our signals. The entropy has the other sign there.
@@ -86,11 +86,12 @@ class PrometheusCallback(BaseCallback):
     until `close()`. After an exception or Ctrl-C in `learn()` they stay as well,
     because SB3 does not tell callbacks: what was measured can still be read, and
     the alert on a stalled run fires unless the next `learn()` of this run in this thread
-    takes them over, or `close()` ends them.
+    takes them over, `close()` ends them, or the script ends.
 
     Args:
         run: name of the run; by default the environment's id and the model's seed, or the time without one.
-        port, address, targets_dir, textfile_dir, pushgateway, web_config_file: as for `GradientMonitor.serve`.
+        port, address, targets_dir, textfile_dir, pushgateway, web_config_file, registry: as for
+            `GradientMonitor.serve`.
         head_names: as `names` of `policy_heads`.
         info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
         before_clipping, global_norm: as for `GradientMonitor`. SB3 always clips, so norms are taken before by default.
@@ -120,6 +121,7 @@ class PrometheusCallback(BaseCallback):
         textfile_dir: str | Path | None = None,
         pushgateway: str | None = None,
         web_config_file: str | Path | None = None,
+        registry: Registry | None = None,
         head_names: Sequence[str] | None = None,
         info: Mapping[str, str] | None = None,
         before_clipping: bool = True,
@@ -139,6 +141,7 @@ class PrometheusCallback(BaseCallback):
             "textfile_dir": textfile_dir,
             "pushgateway": pushgateway,
             "web_config_file": web_config_file,
+            "registry": registry,
         }
         self._head_names = head_names
         self._info = dict(info or {})
@@ -146,7 +149,7 @@ class PrometheusCallback(BaseCallback):
         self._global_norm = global_norm
         self._keep_serving = keep_serving
         self._aggregator = aggregator
-        self._thread: int | None = None
+        self._thread: int | None = None  # that is in learn(), or was when an exception ended it
         self._measured_policy: BasePolicy | None = None
         self._counted_timesteps = 0
         self._uncounted_episodes = 0
@@ -190,9 +193,9 @@ class PrometheusCallback(BaseCallback):
         environment = _environment_name(self.training_env) or type(self.model).__name__
         seed = self.model.seed
         run = self._run or f"{environment}-{time.strftime('%Y%m%d-%H%M%S') if seed is None else f'seed{seed}'}"
-        # learn() blocks, so what this thread opened before belongs to a training that is over.
+        # learn() blocks, so a training that this thread began before is over.
         before = self._open_by_run.get((self._aggregator, run))
-        if before is not None and before._thread == threading.get_ident():
+        if before is not None and before._thread in (None, threading.get_ident()):
             before.close()
         self._uncounted_episodes = 0
         monitor = GradientMonitor(
@@ -238,6 +241,7 @@ class PrometheusCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._export_update()
+        self._thread = None
         if self.monitor is None:
             return
         self.monitor.detach()

@@ -1,10 +1,10 @@
 """One rank of test_distributed.py: DistributedDataParallel over gloo, each rank with its own data."""
 
-import argparse
 import json
 import os
 import socket
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -17,11 +17,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from exporter import GradientMonitor, RunAggregator, gradient_cv
-
-parser = argparse.ArgumentParser()
-parser.add_argument("output", type=Path)
-parser.add_argument("--every-rank", action="store_true")
-options = parser.parse_args()
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -59,7 +54,8 @@ parallel = DistributedDataParallel(plain)
 optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
 aggregator = RunAggregator()
 monitor = GradientMonitor(dict(plain.heads.items()), "pair", window_steps=1, aggregator=aggregator).attach(optimizer)
-url = monitor.serve(two_free_ports(), every_rank=options.every_rank)
+url = monitor.serve(two_free_ports())
+url_of_rank = monitor.serve(two_free_ports(), every_rank=True)
 
 batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
 parallel(batches[rank]).backward()
@@ -70,11 +66,16 @@ reference = Sum()
 (sum(reference(batch) for batch in batches) / 2).backward()
 norms = [torch.cat([p.grad.flatten() for p in head.parameters()]).norm().item() for head in reference.heads.values()]
 
-labels = None
-if url is not None:
-    text = urllib.request.urlopen(url, timeout=10).read().decode()
-    families = {family.name: family.samples for family in text_string_to_metric_families(text)}
-    labels = families["ppo_gradient_cv"][0].labels
+
+def labels_at(url: str) -> dict[str, str]:
+    """Labels of the CV there, once it is that of the update."""
+    while True:
+        text = urllib.request.urlopen(url, timeout=10).read().decode()
+        families = {family.name: family.samples for family in text_string_to_metric_families(text)}
+        if families["ppo_updates"][0].value == 1.0:
+            return families["ppo_gradient_cv"][0].labels
+        time.sleep(0.05)
+
 
 try:
     sharded = nn.Parameter(distribute_tensor(torch.randn(4, 4), mesh, [Shard(0)]))
@@ -83,13 +84,14 @@ try:
 except ValueError as error:
     refusal = str(error)
 
-options.output.write_text(
+Path(sys.argv[1]).write_text(
     json.dumps(
         {
             "cv": aggregator.snapshot.runs["pair"].gradient_quality.gradient_cv,
             "expected_cv": gradient_cv(norms),
-            "labels": labels,
-            "port": int(url.split(":")[2].split("/")[0]) if url else None,
+            "labels": labels_at(url) if url else None,
+            "labels_of_rank": labels_at(url_of_rank),
+            "port_of_rank": int(url_of_rank.split(":")[2].split("/")[0]),
             "sharded": refusal,
         }
     )

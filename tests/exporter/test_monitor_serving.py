@@ -66,6 +66,7 @@ def test_monitors_share_one_endpoint_which_closes_with_the_last_one(aggregator, 
     with first.monitor:
         with second.monitor:
             url = first.monitor.serve(port=0, targets_dir=tmp_path)
+            assert url.startswith("http://127.0.0.1:")  # nobody else sees it unless asked to
             assert second.monitor.serve(port=port_of(url), targets_dir=tmp_path) == url
             first.step(2)
             second.step(3)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fetch, free_ports
+from conftest import fetch, free_ports, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -31,13 +31,14 @@ LIBRARIES = {
 
 # Plain loops whose heads are `heads` of `agent` or `policy`, with 16 gradient steps in an update.
 LOOPS = {"cleanrl", "torchrl"}
+UPDATES = 7  # they make fewer here than in the documentation
 
 
 def program_of(recipe: str, port: int) -> str:
     pytest.importorskip(LIBRARIES[recipe])
     (program,) = re.findall(r"^```python\n(.*?)^```$", (RECIPES / f"{recipe}.md").read_text(), re.DOTALL | re.MULTILINE)
     assert program.count("9842") == 1
-    return program.replace("9842", str(port))
+    return program.replace("9842", str(port)).replace("range(UPDATES)", f"range({UPDATES})")
 
 
 def totals_and_heads(text: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -57,13 +58,16 @@ def test_a_loop_serves_the_cv_of_every_step_that_it_takes(recipe: str):
     cvs: list[float] = []
     scrapes = 0
 
+    def totals_after(updates: int):
+        totals, heads = totals_and_heads(fetch(f"http://127.0.0.1:{port}/metrics")[1])
+        return (totals, heads) if totals["ppo_updates_total"] == updates else None
+
     def before_step(optimizer, args, kwargs) -> None:
         nonlocal scrapes
         heads = namespace.get("agent", namespace.get("policy")).heads
         if cvs and len(cvs) % steps_per_update == 0:
-            totals, norms = totals_and_heads(fetch(f"http://127.0.0.1:{port}/metrics")[1])
+            totals, norms = wait_until(lambda: totals_after(len(cvs) // steps_per_update), "the update is served")
             assert set(norms) == set(heads)
-            assert totals["ppo_updates_total"] == len(cvs) // steps_per_update
             assert totals["ppo_gradient_cv_per_step_count"] == len(cvs)
             assert totals["ppo_gradient_cv_per_step_sum"] == pytest.approx(sum(cvs), rel=1e-5)
             assert totals["ppo_gradient_cv"] == pytest.approx(statistics.fmean(cvs[-steps_per_update:]), rel=1e-5)
@@ -80,7 +84,7 @@ def test_a_loop_serves_the_cv_of_every_step_that_it_takes(recipe: str):
     finally:
         handle.remove()
         torch.set_num_threads(threads)
-    assert scrapes == len(cvs) // steps_per_update - 1 > 5
+    assert scrapes == len(cvs) // steps_per_update - 1 == UPDATES - 1
 
 
 @pytest.mark.parametrize("recipe", sorted(set(LIBRARIES) - LOOPS))

@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from conftest import fetch
+from conftest import fetch, wait_until
 from gymnasium import spaces
 from prometheus_client.parser import text_string_to_metric_families
 from stable_baselines3 import A2C, DQN, PPO
@@ -90,15 +90,19 @@ def ppo(action_space: spaces.Space | None = None, **options) -> PPO:
     return PPO("MlpPolicy", env, device="cpu", **options)
 
 
-def scrape(url: str) -> dict[str, float]:
-    """Values by name, and by name and head or health where there is one; the last run's where there are several."""
-    values = {}
-    for family in text_string_to_metric_families(fetch(url)[1]):
-        for sample in family.samples:
-            label = sample.labels.get("head") or sample.labels.get("health")
-            name = f"{sample.name}/{label}" if label and sample.name != "ppo_gradient_cv" else sample.name
-            values[name] = sample.value
-    return values
+def scrape(url: str, updates: int) -> dict[str, float]:
+    """Values by name, and by name and head or health where there is one, of the run once it has so many updates."""
+
+    def look() -> dict[str, float] | None:
+        values = {}
+        for family in text_string_to_metric_families(fetch(url)[1]):
+            for sample in family.samples:
+                label = sample.labels.get("head") or sample.labels.get("health")
+                name = f"{sample.name}/{label}" if label and sample.name != "ppo_gradient_cv" else sample.name
+                values[name] = sample.value
+        return values if values["ppo_updates_total"] == updates else None
+
+    return wait_until(look, f"{updates} updates are served")
 
 
 def test_rows_of_the_action_net_have_the_norms_of_separate_layers():
@@ -146,7 +150,7 @@ def test_unnamed_heads_are_numbered_in_the_order_of_the_action_space(action_spac
     assert [head[0].stop - head[0].start for head in heads.values()] == rows
     served = callback(keep_serving=True)
     model.learn(64, callback=served)
-    values = scrape(served.url)
+    values = scrape(served.url, 2)
     assert all(values[f"ppo_head_gradient_norm/{name}"] > 0 for name in names)
     assert values["ppo_gradient_cv_ceiling"] == pytest.approx(len(names) ** 0.5)
 
@@ -183,6 +187,7 @@ def test_trpo_is_refused_with_the_reason(callback):
 def test_a_model_without_a_seed_has_no_seed_on_metrics(callback):
     served = callback(keep_serving=True)
     ppo(seed=None).learn(32, callback=served)
+    scrape(served.url, 1)
     (line,) = [line for line in fetch(served.url)[1].splitlines() if line.startswith("ppo_run_info{")]
     assert 'algorithm="PPO"' in line and "seed=" not in line
 
@@ -205,7 +210,8 @@ def test_metrics_agree_with_what_sb3_logs(target_kl, callback, tmp_path: Path):
     model = ppo(learning_rate=lambda remaining: 3e-3 * remaining, target_kl=target_kl)
     model.set_logger(configure(str(tmp_path), ["csv"]))
     served, scraped = callback(), []
-    model.learn(6 * 32, callback=[served, AfterEachUpdate(lambda: scraped.append(scrape(served.url)))])
+    after_each = AfterEachUpdate(lambda: scraped.append(scrape(served.url, len(scraped) + 1)))
+    model.learn(6 * 32, callback=[served, after_each])
     rows = [
         {key: float(value) for key, value in row.items() if value}
         for row in csv.DictReader((tmp_path / "progress.csv").open())
@@ -235,7 +241,7 @@ def test_metrics_agree_with_what_sb3_logs(target_kl, callback, tmp_path: Path):
             assert values["ppo_gradient_cv_per_step_count"] == number * 2 * 2
 
 
-@pytest.mark.parametrize("options", [{}, {"before_clipping": False}, {"global_norm": True}])
+@pytest.mark.parametrize("options", [{}, {"before_clipping": False, "global_norm": True}])
 def test_fifty_updates_are_bit_identical_with_and_without_the_callback(options, callback):
     def trained(observed_by) -> PPO:
         model = ppo(n_steps=16, max_grad_norm=0.05)
@@ -243,7 +249,7 @@ def test_fifty_updates_are_bit_identical_with_and_without_the_callback(options, 
 
     served = callback(keep_serving=True, **options)
     plain, observed = trained(None), trained(served)
-    assert scrape(served.url)["ppo_updates_total"] == 50
+    scrape(served.url, 50)
     expected = plain.policy.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in observed.policy.state_dict().items())
     states = (model.policy.optimizer.state_dict()["state"] for model in (plain, observed))
@@ -256,7 +262,7 @@ def test_norms_are_those_before_clipping_unless_asked_otherwise(callback):
         served = callback(f"{options}", keep_serving=True, **options)
         # A single step per update, so that both see the same gradient.
         ppo(n_epochs=1, batch_size=32, max_grad_norm=1e-3).learn(32, callback=served)
-        values = scrape(served.url)
+        values = scrape(served.url, 1)
         return {name: values[f"ppo_head_gradient_norm/{name}"] for name in ("action_0", "action_1", "action_2")} | {
             "cv": values["ppo_gradient_cv"]
         }
@@ -274,22 +280,22 @@ def test_the_endpoint_lives_as_long_as_learn_and_a_second_one_starts_anew(callba
         (target,) = json.loads(target_file.read_text())
         assert target["labels"]["run"] == "levers" and target["targets"][0] in served.url
         assert (tmp_path / "ppo-levers.prom").exists()
-        during.append(scrape(served.url)["ppo_updates_total"])
+        scrape(served.url, 1)
+        during.append(served.url)
 
     model = ppo()
     for _ in range(2):
         model.learn(64, callback=[served, AfterEachUpdate(look)])
         assert served.url is None and served.monitor is None
         assert list(tmp_path.iterdir()) == []
-    assert during == [1, 1]
+    assert len(during) == 2
 
 
 def test_kept_open_it_goes_on_counting_in_a_loop_of_learn(callback):
     served, model = callback(keep_serving=True), ppo()
     for number in (1, 2, 3):
         model.learn(64, callback=served, reset_num_timesteps=False)
-        values = scrape(served.url)
-        assert values["ppo_updates_total"] == 2 * number
+        values = scrape(served.url, 2 * number)
         assert values["ppo_environment_steps_total"] == model.num_timesteps == 64 * number
     url = served.url
     served.close()
@@ -305,11 +311,11 @@ def test_after_ctrl_c_the_values_stay_and_the_next_learn_takes_over(callback):
     with pytest.raises(KeyboardInterrupt):
         ppo().learn(96, callback=[first, AfterEachUpdate(interrupt)])
     url = first.url
-    assert scrape(url)["ppo_updates_total"] == 1
+    scrape(url, 1)
 
     second, during = callback(keep_serving=True), []
-    ppo().learn(96, callback=[second, AfterEachUpdate(lambda: during.append(scrape(second.url)["ppo_updates_total"]))])
-    assert during == [1, 2] and scrape(second.url)["ppo_updates_total"] == 3
+    ppo().learn(64, callback=[second, AfterEachUpdate(lambda: during.append(scrape(second.url, 1)))])
+    assert scrape(second.url, 2) and len(during) == 1
     assert first.url is None
     with pytest.raises(OSError):
         fetch(url)
@@ -323,9 +329,8 @@ def test_after_ctrl_c_the_same_callback_goes_on_where_it_was(callback):
     with pytest.raises(KeyboardInterrupt):
         model.learn(96, callback=[served, AfterEachUpdate(interrupt)])
     during = []
-    after_each = AfterEachUpdate(lambda: during.append(scrape(served.url)))
+    after_each = AfterEachUpdate(lambda: during.append(scrape(served.url, len(during) + 1)))
     model.learn(96, callback=[served, after_each], reset_num_timesteps=False)
-    assert [values["ppo_updates_total"] for values in during] == [1, 2, 3]
     assert [values["ppo_gradient_cv_per_step_count"] for values in during] == [4, 8, 12]
     assert [values["ppo_environment_steps_total"] for values in during] == [32, 64, 96]
     assert [values["ppo_episodes_total"] for values in during] == [3, 6, 9]
@@ -336,19 +341,30 @@ def test_training_without_the_callback_in_between_is_not_measured(callback):
     served, model = callback(keep_serving=True), ppo()
     for observed_by in (served, None, served):
         model.learn(32, callback=observed_by)
-    values = scrape(served.url)
-    assert values["ppo_updates_total"] == 2 and values["ppo_gradient_cv_per_step_count"] == 2 * 4
+    values = scrape(served.url, 2)
+    assert values["ppo_gradient_cv_per_step_count"] == 2 * 4
     assert values["ppo_environment_steps_total"] == 64
 
 
-def test_a_run_that_another_thread_trains_is_not_taken_over(callback):
-    first = callback(keep_serving=True)
-    thread = threading.Thread(target=ppo().learn, args=(32, first))
+def test_a_run_that_another_thread_trains_is_not_taken_over_before_its_end(callback):
+    first, is_training, may_end = callback(keep_serving=True), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_training.set()
+        may_end.wait(60)
+
+    thread = threading.Thread(target=lambda: ppo().learn(64, callback=[first, AfterEachUpdate(hold)]))
     thread.start()
-    thread.join()
-    with pytest.raises(ValueError, match="registered already"):
-        ppo().learn(32, callback=callback())
-    assert scrape(first.url)["ppo_updates_total"] == 1
+    try:
+        assert is_training.wait(60)
+        with pytest.raises(ValueError, match="measured by another monitor already"):
+            ppo().learn(32, callback=callback())
+        scrape(first.url, 1)
+    finally:
+        may_end.set()
+        thread.join()
+    ppo().learn(32, callback=(second := callback(keep_serving=True)))
+    assert scrape(second.url, 1) and first.url is None
 
 
 def test_a_taken_port_is_said_before_training_and_leaves_nothing_behind(callback):
@@ -365,16 +381,16 @@ def test_two_trainings_share_an_endpoint(callback):
     second = callback("second", keep_serving=True, port=int(first.url.split(":")[2].split("/")[0]))
     ppo().learn(64, callback=second)
     assert second.url == first.url
-    text = fetch(first.url)[1]
-    assert 'ppo_updates_total{run="first"} 1.0' in text and 'ppo_updates_total{run="second"} 2.0' in text
+    scrape(first.url, 2)  # which are those of the second
+    assert 'ppo_updates_total{run="first"} 1.0' in fetch(first.url)[1]
 
 
 def test_a2c_exports_its_losses(callback):
     served = callback(None, keep_serving=True)
     model = A2C("MlpPolicy", gymnasium.make("CartPole-v1"), seed=7, device="cpu")
     model.learn(20, callback=served)
-    values = scrape(served.url)
+    values = scrape(served.url, 4)
     assert values["ppo_policy_loss"] == pytest.approx(model.logger.name_to_value["train/policy_loss"])
-    assert values["ppo_gradient_cv_per_step_count"] == values["ppo_updates_total"] == 4
+    assert values["ppo_gradient_cv_per_step_count"] == 4
     assert 'algorithm="A2C"' in (text := fetch(served.url)[1])
     assert 'environment="CartPole-v1"' in text and 'run="CartPole-v1-seed7"' in text and 'seed="7"' in text
