@@ -161,7 +161,9 @@ class PrometheusCallback(BaseCallback):
         """Stop measuring and serving, and take the run off the endpoint; harmless when that has been done."""
         if self.monitor is None:
             return
-        del self._open_by_run[self._aggregator, self.monitor.run]
+        run = self._aggregator, self.monitor.run
+        if self._open_by_run.get(run) is self:
+            del self._open_by_run[run]
         self.monitor.close()
         self.monitor = self.url = self._measured_policy = None
 

@@ -3,7 +3,9 @@
 import csv
 import json
 import socket
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium
@@ -365,6 +367,16 @@ def test_a_run_that_another_thread_trains_is_not_taken_over_before_its_end(callb
         thread.join()
     ppo().learn(32, callback=(second := callback(keep_serving=True)))
     assert scrape(second.url, 1) and first.url is None
+
+
+def test_in_a_notebook_the_newest_training_of_a_run_takes_over(callback, monkeypatch):
+    """Though the one before has been left by an exception, in whatever thread; the fixture closes both."""
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with ThreadPoolExecutor(1) as another_thread:
+        learning = another_thread.submit(ppo().learn, 64, [callback(), AfterEachUpdate(lambda: 1 / 0)])
+        assert isinstance(learning.exception(), ZeroDivisionError)
+    ppo().learn(32, callback=(second := callback(keep_serving=True)))
+    scrape(second.url, 1)
 
 
 def test_a_taken_port_is_said_before_training_and_leaves_nothing_behind(callback):
