@@ -297,7 +297,7 @@ builtins.__import__ = find
 
 
 def test_monitor_and_endpoint_work_where_there_is_no_posix(tmp_path):
-    """Our modules miss what Windows lacks; torch and the standard library have it, as they go by the platform's name."""
+    """Our modules miss what Windows lacks; others, which go by the platform's name, have it."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_POSIX)
     script = f"""{IMPORTS}
 from urllib.request import urlopen
