@@ -152,8 +152,7 @@ class GradientMonitor:
             self._aggregator.register_run(self.run, meter.head_names, self._info)
             self._is_registered = True
             _attached[self._aggregator, self.run] = self
-            warning = unreachable_critical_warning(len(meter.head_names))
-            if warning is not None:
+            if warning := unreachable_critical_warning(len(meter.head_names)):
                 _log.warning("run %s: %s", self.run, warning)
         self._meter = meter
         # A compiled training step must not trace into them.
@@ -185,10 +184,7 @@ class GradientMonitor:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
-            try:
-                self._close_window(is_last=True)
-            except Exception as error:
-                self._failed(error)
+            self._close_window(is_last=True)
             self._meter = None
             publisher, self._publisher = self._publisher, None
             if publisher is not None:
@@ -327,10 +323,7 @@ class GradientMonitor:
         with self._lock:
             self.record(**values)
             self._window_steps = None
-            try:
-                self._close_window()
-            except Exception as error:
-                self._failed(error)
+            self._close_window()
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if not _has_closure(args, kwargs):
@@ -374,14 +367,17 @@ class GradientMonitor:
         self._increments = Counter()
         for name in _ONCE:
             self._signals.pop(name, None)
-        pending = self._meter.start_collecting()
-        if self._publisher is None and (is_last or pending.is_ready):
-            return self._publish(pending, progress)
-        # Training must not wait for the device, nor a window for the next gradient step.
-        if self._publisher is None:
-            self._publisher = threading.Thread(target=self._publish_arriving, name="ppo-monitor", daemon=True)
-            self._publisher.start()
-        self._arriving.put((pending, progress))
+        try:
+            pending = self._meter.start_collecting()
+            if self._publisher is None and (is_last or pending.is_ready):
+                return self._publish(pending, progress)
+            # Training must not wait for the device, nor a window for the next gradient step.
+            if self._publisher is None:
+                self._publisher = threading.Thread(target=self._publish_arriving, name="ppo-monitor", daemon=True)
+                self._publisher.start()
+            self._arriving.put((pending, progress))
+        except Exception as error:
+            self._failed(error)
 
     def _publish_arriving(self) -> None:
         while (window := self._arriving.get()) is not None:
