@@ -11,7 +11,6 @@ import struct
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,13 @@ _PARENT_SECONDS = 0.2  # between two looks whether the training process is there
 _LAST_WRITE_SECONDS = 0.5
 _MOST_DESCRIPTORS = 1024
 _MOST_BYTES = 1 << 30
+_leaving = threading.Lock()
 _log = logging.getLogger("exporter")
 
 
 def main() -> int:
     """Serve until the training process says goodbye or has gone. Returns the exit code."""
+    parent = os.getppid()
     parser = _parser()
     arguments = parser.parse_args()
     if sys.stdin is None or sys.stdin.isatty():
@@ -60,11 +61,14 @@ def main() -> int:
         os.nice(19)
     state = State(json.loads(arguments.labels))
     deliveries = Deliveries(state, scheme)
-    threading.Thread(target=_watch_parent, args=(deliveries,), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(parent, deliveries), daemon=True).start()
     threading.Thread(target=_take_frames, args=(state, deliveries, answers), daemon=True).start()
     state.has_come.wait()  # clients that come before wait in the backlog
-    serve(Application(state, web_config, arguments.max_requests, os.getppid()), listener, web_config)
-    return 0
+    try:
+        serve(Application(state, web_config, arguments.max_requests, parent), listener, web_config)
+    except BaseException:
+        _log.exception("the exporter process cannot serve")
+    os._exit(1)  # the threads would keep the interpreter from its own end
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,9 +119,8 @@ def _listen(address: str, port: int) -> socket.socket:
         raise OSError(f"cannot serve /metrics on {host_and_port(address, port)}: {reason}") from error
 
 
-def _watch_parent(deliveries: Deliveries) -> None:
+def _watch_parent(parent: int, deliveries: Deliveries) -> None:
     """Leave when the training process has gone, though a child that it forked still holds the pipe."""
-    parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
     _leave(deliveries)
@@ -125,22 +128,24 @@ def _watch_parent(deliveries: Deliveries) -> None:
 
 def _take_frames(state: State, deliveries: Deliveries, answers: int) -> None:
     """Do what frames ask for, one after the other, until the pipe ends."""
+    operations = {
+        "state": state.take,
+        "deliver": deliveries.add,
+        "end": deliveries.end,
+        "push": deliveries.push,
+        "close": lambda: None,
+    }
     pipe = sys.stdin.buffer
     while len(head := pipe.read(4)) == 4:
-        body = pipe.read(struct.unpack("!I", head)[0])
+        length = struct.unpack("!I", head)[0]
+        if len(body := pipe.read(length)) < length:
+            break
         try:
             frame = json.loads(body)
             if (version := frame.pop("version")) != PROTOCOL_VERSION:
                 raise ValueError(f"it has version {version!r}, and this program reads {PROTOCOL_VERSION}")
             operation = frame.pop("op")
-            operations = {
-                "state": partial(state.take, **frame),
-                "deliver": partial(deliveries.add, **frame),
-                "end": partial(deliveries.end, **frame),
-                "push": partial(deliveries.push, **frame),
-                "close": partial(deliveries.end_all, **frame),
-            }
-            operations[operation]()
+            operations[operation](**frame)
         except OSError as error:
             _answer(answers, error=str(error))
         except Exception as error:
@@ -155,6 +160,7 @@ def _take_frames(state: State, deliveries: Deliveries, answers: int) -> None:
 
 def _leave(deliveries: Deliveries) -> None:
     """The training process has gone without a goodbye: write its last state, if its folders answer."""
+    _leaving.acquire()  # who comes second would end the process while the first one writes
     writing = threading.Thread(target=deliveries.end_all, kwargs={"crashed": True}, daemon=True)
     writing.start()
     writing.join(_LAST_WRITE_SECONDS)

@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, GCCollector
 
@@ -31,11 +32,14 @@ DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 9842
 DEFAULT_MAX_REQUESTS = 40
 DEFAULT_TEXTFILE_INTERVAL = 15.0
+PUSH_JOB = "ppo_final"
+"""Not the job of running trainers: a Pushgateway keeps what it was given, and a finished run must not look stalled."""
 PROTOCOL_VERSION = 1
 _PERIOD_SECONDS = 0.1  # between two looks for a new snapshot, so that many updates a second cost no more than ten
+_MOST_OF_A_CORE = 0.05  # for snapshots of many runs, for which training has to wait
 _REGISTRY_SECONDS = 1.0  # between two readings of a registry of the user's, whose values have no snapshot
 _START_SECONDS = 60.0
-_RESTART_SECONDS = 5.0  # between two attempts
+_LONGEST_PAUSE_SECONDS = 60.0  # before the next attempt, when exporter processes end as soon as they have started
 _ANSWER_SECONDS = 5.0
 _PUSH_SECONDS = 15.0  # more than the push itself may take
 _CLOSE_SECONDS = 5.0
@@ -68,7 +72,8 @@ class MetricsServer:
         process_labels: added to every sample of a run, such as a rank.
         web_config_file: TLS, users, headers and a rate limit, in the format of Prometheus' exporter-toolkit.
         max_requests: scrapes at a time, above which they get 503; 0 for no limit.
-        registry: metrics of your own, served beside ours. It is read once a second in a thread of this process.
+        registry: metrics of your own, served beside ours. It is read once a second in a thread of this process,
+            and has to answer quickly: snapshots wait for it.
 
     Attributes:
         port, scheme, url: where it serves.
@@ -105,6 +110,8 @@ class MetricsServer:
         self._sent_at = 0.0
         self._closed = threading.Event()
         self._is_down = False
+        self._pause = 0.0
+        self._cost = 0.0
         # Their figures are of this process, and have to be read here.
         self._collectors = {"gc": GCCollector(CollectorRegistry())}
         if registry is not None:
@@ -171,7 +178,7 @@ class MetricsServer:
 
     def push(self, run: str, url: str) -> None:
         """Replace what the Pushgateway at `url` has of `run` by its last state. Failure is logged."""
-        self._tell({"op": "push", "run": run, "url": url}, 0 if self._is_silent else _PUSH_SECONDS)
+        self._tell({"op": "push", "run": run, "url": url}, _PUSH_SECONDS)
 
     def flush(self) -> None:
         """Wait until a scrape shows what the aggregator has now.
@@ -186,11 +193,13 @@ class MetricsServer:
         if self._pid != os.getpid() or self._closed.is_set():
             return
         _open.discard(self)
-        is_silent = self._is_silent
         try:
-            if self._process.poll() is None and not is_silent:
-                self._tell({"op": "close", "crashed": crashed}, _CLOSE_SECONDS)
+            for run in {frame["run"] for frame in self._deliveries}:
+                self.end(run, crashed=crashed)
+            if self._process.poll() is None and not self._is_silent:
+                self._tell({"op": "close"}, _ANSWER_SECONDS)
         finally:
+            is_silent = self._is_silent
             self._closed.set()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(0 if is_silent else _EXIT_SECONDS)
@@ -202,12 +211,12 @@ class MetricsServer:
     def __enter__(self) -> "MetricsServer":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        self.close(crashed=kind is not None and is_crash(kind))
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(crashed=is_crash(error))
 
     @property
     def _is_silent(self) -> bool:
-        """Whether the exporter process has been waited for in vain, or a second Ctrl-C ends its push: once is enough."""
+        """Whether it has been waited for in vain, or a second Ctrl-C ends its push: it is not waited for again."""
         return self._given_up is not None and not self._given_up.done()
 
     def _tell(self, frame: dict[str, Any], seconds: float) -> None:
@@ -228,6 +237,7 @@ class MetricsServer:
         if self._closed.is_set():
             raise OSError("the endpoint is closed")
         answer: Future[dict[str, Any]] = Future()
+        seconds = 0 if self._is_silent else seconds
         self._requests.put((frame, answer))
         try:
             message = answer.result(seconds).get("error")
@@ -249,8 +259,10 @@ class MetricsServer:
         command += ["--max-requests", str(self._max_requests), "--labels", json.dumps(self._process_labels)]
         if self.web_config_file is not None:
             command += ["--web.config.file", str(self.web_config_file)]
-        # What can be imported here can be imported there; -P keeps the working directory out.
-        path = os.pathsep.join(str(entry) or os.getcwd() for entry in sys.path)
+        # What can be imported here can be imported there, but nothing beside the user's script comes before a library.
+        script = getattr(sys.modules["__main__"], "__file__", None) or ""
+        last = (os.getcwd(), os.path.dirname(os.path.abspath(script)))
+        path = os.pathsep.join(sorted((str(entry) or last[0] for entry in sys.path), key=last.__contains__))
         process = subprocess.Popen(
             command,
             bufsize=0,
@@ -261,6 +273,7 @@ class MetricsServer:
             # kernel groups processes by session.
             process_group=0 if os.name == "posix" else None,
         )
+        self._started_at = time.monotonic()
         watchdog = threading.Timer(_START_SECONDS, process.kill)
         watchdog.start()
         try:
@@ -285,7 +298,7 @@ class MetricsServer:
         """Send what is asked for, and every new snapshot, until `close()`."""
         while not self._closed.is_set():
             try:
-                frame, answer = self._requests.get(timeout=_PERIOD_SECONDS)
+                frame, answer = self._requests.get(timeout=max(_PERIOD_SECONDS, self._cost / _MOST_OF_A_CORE))
             except queue.Empty:
                 frame = answer = None
             try:
@@ -319,8 +332,9 @@ class MetricsServer:
     def _restart(self) -> None:
         code = self._process.wait()
         _close_pipes(self._process)
-        if self._is_down:
-            self._closed.wait(_RESTART_SECONDS)
+        is_new = time.monotonic() < self._started_at + _LONGEST_PAUSE_SECONDS
+        self._pause = min(2 * self._pause + 0.5, _LONGEST_PAUSE_SECONDS) if is_new else 0.0
+        self._closed.wait(self._pause)
         try:
             process = self._start()
         except (OSError, ValueError) as error:
@@ -373,7 +387,9 @@ class MetricsServer:
         Raises:
             OSError: the exporter process has ended.
         """
+        started = time.thread_time()
         body = json.dumps({"version": PROTOCOL_VERSION, **frame}).encode()
+        self._cost = time.thread_time() - started
         unsent = memoryview(struct.pack("!I", len(body)) + body)
         while unsent:
             unsent = unsent[self._process.stdin.write(unsent) :]
@@ -387,14 +403,33 @@ def host_and_port(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def is_crash(kind: type[BaseException]) -> bool:
-    """Whether a run that this exception ends has crashed. Ctrl-C is a wish."""
-    return not issubclass(kind, KeyboardInterrupt)
+def is_crash(error: BaseException | None) -> bool:
+    """Whether a run that `error` ends has crashed: Ctrl-C is a wish, and so is an exit without an error code."""
+    if isinstance(error, SystemExit):
+        return bool(error.code)
+    return error is not None and not isinstance(error, KeyboardInterrupt)
 
 
 def script_has_crashed() -> bool:
     """At the exit of the interpreter: whether an exception ends it. In a notebook an old error is none."""
-    return not hasattr(sys, "ps1") and is_crash(getattr(sys, "last_type", None) or KeyboardInterrupt)
+    return not hasattr(sys, "ps1") and is_crash(getattr(sys, "last_value", None))
+
+
+def check_pushgateway_url(url: str) -> None:
+    """Check that a final state could be pushed there.
+
+    Raises:
+        ValueError: it is no URL of a Pushgateway.
+    """
+    try:
+        parts = urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable or parts.query or parts.fragment:
+        raise ValueError(f"must be the URL of a Pushgateway such as http://127.0.0.1:9091, got {url!r}")
+    if parts.username is not None:
+        raise ValueError("a URL with a user is not supported; put a proxy that adds it before the Pushgateway")
 
 
 def _reachable(address: str) -> str:

@@ -24,9 +24,16 @@ from exporter.aggregator import RunAggregator
 from exporter.endpoint import SharedEndpoint
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import Head, HeadGradientMeter, PendingGradientSteps
-from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT, MetricsServer, Registry, is_crash, script_has_crashed
+from exporter.link import (
+    DEFAULT_ADDRESS,
+    DEFAULT_PORT,
+    MetricsServer,
+    Registry,
+    check_pushgateway_url,
+    is_crash,
+    script_has_crashed,
+)
 from exporter.metrics import RANK_LABEL
-from exporter.serving.deliveries import check_pushgateway_url
 from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update, summarize_gradient_steps
 
 DEFAULT_WINDOW_STEPS = 64
@@ -227,9 +234,8 @@ class GradientMonitor:
     def __enter__(self) -> "GradientMonitor":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
-        is_exit = kind is not None and issubclass(kind, SystemExit) and not exc_info[0].code
-        self._leave(crashed=kind is not None and is_crash(kind) and not is_exit)
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._leave(crashed=is_crash(error))
 
     def serve(
         self,

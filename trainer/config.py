@@ -12,8 +12,14 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from exporter.link import DEFAULT_ADDRESS, DEFAULT_MAX_REQUESTS, DEFAULT_PORT, DEFAULT_TEXTFILE_INTERVAL
-from exporter.serving.deliveries import PUSH_JOB, check_pushgateway_url
+from exporter.link import (
+    DEFAULT_ADDRESS,
+    DEFAULT_MAX_REQUESTS,
+    DEFAULT_PORT,
+    DEFAULT_TEXTFILE_INTERVAL,
+    PUSH_JOB,
+    check_pushgateway_url,
+)
 from trainer.drill import KINDS, Drill
 from trainer.environments import DEFAULT_ENVIRONMENT, VECTORIZATIONS
 

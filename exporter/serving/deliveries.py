@@ -11,19 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from prometheus_client import push_to_gateway, write_to_textfile
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from exporter.link import PUSH_JOB
 from exporter.metrics import METRIC_FAMILIES, RUN_LABEL
 from exporter.serving.state import State
 
-PUSH_JOB = "ppo_final"
-"""Not the job of running trainers: a Pushgateway keeps what it was given, and a finished run must not look stalled."""
 PUSH_SECONDS = 10.0
 END_SECONDS = 3.0
 """So long the end of a run waits for the folder of a file."""
@@ -113,23 +111,6 @@ class Deliveries:
             raise OSError(f"cannot push the final state to {url}: {reason[0]}")
 
 
-def check_pushgateway_url(url: str) -> None:
-    """Check that a final state could be pushed there.
-
-    Raises:
-        ValueError: it is no URL of a Pushgateway.
-    """
-    try:
-        parts = urlsplit(url)
-        is_usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        is_usable = False
-    if not is_usable or parts.query or parts.fragment:
-        raise ValueError(f"must be the URL of a Pushgateway such as http://127.0.0.1:9091, got {url!r}")
-    if parts.username is not None:
-        raise ValueError("a URL with a user is not supported; put a proxy that adds it before the Pushgateway")
-
-
 class _RunFile:
     """A file that one process at a time holds, and writes again every `interval` seconds in a thread until `end()`.
 
@@ -190,9 +171,10 @@ class _RunFile:
     def _remove(self) -> None:
         try:
             self.path.unlink(missing_ok=True)
-            _lock_of(self.path).unlink(missing_ok=True)
         except OSError as error:
             _log.warning("%s still names run %s, which will look down: %s", self.path, self._run, error.strerror)
+        with contextlib.suppress(OSError):
+            _lock_of(self.path).unlink()
 
 
 def _target_file(folder: Path, name: str, run: str, target: str, scheme: str) -> _RunFile:

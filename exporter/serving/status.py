@@ -47,7 +47,7 @@ class StatusPage:
     def answer(self) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body, as the runs are now."""
         runs = list(self._state.snapshot.runs.values())
-        states = {run.run: _State.of(run, time.time()) for run in runs}
+        states = {run.run: _Headline.of(run, time.time()) for run in runs}
         worst = max(runs, key=lambda run: states[run.run].urgency, default=None)
         counts = Counter((state.word, state.color) for state in states.values())
         body = self._template.render(
@@ -109,7 +109,7 @@ _DIM = "dim"
 
 
 @dataclass(frozen=True)
-class _State:
+class _Headline:
     """What is to be said first of a run.
 
     Attributes:
@@ -124,7 +124,7 @@ class _State:
     urgency: tuple[int, float]
 
     @classmethod
-    def of(cls, run: RunSnapshot, now: float) -> "_State":
+    def of(cls, run: RunSnapshot, now: float) -> "_Headline":
         quality = run.gradient_quality
         if run.last_update_timestamp_seconds is None:
             text = "No update since the resume" if run.resumes else "No update yet"

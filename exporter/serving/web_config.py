@@ -27,6 +27,7 @@ _CLIENT_AUTH = {
     "VerifyClientCertIfGiven": ssl.CERT_OPTIONAL,
     "RequireAndVerifyClientCert": ssl.CERT_REQUIRED,
 }
+_RELOADED = ("cert_file", "key_file", "client_allowed_sans")
 _FILES = ("cert_file", "key_file", "client_ca_file")
 _TLS = (*_FILES, "client_auth_type", "client_allowed_sans", "min_version", "max_version")
 _HEADERS = ("Content-Security-Policy", "X-Frame-Options", "X-Content-Type-Options", "X-XSS-Protection")
@@ -65,7 +66,7 @@ class WebConfig:
     @property
     def fixed(self) -> Any:
         """What cannot change while the endpoint serves."""
-        tls = {name: value for name, value in (self.tls or {}).items() if name in (*_TLS[2:4], *_TLS[5:])}
+        tls = {name: value for name, value in (self.tls or {}).items() if name not in _RELOADED}
         return self.tls is None, tls, self.files.get(tls.get("client_ca_file")), self.http2, bool(self.users)
 
 
