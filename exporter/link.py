@@ -168,6 +168,8 @@ class MetricsServer:
 
     def end(self, run: str, *, crashed: bool = False) -> None:
         """The run has ended: remove its files. With `crashed` they stay, with its last state. Failure is logged."""
+        if not any(frame["run"] == run for frame in self._deliveries):
+            return
         try:
             self._ask({"op": "end", "run": run, "crashed": crashed}, _ANSWER_SECONDS)
         except OSError as error:

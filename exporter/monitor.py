@@ -212,12 +212,16 @@ class GradientMonitor:
         # What is interrupted is not done again by another call, and does not keep the rest from being done.
         with ExitStack() as last_first:
             last_first.callback(self._unregister, crashed)
+            servers = [endpoint.server for endpoint in self._endpoints]
             while self._endpoints:
                 last_first.callback(self._endpoints.pop().leave, self.run, crashed)
             while self._pushgateways:
                 server, url = self._pushgateways.pop()
                 if not crashed:
                     last_first.callback(server.push, self.run, url)
+            # Before a push, on which a second Ctrl-C may be waiting.
+            for server in servers:
+                last_first.callback(server.end, self.run, crashed=crashed)
             self.detach()
 
     def _unregister(self, crashed: bool) -> None:

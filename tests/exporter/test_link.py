@@ -9,16 +9,18 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import fetch, wait_until
 from endpoint import UPDATE, trained_aggregator
 from runs import exporter_process, names
 
-from exporter import MetricsServer, emit_ppo_update
+from exporter import GradientMonitor, MetricsServer, RunAggregator, emit_ppo_update
 from exporter.health import STALLED_SECONDS
 from exporter.link import PROTOCOL_VERSION, WebConfigError
 from stack.servers import ROOT
@@ -192,6 +194,26 @@ def test_the_exporter_process_of_a_killed_trainer_leaves_at_once_and_its_target_
         assert names(tmp_path) == {"ppo-r.json"}
         if worker:
             os.kill(worker, signal.SIGKILL)  # it was there all the time
+
+
+def test_a_second_ctrl_c_ends_the_push_of_a_monitor_and_leaves_no_file(tmp_path):
+    heads = {name: torch.nn.Linear(2, 1) for name in ("left", "right")}
+    optimizer = torch.optim.SGD([parameter for head in heads.values() for parameter in head.parameters()])
+    held = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        pushgateway = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monitor = GradientMonitor(heads, run="r", aggregator=RunAggregator()).attach(optimizer)
+        monitor.serve(port=0, targets_dir=tmp_path, pushgateway=pushgateway)
+
+        def interrupt() -> None:
+            held.append(silent.accept())
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            monitor.close()
+        assert time.monotonic() - began < 5 and names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("then", [WAIT, HANG], ids=["stopped", "hangs in C"])
