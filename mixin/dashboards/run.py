@@ -250,8 +250,8 @@ def _steps(board: Board) -> None:
     board.row(20, "Every gradient step")
     heatmap = heatmap_panel(
         "CV per gradient step",
-        "How many gradient steps had a CV in each bucket; the topmost one holds everything beyond. Non-finite steps are "
-        "in none. Good: a dark band at the bottom. Bad: a second band high above it, which means spikes.",
+        "How many gradient steps had a CV in each bucket; the topmost one holds everything beyond. Non-finite steps "
+        "are in none. Good: a dark band at the bottom. Bad: a second band high above it, which means spikes.",
         "short",
         0,
         axis_decimals=3,
