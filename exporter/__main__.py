@@ -22,6 +22,7 @@ from exporter.link import (
     WebConfigError,
     host_and_port,
 )
+from exporter.serving.access import Access
 from exporter.serving.application import Application
 from exporter.serving.deliveries import Deliveries
 from exporter.serving.server import serve
@@ -57,6 +58,7 @@ def main() -> int:
         return 1
     scheme = "https" if web_config is not None and web_config.context is not None else "http"
     _answer(answers, port=listener.getsockname()[1], scheme=scheme)
+    access = Access(web_config)
     if hasattr(os, "nice"):
         os.nice(19)
     state = State(json.loads(arguments.labels))
@@ -65,7 +67,7 @@ def main() -> int:
     threading.Thread(target=_take_frames, args=(state, deliveries, answers), daemon=True).start()
     state.has_come.wait()  # clients that come before wait in the backlog
     try:
-        serve(Application(state, web_config, arguments.max_requests, parent), listener, web_config)
+        serve(Application(state, access, arguments.max_requests, parent), listener, web_config)
     except BaseException:
         _log.exception("the exporter process cannot serve")
     os._exit(1)  # the threads would keep the interpreter from its own end
@@ -135,27 +137,29 @@ def _take_frames(state: State, deliveries: Deliveries, answers: int) -> None:
         "push": deliveries.push,
         "close": lambda: None,
     }
-    pipe = sys.stdin.buffer
-    while len(head := pipe.read(4)) == 4:
-        length = struct.unpack("!I", head)[0]
-        if len(body := pipe.read(length)) < length:
-            break
-        try:
-            frame = json.loads(body)
-            if (version := frame.pop("version")) != PROTOCOL_VERSION:
-                raise ValueError(f"it has version {version!r}, and this program reads {PROTOCOL_VERSION}")
-            operation = frame.pop("op")
-            operations[operation](**frame)
-        except OSError as error:
-            _answer(answers, error=str(error))
-        except Exception as error:
-            _log.exception("a frame of the training process cannot be read, and is skipped")
-            _answer(answers, error=f"the exporter process cannot do that: {error!r}")
-        else:
-            _answer(answers)
-            if operation == "close":
-                os._exit(0)
-    _leave(deliveries)
+    try:
+        pipe = sys.stdin.buffer
+        while len(head := pipe.read(4)) == 4:
+            length = struct.unpack("!I", head)[0]
+            if len(body := pipe.read(length)) < length:
+                break
+            try:
+                frame = json.loads(body)
+                if (version := frame.pop("version")) != PROTOCOL_VERSION:
+                    raise ValueError(f"it has version {version!r}, and this program reads {PROTOCOL_VERSION}")
+                operation = frame.pop("op")
+                operations[operation](**frame)
+            except OSError as error:
+                _answer(answers, error=str(error))
+            except Exception as error:
+                _log.exception("a frame of the training process cannot be read, and is skipped")
+                _answer(answers, error=f"the exporter process cannot do that: {error!r}")
+            else:
+                _answer(answers)
+                if operation == "close":
+                    os._exit(0)
+    finally:
+        _leave(deliveries)
 
 
 def _leave(deliveries: Deliveries) -> None:

@@ -9,6 +9,8 @@ import contextlib
 import errno
 import json
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import queue
 import struct
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
@@ -123,6 +125,9 @@ class MetricsServer:
         self._thread = threading.Thread(target=self._hand_over, name="ppo-exporter-link", daemon=True)
         self._thread.start()
         _open.add(self)
+        if multiprocessing.parent_process() is not None:
+            # A worker ends without exit handlers where it was forked, and they see no exception where it was spawned.
+            multiprocessing.util.Finalize(None, _say_goodbye, exitpriority=100)
         try:
             self.flush()
         except BaseException:
@@ -279,7 +284,14 @@ class MetricsServer:
         watchdog = threading.Timer(_START_SECONDS, process.kill)
         watchdog.start()
         try:
-            answer = json.loads(process.stdout.readline() or "null")
+            line = process.stdout.readline()
+            answer = json.loads(line or "null")
+        except ValueError:
+            process.kill()
+            answer = {
+                "error": f"the exporter process has not started: {line.decode(errors='replace').strip()}",
+                "kind": "",
+            }
         except BaseException:
             process.kill()
             raise
@@ -412,9 +424,9 @@ def is_crash(error: BaseException | None) -> bool:
     return error is not None and not isinstance(error, KeyboardInterrupt)
 
 
-def script_has_crashed() -> bool:
-    """At the exit of the interpreter: whether an exception ends it. In a notebook an old error is none."""
-    return not hasattr(sys, "ps1") and is_crash(getattr(sys, "last_value", None))
+def at_goodbye(farewell: Callable[[bool], None]) -> None:
+    """Call `farewell` at the end of the process, the last one first, with whether an exception ends it."""
+    _farewells.append(farewell)
 
 
 def check_pushgateway_url(url: str) -> None:
@@ -450,12 +462,18 @@ def _close_pipes(process: subprocess.Popen) -> None:
     process.stdout.close()
 
 
-_open: set[MetricsServer] = set()
+def _close_all(crashed: bool) -> None:
+    for server in list(_open):
+        server.close(crashed=crashed)
 
 
 def _say_goodbye() -> None:
-    for server in list(_open):
-        server.close(crashed=script_has_crashed())
+    # In a notebook an old error is none.
+    error = sys.exception() or (None if hasattr(sys, "ps1") else getattr(sys, "last_value", None))
+    for farewell in reversed(_farewells):
+        farewell(is_crash(error))
 
 
+_open: set[MetricsServer] = set()
+_farewells: list[Callable[[bool], None]] = [_close_all]
 atexit.register(_say_goodbye)

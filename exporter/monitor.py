@@ -1,6 +1,5 @@
 """`GradientMonitor`: the metric for a trainer that somebody has already, by an optimizer hook."""
 
-import atexit
 import difflib
 import gc
 import logging
@@ -29,9 +28,9 @@ from exporter.link import (
     DEFAULT_PORT,
     MetricsServer,
     Registry,
+    at_goodbye,
     check_pushgateway_url,
     is_crash,
-    script_has_crashed,
 )
 from exporter.metrics import RANK_LABEL
 from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update, summarize_gradient_steps
@@ -449,11 +448,11 @@ def _begin_anew() -> None:
     _process_aggregator, _attached = RunAggregator(), {}
 
 
-def _say_goodbye() -> None:
+def _close_all(crashed: bool) -> None:
     for monitor in list(_attached.values()):
-        monitor._leave(crashed=script_has_crashed())
+        monitor._leave(crashed)
 
 
-atexit.register(_say_goodbye)
+at_goodbye(_close_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_anew)

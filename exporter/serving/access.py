@@ -1,34 +1,41 @@
 """Who may read the endpoint, and how often."""
 
 import asyncio
+import contextlib
 import hashlib
 import math
+import os
 import secrets
 import time
 from base64 import b64decode
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import bcrypt
 
 from exporter.serving.web_config import WebConfig, WebConfigFile
 
 _REMEMBERED_CHECKS = 1024
+_NICENESS = 10
 _BCRYPT_BYTES = 72  # bcrypt knows no more of a password
 
 
 class Access:
     """Applies a web configuration file, in its newest version, to requests. Without a file all are let in.
 
-    Passwords are compared one at a time, beside the event loop. Results are remembered under a keyed hash, so that
-    memory holds no password for long, and a changed bcrypt hash is a new question.
+    Passwords are compared one at a time, in a thread of `_NICENESS`: the lowest priority would take longer than a scrape
+    may where training uses every core. Results are remembered under a keyed hash, so that memory holds no password for
+    long, and a changed bcrypt hash is a new question.
     """
 
     def __init__(self, file: WebConfigFile | None) -> None:
         self._file = file
         self._key = secrets.token_bytes(32)
         self._known: OrderedDict[bytes, bool] = OrderedDict()
-        self._lock = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "passwords", getattr(os, "nice", lambda niceness: None), (_NICENESS,))
+        if file is not None:
+            self._thread.submit(lambda: None)  # it begins now, before the process takes the lowest priority for good
         self._tokens, self._filled_at = math.inf, 0.0
 
     @property
@@ -51,6 +58,8 @@ class Access:
         return tokens >= 1
 
     async def _is_known(self, users: Mapping[str, str], authorization: str) -> bool:
+        if not authorization:
+            return False
         scheme, _, encoded = authorization.partition(" ")
         try:
             name, colon, password = b64decode(encoded.strip(), validate=True).partition(b":")
@@ -58,15 +67,21 @@ class Access:
             return False
         user = name.decode(errors="replace")
         # An unknown user costs a comparison too, so that time does not tell who is known.
-        hashed = users.get(user) or next(iter(users.values()))
-        parts = (name, password, hashed.encode())
-        digest = hashlib.blake2b(b"".join(len(part).to_bytes(4) + part for part in parts), key=self._key).digest()
+        hashed = (users.get(user) or next(iter(users.values()))).encode()
+        digest = hashlib.blake2b(
+            b"".join(len(p).to_bytes(4) + p for p in (name, password, hashed)), key=self._key
+        ).digest()
+
+        def compare() -> bool:
+            # Kept also when the client does not wait for it: the next scrape will ask again.
+            self._known[digest] = bcrypt.checkpw(password[:_BCRYPT_BYTES], hashed)
+            return self._known[digest]
+
         is_right = self._known.get(digest)
         if is_right is None:
-            async with self._lock:
-                is_right = await asyncio.to_thread(bcrypt.checkpw, password[:_BCRYPT_BYTES], hashed.encode())
-            if len(self._known) >= _REMEMBERED_CHECKS:
-                self._known.popitem(last=False)
-            self._known[digest] = is_right
-        self._known.move_to_end(digest)
+            is_right = await asyncio.get_running_loop().run_in_executor(self._thread, compare)
+        with contextlib.suppress(KeyError):
+            self._known.move_to_end(digest)
+        while len(self._known) > _REMEMBERED_CHECKS:
+            self._known.popitem(last=False)
         return is_right and user in users and bool(colon) and scheme.lower() == "basic"

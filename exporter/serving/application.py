@@ -17,7 +17,6 @@ from exporter.metrics import RUN_LABEL, GuardedCollectors, build_collectors
 from exporter.serving.access import Access
 from exporter.serving.state import Relay, State
 from exporter.serving.status import StatusPage
-from exporter.serving.web_config import WebConfigFile
 
 CLIENT_SECONDS = 8
 """A connection has this long for its TLS handshake, for a whole request, and to take what it was sent."""
@@ -32,14 +31,14 @@ class Application:
 
     Args:
         state: what the training process said last.
-        web_config: who may ask; None lets everybody in.
+        access: who may ask.
         max_requests: scrapes that are not answered whole yet, above which further ones get 503; 0 for no limit.
         pid: of the training process, whose process metrics are served.
     """
 
-    def __init__(self, state: State, web_config: WebConfigFile | None, max_requests: int, pid: int) -> None:
+    def __init__(self, state: State, access: Access, max_requests: int, pid: int) -> None:
         self._state = state
-        self._access = Access(web_config)
+        self._access = access
         self._max_requests = max_requests
         self._scrapes = 0
         collectors = build_collectors(state, state.process_labels, pid=lambda: pid)

@@ -326,3 +326,39 @@ def test_what_ends_a_run_decides_whether_its_files_stay(tmp_path, error, is_cras
         server.deliver("r", targets_dir=tmp_path)
         raise error
     assert names(tmp_path) == ({"ppo-r.json"} if is_crash else set())
+
+
+WORKERS = """
+import multiprocessing, sys
+from endpoint import trained_aggregator
+from exporter import MetricsServer
+
+def work(folder, name, then):
+    server = MetricsServer(trained_aggregator(), port=0)
+    server.deliver("r", targets_dir=f"{folder}/{name}")
+    exec(then)
+
+if __name__ == "__main__":
+    for method in ("fork", "spawn"):
+        for name, then in {"end": "", "error": "1 / 0", "exit": "sys.exit(1)"}.items():
+            worker = multiprocessing.get_context(method).Process(target=work, args=(sys.argv[1], f"{method}-{name}", then))
+            worker.start()
+            worker.join()
+"""
+
+
+def test_workers_of_multiprocessing_say_goodbye_too(tmp_path):
+    (tmp_path / "train.py").write_text(WORKERS)
+    path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
+    command = [sys.executable, tmp_path / "train.py", tmp_path]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, check=True)
+    left = {path.parent.name for path in tmp_path.glob("*/ppo-r.json")}
+    assert left == {"fork-error", "fork-exit", "spawn-error", "spawn-exit"}
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 6
+
+
+def test_a_frame_that_no_memory_holds_ends_the_process():
+    done = subprocess.run(
+        [sys.executable, "-m", "exporter", "--port", "0"], cwd=ROOT, input=b"hello", capture_output=True, timeout=30
+    )
+    assert done.returncode == 0
