@@ -1,27 +1,25 @@
 """What the exporter process stands, and what it costs the training.
 
-`servers` holds connections open, opens them again as soon as the server closes them, and scrapes once a second
-meanwhile. Where uvicorn is installed it then does the same to it, with the same application and as nice as the exporter
-process. The server has one core, its clients another.
+`servers` scrapes once a second while clients hold connections, which they open again as soon as the server closes them,
+and while another process fills the server's core, as training may. Where uvicorn is installed it then does the same to
+it, with the same application and as nice as the exporter process. The server has one core, its clients another.
 
-`training` times the same updates of the real trainer again and again: without the endpoint, with it, with a scrape a
-second, and flooded by clients that never pause. Trainer and exporter process share one core, the clients have another.
-Each block stands between two without the endpoint; the table gives medians of the ratio of its speed to theirs, and of
-the part that the exporter process had of the CPU time of both, which other programs disturb less. The first row, of one
-block without the endpoint to the one before, shows how much of the rest is noise.
+`training` trains by the real trainer on the exporter process' own core, while clients have another. It stops exporter
+process and clients (SIGSTOP) for every other block of updates, and takes the ratio of each block's speed to that of the
+two beside it: a short time apart, for the speed of a shared machine changes. In the first line of the table they are
+stopped all the time, which shows how much is noise. The exporter process' part of the CPU time of both is hardly noisy.
 
     .venv/bin/python -m benchmarks.endpoint --help
 """
 
 import argparse
-import copy
 import http.client
 import importlib.util
 import itertools
 import math
 import multiprocessing
 import os
-import random
+import signal
 import socket
 import ssl
 import statistics
@@ -38,13 +36,15 @@ from typing import Any
 from benchmarks.machine import machine
 from exporter import MetricsServer, RunAggregator, emit_ppo_update
 from exporter.link import DEFAULT_MAX_REQUESTS
+from exporter.serving.access import Access
 from exporter.serving.application import CLIENT_SECONDS, Application
 from exporter.serving.state import State
 from exporter.telemetry import GradientStep, summarize_gradient_steps
 
 SLOW_READERS = 20
 FLOODING_CLIENTS = 8
-WARM_UP = 4  # updates before those that are timed, in which clients start
+WARM_UP = 2  # updates before those that are timed, in which clients start
+BRIEF = 20  # seconds of scrapes beside slow readers, and on a core that is not free
 ENOUGH = 1.0  # seconds that a scrape may take
 GIVE_UP = 10.0  # seconds after which Prometheus gives up
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -59,11 +59,11 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     uvicorn = "Where `pip install --target FOLDER uvicorn==0.54.0` and PYTHONPATH=FOLDER have brought it, uvicorn too."
     servers = commands.add_parser("servers", help="what servers stand", description=uvicorn, **defaults)
-    servers.add_argument("--seconds", type=int, default=60, help="of scrapes, half as long beside slow readers")
+    servers.add_argument("--seconds", type=int, default=60, help=f"of scrapes beside {HELD} connections")
     servers.set_defaults(run=compare_servers)
     training = commands.add_parser("training", help="what the endpoint costs the training", **defaults)
-    training.add_argument("--rounds", type=int, default=8, help="rounds, each with one block of every way")
-    training.add_argument("--updates", type=int, default=10, help="updates of a block")
+    training.add_argument("--rounds", type=int, default=80, help="blocks with the endpoint in each line of the table")
+    training.add_argument("--updates", type=int, default=1, help="updates of a block")
     training.set_defaults(run=measure_training)
     options = parser.parse_args()
     core, clients_core, *_ = sorted(os.sched_getaffinity(0))  # two cores under Linux are needed
@@ -84,18 +84,21 @@ def compare_servers(options: argparse.Namespace, core: int, clients_core: int) -
             with servers[name](core, tls) as (port, pid):
                 os.sched_setaffinity(0, {clients_core})
                 list(scrapes(port, 50, 0.1, tls))  # until it is up and warm
-                held = list(STARTS) if tls else list(STARTS)[:-1]
-                for number, kinds, seconds in (
-                    (HELD, held, options.seconds),
-                    (SLOW_READERS, ["slow readers"], options.seconds // 2),
+                longest = multiprocessing.RawValue("d")
+                kinds = list(STARTS) if tls else list(STARTS)[:-1]
+                held, readers = (kinds * HELD)[:HELD], ["slow reader"] * SLOW_READERS
+                for what, seconds, where, beside, *arguments in (
+                    ("none, but another process fills the core", BRIEF, core, fill_core),
+                    (f"{HELD}: {', '.join(kinds)}", options.seconds, clients_core, hold, port, held, tls, longest),
+                    (f"{SLOW_READERS} slow readers", BRIEF, clients_core, hold, port, readers, tls, longest),
                 ):
-                    longest, before, took, memory = multiprocessing.RawValue("d"), resident_mib(pid), [], []
-                    with process(clients_core, hold, port, (kinds * number)[:number], tls, longest):
+                    longest.value, before, took, memory = 0.0, resident_mib(pid), [], []
+                    with process(where, beside, *arguments):
                         for each in scrapes(port, seconds, 1.0, tls):
                             took.append(each)
                             memory.append(resident_mib(pid) - before)
                     print(
-                        f"| {name} | {'HTTPS' if tls else 'HTTP'} | {number}: {', '.join(kinds)} "
+                        f"| {name} | {'HTTPS' if tls else 'HTTP'} | {what} "
                         f"| {sum(each <= ENOUGH for each in took)} of {len(took)} | {max(took) * 1e3:.0f} "
                         f"| {longest.value:.1f} | {max(memory):+.1f} |",
                         flush=True,
@@ -107,52 +110,42 @@ def measure_training(options: argparse.Namespace, core: int, clients_core: int) 
     from trainer.config import TrainerConfig
     from trainer.training import Training
 
-    def block(way: tuple[int, float] | None = None) -> tuple[float, float, list[float]]:
-        """Seconds that the updates of a new run took, the part of the exporter process, and seconds of every scrape."""
-        training = Training(TrainerConfig(total_timesteps=2**40, run="r", anneal_learning_rate=False))
-        answers, took = multiprocessing.get_context("spawn").Queue(), []
-        exporter = os.getpid()
-        with ExitStack() as stack:
-            if way is not None:
-                server = stack.enter_context(MetricsServer(training.aggregator, port=0))
-                exporter = exporter_pid()
-                stack.enter_context(process(clients_core, scrape_on, server.port, *way, answers))
+    training = Training(TrainerConfig(total_timesteps=2**40, run="r", anneal_learning_rate=False))
+    print(
+        "| endpoint | speed, median of ratios | middle half | CPU time of the exporter process | scrapes |\n"
+        "|---|---|---|---|---|"
+    )
+    for name, clients, interval in (
+        ("stopped as beside it", 0, 0.0),
+        ("on, not scraped", 0, 0.0),
+        ("scraped once a second", 1, 2.0),  # of which one is stopped
+        (f"flooded by {FLOODING_CLIENTS} clients", FLOODING_CLIENTS, 0.0),
+    ):
+        answers = multiprocessing.get_context("spawn").Queue()
+        with (
+            MetricsServer(training.aggregator, port=0) as server,
+            process(clients_core, scrape_on, server.port, clients, interval, answers) as client,
+        ):
+            exporter, seconds, own, others = exporter_pid(), [], 0.0, 0.0
             for _ in range(WARM_UP):
                 training.update(lambda: False)
-            begin, own, others = time.monotonic(), time.process_time(), cpu_seconds(exporter)
-            for _ in range(options.updates):
-                training.update(lambda: False)
-            seconds, own, others = time.monotonic() - begin, time.process_time() - own, cpu_seconds(exporter) - others
-            while not answers.empty():
-                took.append(answers.get())
-        return seconds, others / (own + others), took
-
-    flood = f"flooded by {FLOODING_CLIENTS} clients"
-    ways = {"endpoint on, not scraped": (0, 0.0), "scraped once a second": (1, 1.0), flood: (FLOODING_CLIENTS, 0.0)}
-    noise = "no endpoint, to the block before"
-    ratios: dict[str, list[float]] = {name: [] for name in (noise, *ways)}
-    parts, answered = copy.deepcopy(ratios), copy.deepcopy(ratios)
-    alone = [block()[0]]
-    for number in range(options.rounds):
-        for name in random.Random(number).sample(list(ways), len(ways)):
-            seconds, part, took = block(ways[name])
-            alone.append(block()[0])
-            ratios[name].append(statistics.mean(alone[-2:]) / seconds)
-            ratios[noise].append(alone[-2] / alone[-1])
-            parts[name].append(part)
-            answered[name] += took
-        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-    print(
-        f"{options.updates} updates take {statistics.median(alone):.1f} s without the endpoint.\n\n"
-        "| way | speed | all ratios of speed | exporter's CPU time | scrapes | median, ms | slowest, ms |\n"
-        "|---|---|---|---|---|---|---|"
-    )
-    for name, took in answered.items():
-        each = sorted(ratios[name])
-        cells = [name, f"{statistics.median(each):.3f}", " ".join(f"{ratio:.3f}" for ratio in each)]
-        cells += [f"{statistics.median(parts[name]):.1%}" if parts[name] else "", str(len(took) or "")]
-        cells += [f"{of(took) * 1e3:.0f}" if took else "" for of in (statistics.median, max)]
-        print(f"| {' | '.join(cells)} |")
+            for number in range(2 * options.rounds + 1):
+                is_on = number % 2 and "stopped" not in name
+                for pid in (exporter, client):
+                    os.kill(pid, signal.SIGCONT if is_on else signal.SIGSTOP)
+                begin, before, others_before = time.monotonic(), time.process_time(), cpu_seconds(exporter)
+                for _ in range(options.updates):
+                    training.update(lambda: False)
+                seconds.append(time.monotonic() - begin)
+                if number % 2:
+                    own, others = own + time.process_time() - before, others + cpu_seconds(exporter) - others_before
+            for pid in (exporter, client):
+                os.kill(pid, signal.SIGCONT)
+            scraped = answers.qsize()
+        ratios = [(seconds[at - 1] + seconds[at + 1]) / 2 / seconds[at] for at in range(1, len(seconds), 2)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        part = others / (own + others)
+        print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {part:.2%} | {scraped} |", flush=True)
 
 
 @contextmanager
@@ -183,7 +176,7 @@ def run_uvicorn(port: int, certificate: Path | None, snapshot: Any) -> None:
     options: dict[str, Any] = {"log_level": "critical", "lifespan": "off", "timeout_keep_alive": CLIENT_SECONDS}
     if certificate is not None:
         options |= {"ssl_certfile": certificate, "ssl_keyfile": certificate.with_suffix(".key")}
-    uvicorn.run(Application(state, None, DEFAULT_MAX_REQUESTS, os.getppid()), port=port, **options)
+    uvicorn.run(Application(state, Access(None), DEFAULT_MAX_REQUESTS, os.getppid()), port=port, **options)
 
 
 def hold(port: int, kinds: list[str], certificate: Path | None, longest: Any) -> None:
@@ -191,7 +184,7 @@ def hold(port: int, kinds: list[str], certificate: Path | None, longest: Any) ->
 
     def hold_one(kind: str) -> None:
         with socket.socket() as connection:
-            if kind == "slow readers":
+            if kind == "slow reader":
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.settimeout(GIVE_UP)
             connection.connect(("127.0.0.1", port))
@@ -202,7 +195,7 @@ def hold(port: int, kinds: list[str], certificate: Path | None, longest: Any) ->
             connection.sendall(STARTS.get(kind, b""))
             while is_open:
                 try:
-                    if kind == "slow readers":
+                    if kind == "slow reader":
                         connection.sendall(REQUEST * 100)
                     else:
                         is_open = bool(connection.recv(1024))
@@ -213,6 +206,11 @@ def hold(port: int, kinds: list[str], certificate: Path | None, longest: Any) ->
                     longest.value = max(longest.value, time.monotonic() - opened)
 
     in_threads(hold_one, kinds)
+
+
+def fill_core() -> None:
+    while True:
+        pass
 
 
 def scrape_on(port: int, clients: int, interval: float, answers: multiprocessing.Queue) -> None:
