@@ -154,7 +154,7 @@ class _RunFile:
             self._write_again()
         if self._is_removed:
             self._remove()
-        else:
+        elif self.path.suffix == ".prom":  # a target file says the same as before, and its folder may be going
             self._write_again()
         os.close(self._lock)
 
