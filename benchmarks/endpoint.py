@@ -4,10 +4,10 @@
 and while another process fills the server's core, as training may. Where uvicorn is installed it then does the same to
 it, with the same application and as nice as the exporter process. The server has one core, its clients another.
 
-`training` trains by the real trainer on the exporter process' own core, while clients have another. It stops exporter
-process and clients (SIGSTOP) for every other block of updates, and takes the ratio of each block's speed to that of the
-two beside it: a short time apart, for the speed of a shared machine changes. In the first line of the table they are
-stopped all the time, which shows how much is noise. The exporter process' part of the CPU time of both is hardly noisy.
+`training` trains by the real trainer on the exporter process' own core, while clients have another. It stops the
+exporter process (SIGSTOP), for which its clients wait, for every other block of updates, and takes the ratio of each
+block's speed to that of the two beside it: a short time apart, for the speed of a shared machine changes. In the first
+line of the table it is stopped all the time, which shows how much is noise. Its part of the CPU time is hardly noisy.
 
     .venv/bin/python -m benchmarks.endpoint --help
 """
@@ -118,29 +118,27 @@ def measure_training(options: argparse.Namespace, core: int, clients_core: int) 
     for name, clients, interval in (
         ("stopped as beside it", 0, 0.0),
         ("on, not scraped", 0, 0.0),
-        ("scraped once a second", 1, 2.0),  # of which one is stopped
+        ("scraped once a second", 1, 2.0),  # in one of which it is stopped
         (f"flooded by {FLOODING_CLIENTS} clients", FLOODING_CLIENTS, 0.0),
     ):
         answers = multiprocessing.get_context("spawn").Queue()
         with (
             MetricsServer(training.aggregator, port=0) as server,
-            process(clients_core, scrape_on, server.port, clients, interval, answers) as client,
+            process(clients_core, scrape_on, server.port, clients, interval, answers),
         ):
             exporter, seconds, own, others = exporter_pid(), [], 0.0, 0.0
             for _ in range(WARM_UP):
                 training.update(lambda: False)
             for number in range(2 * options.rounds + 1):
                 is_on = number % 2 and "stopped" not in name
-                for pid in (exporter, client):
-                    os.kill(pid, signal.SIGCONT if is_on else signal.SIGSTOP)
+                os.kill(exporter, signal.SIGCONT if is_on else signal.SIGSTOP)
                 begin, before, others_before = time.monotonic(), time.process_time(), cpu_seconds(exporter)
                 for _ in range(options.updates):
                     training.update(lambda: False)
                 seconds.append(time.monotonic() - begin)
                 if number % 2:
                     own, others = own + time.process_time() - before, others + cpu_seconds(exporter) - others_before
-            for pid in (exporter, client):
-                os.kill(pid, signal.SIGCONT)
+            os.kill(exporter, signal.SIGCONT)
             scraped = answers.qsize()
         ratios = [(seconds[at - 1] + seconds[at + 1]) / 2 / seconds[at] for at in range(1, len(seconds), 2)]
         low, middle, high = statistics.quantiles(ratios, n=4)
@@ -253,7 +251,7 @@ def in_threads(run: Callable[[Any], object], arguments: Iterable[Any]) -> None:
 
     for argument in arguments:
         threading.Thread(target=again, args=(argument,), daemon=True).start()
-    time.sleep(600)
+    threading.Event().wait()
 
 
 @contextmanager
@@ -271,7 +269,12 @@ def process(core: int, target: Callable[..., None], *args: object) -> Iterator[i
 
 
 def on_core(core: int, target: Callable[..., None], *args: object) -> None:
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     os.sched_setaffinity(0, {core})
+    threading.Thread(target=end_with_parent, daemon=True).start()
     target(*args)
 
 
