@@ -25,11 +25,10 @@ from exporter.link import (
 from exporter.serving.access import Access
 from exporter.serving.application import Application
 from exporter.serving.deliveries import Deliveries
-from exporter.serving.server import serve
+from exporter.serving.server import BACKLOG, serve
 from exporter.serving.state import State
 from exporter.serving.web_config import WebConfigFile
 
-_BACKLOG = 512
 _PARENT_SECONDS = 0.2  # between two looks whether the training process is there
 _LAST_WRITE_SECONDS = 0.5
 _MOST_DESCRIPTORS = 1024
@@ -114,7 +113,7 @@ def _listen(address: str, port: int) -> socket.socket:
             raise OverflowError("a port is 0 to 65535")  # the look-up would take the rest of a division
         family, *_, name = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         is_dual = family == socket.AF_INET6 and name[0] == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server(name, family=family, backlog=_BACKLOG, dualstack_ipv6=is_dual)
+        return socket.create_server(name, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
     except (OSError, OverflowError, UnicodeError) as error:
         # The standard library adds the address to strerror, which is there already.
         reason = os.strerror(error.errno) if (getattr(error, "errno", None) or 0) > 0 else error

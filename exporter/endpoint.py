@@ -59,7 +59,7 @@ class SharedEndpoint:
             return endpoint
 
     def leave(self, run: str, crashed: bool) -> None:
-        """End a run, and the server with its last one."""
+        """Take a run that has ended off the server, and close it with its last one."""
         with self._lock, ExitStack() as last_first:
             self._runs.discard(run)
             if not self._runs:
@@ -69,7 +69,6 @@ class SharedEndpoint:
                 last_first.callback(self.server.close, crashed=crashed)
             elif crashed:
                 self._abandoned.add(run)
-            self.server.end(run, crashed=crashed)
 
     @classmethod
     def has_abandoned(cls, aggregator: RunAggregator, run: str) -> bool:

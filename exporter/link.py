@@ -13,6 +13,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import queue
+import socket
 import struct
 import subprocess
 import sys
@@ -448,8 +449,6 @@ def check_pushgateway_url(url: str) -> None:
 
 def _reachable(address: str) -> str:
     """What others call a server bound to `address`: this machine's name where that is a wildcard."""
-    import socket
-
     return socket.gethostname() if address in ("0.0.0.0", "::") else address
 
 

@@ -70,7 +70,11 @@ class Deliveries:
                 with _explained(f"a file to {textfile_dir}"):
                     collector = RunFamilies(self._state, run)
                     path = Path(textfile_dir, f"{name}.prom")
-                    files.append(_RunFile(path, run, lambda path: write_to_textfile(str(path), collector), interval))
+                    files.append(
+                        _RunFile(
+                            path, run, lambda path: write_to_textfile(str(path), collector), interval, shows_state=True
+                        )
+                    )
         except BaseException:
             for file in files[before:]:
                 file.end(remove=True)
@@ -114,15 +118,20 @@ class Deliveries:
 class _RunFile:
     """A file that one process at a time holds, and writes again every `interval` seconds in a thread until `end()`.
 
+    With `shows_state` it is written once more when its run has crashed.
+
     Raises:
         BlockingIOError: another process holds it.
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path, run: str, write: Callable[[Path], None], interval: float) -> None:
+    def __init__(
+        self, path: Path, run: str, write: Callable[[Path], None], interval: float, *, shows_state: bool
+    ) -> None:
         self.path = path
         self._run = run
         self._write = write
+        self._shows_state = shows_state
         self._is_failing = False
         self._is_removed = False
         self._has_ended = threading.Event()
@@ -154,7 +163,7 @@ class _RunFile:
             self._write_again()
         if self._is_removed:
             self._remove()
-        elif self.path.suffix == ".prom":  # a target file says the same as before, and its folder may be going
+        elif self._shows_state:  # else there is nothing new to say, and the folder may be going
             self._write_again()
         os.close(self._lock)
 
@@ -198,7 +207,7 @@ def _target_file(folder: Path, name: str, run: str, target: str, scheme: str) ->
     for number in range(1, 1000):
         with contextlib.suppress(BlockingIOError):
             path = folder / (f"{name},{number}.json" if number > 1 else f"{name}.json")
-            return _RunFile(path, run, write, TARGET_FILE_SECONDS)
+            return _RunFile(path, run, write, TARGET_FILE_SECONDS, shows_state=False)
     raise OSError(errno.EBUSY, f"a thousand processes write runs of the name {run} there")
 
 

@@ -17,6 +17,7 @@ from hypercorn.events import Event, Updated
 from exporter.serving.application import CLIENT_SECONDS, Application
 from exporter.serving.web_config import WebConfigFile
 
+BACKLOG = 512
 _TLS_BUFFER_BYTES = 16 * 1024
 _TLS_GOODBYE_SECONDS = 1
 _LONGEST_SECONDS = 20  # a slow comparison of passwords and a slow reader, one after the other
@@ -46,7 +47,7 @@ class _Connection(TCPServer):
 
 
 class _Config(Config):
-    backlog = 512  # this, not that of the listener, holds
+    backlog = BACKLOG  # it listens again, with this one
     errorlog = None
     include_server_header = False
     keep_alive_timeout = read_timeout = ssl_handshake_timeout = CLIENT_SECONDS

@@ -30,8 +30,10 @@ _CLIENT_AUTH = {
 _RELOADED = ("cert_file", "key_file", "client_allowed_sans")
 _FILES = ("cert_file", "key_file", "client_ca_file")
 _TLS = (*_FILES, "client_auth_type", "client_allowed_sans", "min_version", "max_version")
-_HEADERS = ("Content-Security-Policy", "X-Frame-Options", "X-Content-Type-Options", "X-XSS-Protection")
-_HEADERS += ("Strict-Transport-Security",)
+_HEADERS = (
+    *("Content-Security-Policy", "Strict-Transport-Security"),
+    *("X-Content-Type-Options", "X-Frame-Options", "X-XSS-Protection"),
+)
 _NOT_SUPPORTED = ("cert", "key", "client_ca", "cipher_suites", "curve_preferences", "prefer_server_cipher_suites")
 _BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}

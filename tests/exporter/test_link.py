@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -117,6 +118,8 @@ def test_the_exporter_process_is_there_soon_is_small_and_comes_last():
         assert (int(usage[11]) + int(usage[12])) / os.sysconf("SC_CLK_TCK") < 1.0
         assert not mapped & {"torch", "numpy"}
         assert os.getpriority(os.PRIO_PROCESS, pid) == 19
+        assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] <= 1024
+        assert 0 < resource.prlimit(pid, resource.RLIMIT_DATA)[0] <= 2**30
         assert os.getsid(pid) == os.getsid(0), "the kernel would give a session of its own a share of its own"
 
 
