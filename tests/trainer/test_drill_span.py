@@ -1,4 +1,4 @@
-"""The span of a drill: in updates, or in seconds of training."""
+"""The span of a drill: in updates, in seconds of training, or while a file exists."""
 
 import time
 
@@ -37,6 +37,17 @@ def test_a_span_in_seconds_counts_from_when_training_began_whatever_the_update()
     assert [heads_without_gradient(drill, 1000) for drill in (ahead, now, over)] == [set(), {"op"}, set()]
 
 
+def test_a_fault_may_last_while_a_file_exists(tmp_path):
+    file = tmp_path / "12:30" / "critical"
+    file.parent.mkdir()
+    drill = Drill.parse(f"starve:op:@{file}")
+    before = heads_without_gradient(drill, 1)
+    file.touch()
+    during = heads_without_gradient(drill, 2)
+    file.unlink()
+    assert [before, during, heads_without_gradient(drill, 3)] == [set(), {"op"}, set()]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -44,6 +55,7 @@ def test_a_span_in_seconds_counts_from_when_training_began_whatever_the_update()
         ("nan:op:1.5-2", "expected KIND:HEAD:FIRST-LAST"),
         ("nan:op:-5s-7s", "expected KIND:HEAD:FIRST-LAST"),
         ("nan:op:1m-2m", "expected KIND:HEAD:FIRST-LAST"),
+        ("nan:op:@", "or KIND:HEAD:@FILE, got 'nan:op:@'"),
         ("nan:op:5s-5s", "seconds 5s-5s are no span: FIRST must be before LAST"),
         ("nan:op:0-3", "updates 0-3 are no span: they count from 1"),
         ("nan:op:4-3", "FIRST must not be after LAST"),
