@@ -275,6 +275,9 @@ def measure(
         del content["alerting"]  # nobody is told
         content["scrape_configs"] = [j for j in content["scrape_configs"] if j["job_name"] != "alertmanager"]
         content["global"]["scrape_interval"] = content["global"]["evaluation_interval"] = f"{interval:g}s"
+        for job in content["scrape_configs"]:
+            job.pop("scrape_interval", None)
+            job.pop("scrape_timeout", None)
         quiet = {"global": content["global"]}
         config = write_yaml(folder / "prometheus.yml", quiet, "prometheus.yml")
         command = [

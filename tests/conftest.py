@@ -218,6 +218,7 @@ def start_observability(
         prometheus["global"].update(scrape_interval="1s", evaluation_interval="1s")
         for job in prometheus["scrape_configs"]:
             job.pop("scrape_interval", None)
+            job.pop("scrape_timeout", None)
         prometheus["rule_files"] = [
             str(_with_short_durations(source, tmp_path / "alerts", for_))
             for source in sorted((ROOT / "alerts").glob("*.rules.yml"))

@@ -94,7 +94,9 @@ def test_prometheus_scrapes_each_run_of_a_process_once_over_http_and_https(start
     ports, folder = free_ports(), tmp_path / "targets"
     settings = configuration.prometheus_configuration(ports, folder)
     settings["scrape_configs"] = [job for job in settings["scrape_configs"] if job["job_name"] == "ppo"]
-    settings["scrape_configs"][0].update(scrape_interval="300ms", tls_config={"ca_file": str(certificate)})
+    settings["scrape_configs"][0].update(
+        scrape_interval="300ms", scrape_timeout="300ms", tls_config={"ca_file": str(certificate)}
+    )
     del settings["rule_files"]
 
     aggregator = trained_aggregator()
