@@ -17,6 +17,7 @@ from typing import Any
 
 DEFAULT_PORT = 9843
 LARGEST_BODY = 16 * 2**20
+PRINTED_ALERTS = 10  # of one notification; the file has all
 _RED, _GREEN, _BOLD, _DIM, _RESET = "\x1b[1;31m", "\x1b[1;32m", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 
@@ -70,6 +71,15 @@ def alert_lines(alert: dict[str, Any], color: bool) -> list[str]:
     lines = ["  ".join(filter(None, headline))]
     if description := _harmless(annotations.get("description", "")):
         lines.append(f"          {dim}{description}{reset}")
+    return lines
+
+
+def notification_lines(notification: dict[str, Any], color: bool) -> list[str]:
+    """`alert_lines` of the first ten alerts of a webhook, and how many there are where there are more."""
+    alerts = notification["alerts"]
+    lines = [line for alert in alerts[:PRINTED_ALERTS] for line in alert_lines(alert, color)]
+    if len(alerts) > PRINTED_ALERTS:
+        lines.append(f"          ... {len(alerts)} alerts in this notification")
     return lines
 
 
@@ -134,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             self._answer(HTTPStatus.BAD_REQUEST, str(error))
             return
-        lines = [line for alert in notification["alerts"] for line in alert_lines(alert, self.color)]
+        lines = notification_lines(notification, self.color)
         with self.lock:
             try:
                 self.log.append(notification)
