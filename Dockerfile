@@ -1,8 +1,8 @@
-# Trainer and notification receiver; see docker-compose.yml.
-FROM python:3.11.13-slim-bookworm
+# Trainer and notification receiver; see docker-compose.yml and docs/kubernetes.md.
+FROM python:3.11.15-slim-bookworm
 
 WORKDIR /app
-RUN useradd --uid 1000 --create-home ppo && mkdir targets checkpoints .stack && chown ppo targets checkpoints .stack
+RUN useradd --uid 1000 --create-home ppo && mkdir targets checkpoints .stack && chown 1000 targets checkpoints .stack
 
 COPY pyproject.toml constraints.txt README.md ./
 COPY exporter exporter
@@ -10,5 +10,6 @@ COPY trainer trainer
 RUN pip install --no-cache-dir -c constraints.txt '.[trainer]'
 COPY stack stack
 
-USER ppo
+# By its number, for Kubernetes' `runAsNonRoot` does not look names up.
+USER 1000
 CMD ["python", "-m", "trainer"]

@@ -1,13 +1,14 @@
 """docker-compose.yml against the files that it uses; no container runs here."""
 
 import re
-from pathlib import PurePosixPath
+import subprocess
+from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
 
 from stack.configuration import Ports
-from stack.servers import ROOT
+from stack.servers import ROOT, Servers
 from trainer.config import TrainerConfig
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -32,20 +33,51 @@ def mounts(name: str) -> dict[PurePosixPath, str]:
     return {PurePosixPath(place): source for source, place in pairs}
 
 
-@pytest.mark.parametrize(
-    ("service", "file", "sections"),
-    [
-        ("alertmanager", "alerts/alertmanager.yml", ["templates"]),
-        ("prometheus", "prometheus.yml", ["rule_files"]),
-    ],
-)
-def test_what_a_configuration_names_beside_itself_is_mounted_beside_it(service, file, sections):
-    by_source = {source: place for place, source in mounts(service).items()}
-    folder = by_source[f"./{file}"].parent
-    for pattern in (pattern for section in sections for pattern in yaml.safe_load((ROOT / file).read_text())[section]):
-        source = (ROOT / mounts(service)[(folder / pattern).parent]).resolve()
-        assert source == (ROOT / file).parent / PurePosixPath(pattern).parent
-        assert list(source.glob(PurePosixPath(pattern).name))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """What the service `configuration` writes, by its own command, from the files that are mounted there."""
+    work = tmp_path_factory.mktemp("compose")
+    repository, configuration = work / "repository", work / "configuration"
+    repository.mkdir()
+    configuration.mkdir()
+    (configuration / "left-over.yml").touch()
+    for place, source in mounts("configuration").items():
+        if place.is_relative_to("/repository"):
+            (repository / place.relative_to("/repository")).symlink_to(ROOT / source)
+    *shell, script = SERVICES["configuration"]["command"]
+    for folder in (repository, configuration):
+        script = re.sub(rf"(?<![\w.])/{folder.name}\b", str(folder), script)
+    subprocess.run([*shell, script], check=True, capture_output=True, text=True)
+    return configuration
+
+
+def test_every_server_is_named_by_its_service(written):
+    assert not (written / "left-over.yml").exists()
+    text = "".join(path.read_text() for path in written.rglob("*.y*ml"))
+    for name in ("prometheus", "alertmanager", "receiver"):
+        port = getattr(Ports(), name)
+        assert name in SERVICES and f"{name}:{port}" in text
+        assert not re.findall(rf"(?:127\.0\.0\.1|localhost):{port}", text)
+
+
+def test_servers_accept_what_is_written(servers: Servers, written):
+    prometheus, alertmanager = written / "prometheus.yml", written / "alerts/alertmanager.yml"
+    for command in ([servers.promtool, "check", "config", prometheus], [servers.amtool, "check-config", alertmanager]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for service, path in (("prometheus", prometheus), ("alertmanager", alertmanager)):
+        place = f"/configuration/{path.relative_to(written)}"
+        assert f"--config.file={place}" in SERVICES[service]["command"]
+    for path in ("GF_PATHS_PROVISIONING", "PPO_DASHBOARDS_PATH"):
+        place = PurePosixPath(SERVICES["grafana"]["environment"][path])
+        assert (written / place.relative_to("/configuration")).is_dir()
+
+
+def test_prometheus_finds_the_target_files_of_the_trainer(written):
+    assert mounts("prometheus")[PurePosixPath("/targets")] == "targets"
+    assert (written / TrainerConfig().targets_dir).readlink() == Path("/targets")
+    command = SERVICES["trainer"]["command"]
+    assert command[command.index("--metrics-target") + 1] == f"trainer:{Ports().metrics}"
 
 
 def test_what_is_written_in_the_image_is_a_volume_and_belongs_to_its_user():
@@ -66,9 +98,11 @@ def test_images_are_pinned(name):
     assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
 
 
-def test_all_share_one_network_namespace_and_publish_to_this_machine_only():
-    owner = SERVICES["prometheus"]
-    assert all(s["network_mode"] == "service:prometheus" for s in SERVICES.values() if s is not owner)
-    published = [port.split(":") for port in owner["ports"]]
-    assert all(address == "127.0.0.1" and outer == inner for address, outer, inner in published)
-    assert {int(inner) for _, _, inner in published} <= set(vars(Ports()).values())
+def test_services_share_no_network_namespace_and_publish_to_this_machine_only():
+    assert {service.get("network_mode") for service in SERVICES.values()} == {None, "none"}
+    assert SERVICES["configuration"]["network_mode"] == "none"
+    ports = {"trainer": "metrics"}
+    for name, service in SERVICES.items():
+        for address, outer, inner in (port.split(":") for port in service.get("ports", [])):
+            assert address == "127.0.0.1"
+            assert int(outer) == int(inner) == getattr(Ports(), ports.get(name, name))
