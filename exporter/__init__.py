@@ -7,7 +7,7 @@ snapshots or serves `/metrics` never pays for it.
 from importlib import import_module
 
 from exporter.gradient_cv import gradient_cv, gradient_cv_ceiling, unreachable_critical_warning
-from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel, cv_text
+from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel, Thresholds, cv_text
 
 _IMPORTED_ON_FIRST_USE = {
     "GradientMonitor": "exporter.monitor",
@@ -26,6 +26,7 @@ __all__ = [
     "CRITICAL_THRESHOLD",
     "WARNING_THRESHOLD",
     "HealthLevel",
+    "Thresholds",
     "cv_text",
     "gradient_cv",
     "gradient_cv_ceiling",

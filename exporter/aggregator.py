@@ -2,16 +2,19 @@
 
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from exporter.health import HealthLevel
+from exporter.health import Thresholds
 from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
 from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload, require_label_value, require_timestamp
 
+_INTERVAL_DECAY = 0.9
+"""What an update leaves of the longest interval before it: after seven shorter ones about half counts."""
 _TAKEN_LABELS = {"run", "rank", "job", "instance"}
 
 
@@ -26,8 +29,15 @@ class RunAggregator:
         self.snapshot = Snapshot()
         self._writers = threading.Lock()
         self._ended: set[str] = set()  # removed or abandoned: late payloads must not bring them back
+        self._updated_at: dict[str, float] = {}  # monotonic, for the time of day may be set while a run trains
 
-    def register_run(self, run: str, heads: Iterable[str], info: Mapping[str, str] | None = None) -> None:
+    def register_run(
+        self,
+        run: str,
+        heads: Iterable[str],
+        info: Mapping[str, str] | None = None,
+        thresholds: Thresholds = Thresholds(),
+    ) -> None:
         """Announce a run before its first update, so that its series exist from the first scrape.
 
         A run of that name that was removed or abandoned begins again at zero.
@@ -36,9 +46,10 @@ class RunAggregator:
             run: name of the run.
             heads: names of its action heads.
             info: labels of `ppo_run_info`, such as environment and seed.
+            thresholds: CVs from which the run's level is warning and critical.
 
         Raises:
-            TypeError: the run's or a head's name is no string.
+            TypeError: the run's or a head's name is no string, or `thresholds` are something else.
             ValueError: a run of that name is registered already and not abandoned, a name is empty
                 or not encodable, or a key of `info` is no label name or that of another label.
         """
@@ -46,6 +57,7 @@ class RunAggregator:
         require_label_value("run", run)
         for head in heads:
             require_label_value("the name of a head", head)
+        thresholds = Thresholds.of(thresholds)
         info = {key: str(value) for key, value in (info or {}).items()}
         for key, value in info.items():
             if value:
@@ -56,12 +68,15 @@ class RunAggregator:
             if run in self.snapshot.runs and run not in self._ended:
                 raise ValueError(f"run {run!r} is registered already; runs of one process need distinct names")
             quality = GradientQuality(
-                contributing_heads=len(heads), nonfinite_steps=MappingProxyType(dict.fromkeys(heads, 0))
+                thresholds=thresholds,
+                contributing_heads=len(heads),
+                nonfinite_steps=MappingProxyType(dict.fromkeys(heads, 0)),
             )
             self.snapshot = self.snapshot.with_run(
                 RunSnapshot(run, info=MappingProxyType(info), gradient_quality=quality)
             )
             self._ended.discard(run)
+            self._updated_at.pop(run, None)
 
     def resume_run(self, run: str, state: Mapping[str, Any]) -> None:
         """Let a registered run count on from where an earlier process of it stopped.
@@ -81,7 +96,12 @@ class RunAggregator:
         with self._writers:
             if payload.run not in self._ended:
                 before = self.snapshot.runs.get(payload.run) or RunSnapshot(payload.run)
-                self.snapshot = self.snapshot.with_run(_after_update(before, payload))
+                now = time.monotonic()
+                last = self._updated_at.get(payload.run)
+                self._updated_at[payload.run] = now
+                self.snapshot = self.snapshot.with_run(
+                    _after_update(before, payload, None if last is None else now - last)
+                )
 
     def note_progress(self, run: str, timestamp_seconds: float) -> None:
         """A gradient step within a long update: the run is alive.
@@ -129,14 +149,22 @@ class RunAggregator:
                 self.snapshot = self.snapshot.with_run(replace(before, exporter_errors=before.exporter_errors + 1))
 
 
-def _after_update(before: RunSnapshot, payload: PPOUpdatePayload) -> RunSnapshot:
+def _after_update(before: RunSnapshot, payload: PPOUpdatePayload, interval_seconds: float | None) -> RunSnapshot:
     quality = before.gradient_quality
-    steps = Counter(map(HealthLevel.of, payload.gradient_cv_per_step))
+    level = quality.thresholds.level
+    steps = Counter(map(level, payload.gradient_cv_per_step))
+    since = quality.level_since_timestamp_seconds
+    if since is None or level(payload.gradient_cv) is not quality.health:
+        since = payload.timestamp_seconds
+    if interval_seconds is not None:
+        interval_seconds = max(interval_seconds, _INTERVAL_DECAY * (before.update_interval_seconds or 0.0))
     signals = {name: getattr(payload, name) for name in TRAINING_SIGNALS}
     return replace(
         before,
         gradient_quality=GradientQuality(
             gradient_cv=payload.gradient_cv,
+            thresholds=quality.thresholds,
+            level_since_timestamp_seconds=since,
             contributing_heads=payload.contributing_heads,
             gradient_norm=payload.gradient_norm,
             head_norms=payload.head_gradient_norms,
@@ -154,6 +182,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload) -> RunSnapshot
         rollout_duration_seconds=before.rollout_duration_seconds.observe(_known(payload.rollout_duration_seconds)),
         rank_rollout_seconds=payload.rank_rollout_seconds,
         last_update_timestamp_seconds=payload.timestamp_seconds,
+        update_interval_seconds=interval_seconds,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from exporter.health import CRITICAL_THRESHOLD
+from exporter.health import Thresholds
 
 MEAN_FLOOR = 1e-8
 
@@ -46,15 +46,15 @@ def gradient_cv_ceiling(heads: int) -> float:
     return math.sqrt(heads)
 
 
-def unreachable_critical_warning(heads: int) -> str | None:
+def unreachable_critical_warning(heads: int, thresholds: Thresholds = Thresholds()) -> str | None:
     """Why the CV of `heads` heads cannot rise above the critical threshold; None if it can."""
     ceiling = gradient_cv_ceiling(heads)
-    critical = f"critical at {CRITICAL_THRESHOLD:.1f}"
-    if ceiling > CRITICAL_THRESHOLD:
-        return None
+    critical = f"critical at {thresholds.critical}"
     if heads < 2:
         return f"{heads} head{'s' * (heads != 1)}: CV needs two heads and stays 0.000; {critical} can never be reached"
-    if ceiling == CRITICAL_THRESHOLD:
+    if ceiling > thresholds.critical:
+        return None
+    if ceiling == thresholds.critical:
         return (
             f"{heads} heads: CV cannot exceed {ceiling:.3f}; {critical} is reached only when "
             f"{heads - 1} of them have a gradient of exactly zero"

@@ -1,15 +1,21 @@
 """Health levels of the gradient CV, the two thresholds between them, and the time after which a run is stalled.
 
-This is the only place where these numbers stand. Alert rules, dashboards and
-documents that carry them are generated from here or checked against it.
+A run may have thresholds of its own; the two here are the defaults. Alert rules,
+dashboards and documents that carry these numbers are checked against this file.
 """
 
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Real
 
 WARNING_THRESHOLD = 0.5
 CRITICAL_THRESHOLD = 2.0
 STALLED_SECONDS = 300
-"""A run without an update for longer is stalled: not ready, and an alert."""
+STALLED_INTERVALS = 5
+"""A run without an update for so long, and for so many of its own update intervals, is stalled: not ready, and an
+alert."""
 
 
 class HealthLevel(StrEnum):
@@ -18,18 +24,6 @@ class HealthLevel(StrEnum):
     HEALTHY = "healthy"
     WARNING = "warning"
     CRITICAL = "critical"
-
-    @classmethod
-    def of(cls, cv: float) -> "HealthLevel":
-        """Level of `cv` (dimensionless, >= 0): half-open bounds, exact at 0.5 and 2.0.
-
-        NaN is critical: what cannot be compared must never look healthy.
-        """
-        if cv < WARNING_THRESHOLD:
-            return cls.HEALTHY
-        if cv < CRITICAL_THRESHOLD:
-            return cls.WARNING
-        return cls.CRITICAL
 
     @property
     def word(self) -> str:
@@ -54,9 +48,64 @@ _COLORS = {
 }
 
 
-def cv_text(cv: float) -> str:
+@dataclass(frozen=True)
+class Thresholds:
+    """The CVs from which a run's level is warning and critical (dimensionless, finite, 0 < warning < critical).
+
+    Raises:
+        TypeError: a threshold is no number.
+        ValueError: a threshold is out of its range.
+    """
+
+    warning: float = WARNING_THRESHOLD
+    critical: float = CRITICAL_THRESHOLD
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"the {name} threshold must be a number, got {value!r}")
+        if not 0 < self.warning < self.critical <= sys.float_info.max:  # NaN fails too
+            raise ValueError(
+                f"thresholds must be finite, and 0 < warning < critical, got warning {self.warning} and critical "
+                f"{self.critical}"
+            )
+        for name, value in tuple(vars(self).items()):
+            object.__setattr__(self, name, float(value))  # a NumPy scalar, say
+
+    @classmethod
+    def of(cls, thresholds: "Thresholds | Sequence[float]") -> "Thresholds":
+        """`thresholds` as they are, or of a pair (warning, critical).
+
+        Raises:
+            TypeError: it is neither.
+            ValueError: as `Thresholds`.
+        """
+        if isinstance(thresholds, cls):
+            return thresholds
+        if isinstance(thresholds, str) or not isinstance(thresholds, Sequence) or len(thresholds) != 2:
+            raise TypeError(f"thresholds must be Thresholds(warning, critical) or such a pair, got {thresholds!r}")
+        return cls(*thresholds)
+
+    def level(self, cv: float) -> HealthLevel:
+        """Level of `cv` (dimensionless, >= 0): half-open bounds, exact at the thresholds.
+
+        NaN is critical: what cannot be compared must never look healthy.
+        """
+        if cv < self.warning:
+            return HealthLevel.HEALTHY
+        if cv < self.critical:
+            return HealthLevel.WARNING
+        return HealthLevel.CRITICAL
+
+    @property
+    def least(self) -> dict[HealthLevel, float]:
+        """The smallest CV of every level, the lowest level first."""
+        return {HealthLevel.HEALTHY: 0.0, HealthLevel.WARNING: self.warning, HealthLevel.CRITICAL: self.critical}
+
+
+def cv_text(cv: float, thresholds: Thresholds = Thresholds()) -> str:
     """`CV:0.312 stable`: the CV with three decimals and its level's word.
 
     The level is that of the exact value, so 1.9996 reads `CV:2.000 warn`.
     """
-    return f"CV:{cv:.3f} {HealthLevel.of(cv).word}"
+    return f"CV:{cv:.3f} {thresholds.level(cv).word}"

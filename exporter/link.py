@@ -37,7 +37,7 @@ DEFAULT_MAX_REQUESTS = 40
 DEFAULT_TEXTFILE_INTERVAL = 15.0
 PUSH_JOB = "ppo_final"
 """Not the job of running trainers: a Pushgateway keeps what it was given, and a finished run must not look stalled."""
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _PERIOD_SECONDS = 0.1  # between two looks for a new snapshot, so that many updates a second cost no more than ten
 _MOST_OF_A_CORE = 0.05  # for snapshots of many runs, for which training has to wait
 _REGISTRY_SECONDS = 1.0  # between two readings of a registry of the user's, whose values have no snapshot

@@ -23,6 +23,7 @@ from exporter.snapshot import Histogram, Snapshot
 
 RUN_LABEL = "run"
 HEALTH_LABEL = "health"
+LEVEL_LABEL = "level"
 HEAD_LABEL = "head"
 COLLECTOR_LABEL = "collector"
 RANK_LABEL = "rank"
@@ -94,6 +95,18 @@ GRADIENT_CV = _gauge(
     "update, labeled by its health level; one sample per run, +Inf when a gradient was not finite.",
     lambda run: {run.gradient_quality.health: run.gradient_quality.gradient_cv},
     (HEALTH_LABEL,),
+)
+GRADIENT_CV_THRESHOLD = _gauge(
+    "ppo_gradient_cv_threshold",
+    "Gradient CV from which the run is at the level, warning or critical; a run may have thresholds of its own.",
+    lambda run: vars(run.gradient_quality.thresholds),
+    (LEVEL_LABEL,),
+)
+GRADIENT_LEVEL_SINCE = _gauge(
+    "ppo_gradient_level_since_timestamp_seconds",
+    "Unix time of the update with which the present health level began; absent before the first update of this "
+    "process.",
+    lambda run: run.gradient_quality.level_since_timestamp_seconds,
 )
 GRADIENT_CV_CEILING = _gauge(
     "ppo_gradient_cv_ceiling",
@@ -187,6 +200,12 @@ LAST_UPDATE_TIMESTAMP = _gauge(
     "ppo_last_update_timestamp_seconds",
     "Unix time at which the last PPO update ended, or of a later gradient step; absent before the first update.",
     lambda run: run.last_update_timestamp_seconds,
+)
+UPDATE_INTERVAL = _gauge(
+    "ppo_update_interval_seconds",
+    "Time between the ends of two updates, the longest of late: each update lets it fall by a tenth, down to the last "
+    "interval; absent before the second update of this process.",
+    lambda run: run.update_interval_seconds,
 )
 EXPORTER_ERRORS = _counter(
     "ppo_exporter_errors_total",

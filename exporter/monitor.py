@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +23,7 @@ from exporter.aggregator import RunAggregator
 from exporter.endpoint import SharedEndpoint
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import Head, HeadGradientMeter, PendingGradientSteps
+from exporter.health import Thresholds
 from exporter.link import (
     DEFAULT_ADDRESS,
     DEFAULT_PORT,
@@ -79,11 +80,14 @@ class GradientMonitor:
         global_norm: export `ppo_gradient_norm` too, over all parameters of the
             optimizer; reads every gradient once more.
         grad_scaler: the `torch.amp.GradScaler` in use; `before_clipping` needs it to unscale.
+        thresholds: CVs from which the run's level is warning and critical, `Thresholds` or a pair;
+            label, status page, rules and dashboards follow them.
         info: labels of `ppo_run_info`, such as environment and seed.
         aggregator: where updates go; by default one that all monitors of the process share.
 
     Raises:
-        ValueError: `window_steps` is below 1.
+        TypeError: `thresholds` are neither.
+        ValueError: `window_steps` is below 1, or not 0 < warning < critical.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class GradientMonitor:
         before_clipping: bool = False,
         global_norm: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
+        thresholds: Thresholds | Sequence[float] = Thresholds(),
         info: Mapping[str, str] | None = None,
         aggregator: RunAggregator | None = None,
     ) -> None:
@@ -121,6 +126,7 @@ class GradientMonitor:
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._has_logged_error = False
+        self._thresholds = Thresholds.of(thresholds)
         self._info = info
         self._is_registered = False
 
@@ -155,10 +161,10 @@ class GradientMonitor:
         self._optimizer = weakref.ref(optimizer)
         if not self._is_registered:
             self._replace_earlier(optimizer)
-            self._aggregator.register_run(self.run, meter.head_names, self._info)
+            self._aggregator.register_run(self.run, meter.head_names, self._info, self._thresholds)
             self._is_registered = True
             _attached[self._aggregator, self.run] = self
-            if warning := unreachable_critical_warning(len(meter.head_names)):
+            if warning := unreachable_critical_warning(len(meter.head_names), self._thresholds):
                 _log.warning("run %s: %s", self.run, warning)
         self._meter = meter
         # A compiled training step must not trace into them.

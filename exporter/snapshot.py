@@ -12,7 +12,14 @@ from types import MappingProxyType, NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from exporter.gradient_cv import gradient_cv_ceiling
-from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
+from exporter.health import (
+    CRITICAL_THRESHOLD,
+    STALLED_INTERVALS,
+    STALLED_SECONDS,
+    WARNING_THRESHOLD,
+    HealthLevel,
+    Thresholds,
+)
 
 CV_BUCKET_BOUNDS = (
     *(0.1, 0.2, 0.3, 0.4),
@@ -67,9 +74,15 @@ class Histogram:
 
 @dataclass(frozen=True)
 class GradientQuality:
-    """Gradient health of a run: the last update's means and the run's totals."""
+    """Gradient health of a run: the last update's means and the run's totals.
+
+    `level_since_timestamp_seconds` is the Unix time of the update with which the level of `gradient_cv` began, None
+    before the first update of this process.
+    """
 
     gradient_cv: float = 0.0
+    thresholds: Thresholds = Thresholds()
+    level_since_timestamp_seconds: float | None = None
     contributing_heads: int = 0
     gradient_norm: float | None = None
     head_norms: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
@@ -82,7 +95,7 @@ class GradientQuality:
 
     @property
     def health(self) -> HealthLevel:
-        return HealthLevel.of(self.gradient_cv)
+        return self.thresholds.level(self.gradient_cv)
 
     @property
     def ceiling(self) -> float:
@@ -109,8 +122,9 @@ class GradientQuality:
 @dataclass(frozen=True)
 class RunSnapshot:
     """One run. `signals` holds only those that are known; `last_update_timestamp_seconds`
-    is None before the first update of this process; `recent_gradient_cvs` are those of
-    the last `HISTORY_UPDATES` updates, the oldest first."""
+    is None before the first update of this process, and `update_interval_seconds`, the
+    longest time of late between the ends of two updates, before its second; `recent_gradient_cvs`
+    are those of the last `HISTORY_UPDATES` updates, the oldest first."""
 
     run: str
     info: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -124,8 +138,14 @@ class RunSnapshot:
     rollout_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
     rank_rollout_seconds: tuple[float, ...] = ()
     last_update_timestamp_seconds: float | None = None
+    update_interval_seconds: float | None = None
     exporter_errors: int = 0
     resumes: int = 0
+
+    @property
+    def stalled_after_seconds(self) -> float:
+        """Age of the last update from which the run has stalled: longer for one whose updates take minutes."""
+        return max(STALLED_SECONDS, STALLED_INTERVALS * (self.update_interval_seconds or 0.0))
 
     def plain(self) -> dict[str, Any]:
         """The run as dicts, lists, numbers and strings, for `from_plain` and `resumed`; also what JSON can say."""
@@ -139,13 +159,17 @@ class RunSnapshot:
     def resumed(self, state: Mapping[str, Any]) -> "RunSnapshot":
         """This run going on from `plain()` of an earlier process: every total and the last values, one resume more.
 
-        The time of the last update is left out, for it says whether this process trains.
+        The thresholds are those of this process. Times of updates are left out, for they say whether it trains.
 
         Raises:
             KeyError, TypeError, ValueError: `state` is something else, or of another version.
         """
-        earlier = RunSnapshot.from_plain(state)
-        quality, own = earlier.gradient_quality, self.gradient_quality
+        own = self.gradient_quality
+        # What an earlier version has not kept; it is of this process anyway.
+        of_process = {"thresholds": _plain(own.thresholds), "level_since_timestamp_seconds": None}
+        state = {**state, "gradient_quality": {**state["gradient_quality"], **of_process}}
+        earlier = RunSnapshot.from_plain({**state, "update_interval_seconds": None})
+        quality = earlier.gradient_quality
         return replace(
             earlier,
             run=self.run,
@@ -185,7 +209,7 @@ class Snapshot:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (RunSnapshot, GradientQuality, Histogram)):
+    if isinstance(value, (RunSnapshot, GradientQuality, Histogram, Thresholds)):
         value = vars(value)
     if isinstance(value, (dict, MappingProxyType)):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, Thresholds
 from exporter.link import (
     DEFAULT_ADDRESS,
     DEFAULT_MAX_REQUESTS,
@@ -138,6 +139,18 @@ class TrainerConfig:
     )
     keep_checkpoints: int = _option(3, "checkpoints that are kept, the newest", group=_CHECKPOINTS, minimum=1)
 
+    warning_threshold: float = _option(
+        WARNING_THRESHOLD,
+        "gradient CV from which the run's level is warning; label, terminal, status page, rules and dashboards follow it",
+        group=_TELEMETRY,
+        above=0.0,
+    )
+    critical_threshold: float = _option(
+        CRITICAL_THRESHOLD,
+        "gradient CV from which the run's level is critical, followed in the same way; n heads reach at most sqrt(n)",
+        group=_TELEMETRY,
+        above=0.0,
+    )
     metrics_address: str = _option(DEFAULT_ADDRESS, "address that serves /metrics", group=_TELEMETRY, local=True)
     metrics_port: int = _option(
         DEFAULT_PORT,
@@ -199,8 +212,8 @@ class TrainerConfig:
     drill: str | None = _option(
         None,
         "KIND:HEAD:FIRST-LAST bends gradients from update FIRST to LAST, or with s behind both numbers from second FIRST "
-        "to LAST of training, to test alerts: dominate:op:20-60, dominate:op:10s-130s; kinds: "
-        + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
+        "to LAST of training, KIND:HEAD:@FILE while FILE exists, to test alerts: dominate:op:20-60, "
+        "dominate:op:10s-130s; kinds: " + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
         group=_TELEMETRY,
         local=True,
     )
@@ -208,6 +221,10 @@ class TrainerConfig:
     @property
     def run_name(self) -> str:
         return self.run or f"{self.env}-seed{self.seed}"
+
+    @property
+    def thresholds(self) -> Thresholds:
+        return Thresholds(self.warning_threshold, self.critical_threshold)
 
     @property
     def steps_per_update(self) -> int:
@@ -458,6 +475,11 @@ def _check_combinations(config: TrainerConfig, settings: dict[str, _Setting]) ->
         raise ConfigError(
             f"{places('total_timesteps', 'num_envs', 'rollout_steps')}: {config.total_timesteps} environment steps are "
             f"less than one rollout of {config.num_envs} x {config.rollout_steps} = {config.steps_per_update}"
+        )
+    if config.warning_threshold >= config.critical_threshold:
+        raise ConfigError(
+            f"{places('warning_threshold', 'critical_threshold')}: the warning threshold must be below the critical "
+            f"one, got {config.warning_threshold} and {config.critical_threshold}"
         )
     if config.follow is not None and not os.path.exists(config.follow):
         raise ConfigError(f"{places('follow')}: there is no file {config.follow!r}")

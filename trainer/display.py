@@ -75,11 +75,12 @@ class PlainDisplay:
 
     def updated(self, update: int) -> None:
         run = self._read_run()
+        quality = run.gradient_quality
         if update % self._log_interval == 0 or update == self._updates:
             signals = " ".join(f"{name} {value}" for name, value in _signals(run))
             say(
                 f"update {update}/{self._updates} steps {run.environment_steps} "
-                f"steps/s {self._speed.of(run):.0f} {signals} {cv_text(run.gradient_quality.gradient_cv)}"
+                f"steps/s {self._speed.of(run):.0f} {signals} {cv_text(quality.gradient_cv, quality.thresholds)}"
             )
 
 
@@ -163,7 +164,7 @@ def heads_panel(quality: GradientQuality) -> Group:
 
 def flow_line(quality: GradientQuality) -> Text:
     """`Flow: CV:0.312 stable` in its level's colour, with what is wrong beside it."""
-    line = Text.assemble("Flow: ", (cv_text(quality.gradient_cv), f"bold {quality.health.color}"))
+    line = Text.assemble("Flow: ", (cv_text(quality.gradient_cv, quality.thresholds), f"bold {quality.health.color}"))
     nonfinite = [f"{head} {count}" for head, count in quality.nonfinite_steps.items() if count]
     if nonfinite:
         line.append(f"  non-finite steps: {', '.join(nonfinite)}", style=HealthLevel.CRITICAL.color)

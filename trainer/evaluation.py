@@ -183,7 +183,7 @@ def _description(path: Path, content: Mapping[str, Any]) -> list[str]:
         f"written     {written}, torch {content['torch_version']}, exporter {content['exporter_version']}",
         f"counters    {run['environment_steps']} environment steps, {run['episodes']} episodes, {run['updates']} "
         f"updates, {run['resumes']} resumes, {run['gradient_quality']['skipped_steps']} gradient steps skipped",
-        f"gradient    {cv_text(run['gradient_quality']['gradient_cv'])}",
+        f"gradient    {cv_text(run['gradient_quality']['gradient_cv'], config.thresholds)}",
         *(f"            {name} {value:.6g}" for name, value in run["signals"].items()),
         "settings    (* other than the default)",
     ]

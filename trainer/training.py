@@ -119,6 +119,7 @@ class Training:
                 "torch_version": torch.__version__,
                 "exporter_version": version("ppo-gradient-exporter"),
             },
+            config.thresholds,
         )
         if config.resume is not None:
             self._resume(Path(config.resume))
@@ -388,7 +389,7 @@ def _lead(training: Training, stop: StopRequest) -> int:
             raise StartError(str(error)) from error
         where = f", from {config.resume} on" if config.resume else ""
         say(f"{config.run_name}: {config.updates} updates on {config.env}{where}, metrics at {server.url}")
-        warning = unreachable_critical_warning(len(training.environment.heads))
+        warning = unreachable_critical_warning(len(training.environment.heads), config.thresholds)
         if warning is not None:
             say(f"warning: {warning}", to_stderr=True)
         how = "failed"

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from exporter.aggregator import RunAggregator
 from exporter.heads import Rows, row_heads
+from exporter.health import Thresholds
 from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT, Registry
 from exporter.monitor import GradientMonitor
 
@@ -94,6 +95,7 @@ class PrometheusCallback(BaseCallback):
             `GradientMonitor.serve`.
         head_names: as `names` of `policy_heads`.
         info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
+        thresholds: as for `GradientMonitor`.
         before_clipping, global_norm: as for `GradientMonitor`. SB3 always clips, so norms are taken before by default.
         keep_serving: leave the endpoint open when `learn()` is over.
         aggregator: as for `GradientMonitor`.
@@ -104,6 +106,7 @@ class PrometheusCallback(BaseCallback):
         url: where `/metrics` is served, None while it is not.
 
     Raises:
+        TypeError, ValueError: `thresholds` are not 0 < warning < critical.
         TypeError: from `learn()`: the algorithm is not on-policy, or is TRPO, or as `policy_heads`.
         ValueError: from `learn()`: as `policy_heads`, or another training has the same `run`.
         OSError: from `learn()`: as `GradientMonitor.serve`.
@@ -124,6 +127,7 @@ class PrometheusCallback(BaseCallback):
         registry: Registry | None = None,
         head_names: Sequence[str] | None = None,
         info: Mapping[str, str] | None = None,
+        thresholds: Thresholds | Sequence[float] = Thresholds(),
         before_clipping: bool = True,
         global_norm: bool = False,
         keep_serving: bool = False,
@@ -145,6 +149,7 @@ class PrometheusCallback(BaseCallback):
         }
         self._head_names = head_names
         self._info = dict(info or {})
+        self._thresholds = Thresholds.of(thresholds)
         self._before_clipping = before_clipping
         self._global_norm = global_norm
         self._keep_serving = keep_serving
@@ -206,6 +211,7 @@ class PrometheusCallback(BaseCallback):
             window_steps=None,
             before_clipping=self._before_clipping,
             global_norm=self._global_norm,
+            thresholds=self._thresholds,
             info={
                 "environment": environment,
                 "algorithm": type(self.model).__name__,

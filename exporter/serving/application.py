@@ -12,7 +12,6 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest, gzip_accepted
 from prometheus_client.registry import Collector
 
-from exporter.health import STALLED_SECONDS
 from exporter.metrics import RUN_LABEL, GuardedCollectors, build_collectors
 from exporter.serving.access import Access
 from exporter.serving.state import Relay, State
@@ -111,7 +110,7 @@ class Application:
         reasons = [
             f"run {run.run}: " + ("no update yet" if at is None else f"no update for {now - at:.0f} s")
             for run in runs
-            if (at := run.last_update_timestamp_seconds) is None or now - at > STALLED_SECONDS
+            if (at := run.last_update_timestamp_seconds) is None or now - at > run.stalled_after_seconds
         ]
         if reasons or not runs:
             return _text(503, "\n".join(["Not ready.", *(reasons or ["no run yet"])]))

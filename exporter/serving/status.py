@@ -20,21 +20,20 @@ from typing import Any
 from prometheus_client.utils import floatToGoString
 
 from exporter.gradient_cv import unreachable_critical_warning
-from exporter.health import CRITICAL_THRESHOLD, STALLED_SECONDS, WARNING_THRESHOLD, HealthLevel, cv_text
-from exporter.metrics import LAST_UPDATE_TIMESTAMP, METRIC_FAMILIES, MetricFamily
+from exporter.health import STALLED_INTERVALS, STALLED_SECONDS, HealthLevel, Thresholds, cv_text
+from exporter.metrics import GRADIENT_LEVEL_SINCE, LAST_UPDATE_TIMESTAMP, METRIC_FAMILIES, MetricFamily
 from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot
 from exporter.serving.state import State
 
 RELOAD_SECONDS = 5
 """Where there is no JavaScript, the browser loads the page anew so often."""
-_LEAST = {HealthLevel.HEALTHY: 0.0, HealthLevel.WARNING: WARNING_THRESHOLD, HealthLevel.CRITICAL: CRITICAL_THRESHOLD}
 _SIGNALS = [
     family
     for family in METRIC_FAMILIES
     if family.is_per_run
     and family.kind in ("gauge", "counter")
     and not family.labels
-    and family is not LAST_UPDATE_TIMESTAMP
+    and family not in (LAST_UPDATE_TIMESTAMP, GRADIENT_LEVEL_SINCE)  # moments, which are shown as such
 ]
 
 
@@ -56,7 +55,9 @@ class StatusPage:
             counts=[(count, word, color) for (word, color), count in counts.items()],
             icon=states[worst.run].color if worst else _DIM,
             title=f"{states[worst.run].text} · {worst.run}" if worst else "PPO gradient health",
-            charts={run.run: _Chart(run.recent_gradient_cvs, run.updates) for run in runs},
+            charts={
+                run.run: _Chart(run.recent_gradient_cvs, run.updates, run.gradient_quality.thresholds) for run in runs
+            },
         )
         return 200, self._headers, body.encode()
 
@@ -96,10 +97,9 @@ class StatusPage:
             unreachable=_unreachable,
             signals=_signals,
             families=METRIC_FAMILIES,
-            bounds=_LEAST.items(),
-            warning=WARNING_THRESHOLD,
-            critical=CRITICAL_THRESHOLD,
+            default_least=Thresholds().least.items(),
             stalled_seconds=STALLED_SECONDS,
+            stalled_intervals=STALLED_INTERVALS,
             reload_seconds=RELOAD_SECONDS,
         )
         return environment.from_string(self._sources["html"])
@@ -129,10 +129,11 @@ class _Headline:
         if run.last_update_timestamp_seconds is None:
             text = "No update since the resume" if run.resumes else "No update yet"
             return cls(text, "without an update", _DIM, (0, 0.0))
-        if now - run.last_update_timestamp_seconds > STALLED_SECONDS:
+        if now - run.last_update_timestamp_seconds > run.stalled_after_seconds:
             return cls("stalled", "stalled", "red", (3, quality.gradient_cv))
         rank = {HealthLevel.HEALTHY: 1, HealthLevel.WARNING: 2, HealthLevel.CRITICAL: 4}[quality.health]
-        return cls(cv_text(quality.gradient_cv), quality.health.word, quality.health.color, (rank, quality.gradient_cv))
+        text = cv_text(quality.gradient_cv, quality.thresholds)
+        return cls(text, quality.health.word, quality.health.color, (rank, quality.gradient_cv))
 
     @property
     def is_news(self) -> bool:
@@ -147,10 +148,12 @@ class _Chart:
     Args:
         cvs: the oldest first; one that is not finite has no place on the line, and is a vertical of its own.
         updates: the number of the last one.
+        thresholds: of the run.
     """
 
     cvs: Sequence[float]
     updates: int
+    thresholds: Thresholds
     width = HISTORY_UPDATES - 1
     height = 1000
 
@@ -160,7 +163,7 @@ class _Chart:
 
     @cached_property
     def _top(self) -> float:
-        return max(1.25 * CRITICAL_THRESHOLD, 1.05 * max(self._finite, default=0.0))
+        return max(1.25 * self.thresholds.critical, 1.05 * max(self._finite, default=0.0))
 
     def _y(self, cv: float) -> int:
         return round(self.height * (1 - cv / self._top))
@@ -184,14 +187,17 @@ class _Chart:
         return "".join(f"M{x} 0V{self.height}" for x, cv in self._points if not math.isfinite(cv))
 
     @property
-    def thresholds(self) -> list[tuple[HealthLevel, float, str]]:
-        return [(level, least, f"{self._y(least) / self.height:.1%}") for level, least in _LEAST.items() if least]
+    def threshold_lines(self) -> list[tuple[HealthLevel, float, str]]:
+        """(level, threshold, distance from the top) of each."""
+        least = self.thresholds.least.items()
+        return [(level, cv, f"{self._y(cv) / self.height:.1%}") for level, cv in least if cv]
 
     @property
     def stops(self) -> list[tuple[HealthLevel, float]]:
         """Where the colors of the line change, from the top down."""
-        edges = [0.0, *(self._y(least) / self.height for least in reversed(_LEAST.values()))]
-        return [(level, edge) for level, band in zip(reversed(_LEAST), pairwise(edges), strict=True) for edge in band]
+        least = self.thresholds.least
+        edges = [0.0, *(self._y(cv) / self.height for cv in reversed(least.values()))]
+        return [(level, edge) for level, band in zip(reversed(least), pairwise(edges), strict=True) for edge in band]
 
     @property
     def summary(self) -> str:
@@ -218,7 +224,7 @@ def _signals(run: RunSnapshot) -> list[tuple[MetricFamily, float]]:
 def _unreachable(quality: GradientQuality) -> str | None:
     """What the number of heads keeps the CV from, once heads are known."""
     heads = len(_heads(quality))
-    return unreachable_critical_warning(heads) if heads else None
+    return unreachable_critical_warning(heads, quality.thresholds) if heads else None
 
 
 def _heads(quality: GradientQuality) -> list[str]:

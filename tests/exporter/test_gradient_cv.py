@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 
-from exporter import HealthLevel, cv_text, gradient_cv, gradient_cv_ceiling, unreachable_critical_warning
+from exporter import HealthLevel, Thresholds, cv_text, gradient_cv, gradient_cv_ceiling, unreachable_critical_warning
 
 
 def exact_cv(norms: list[float]) -> float:
@@ -43,7 +43,7 @@ def test_is_zero_with_nothing_to_compare(norms):
 def test_a_nonfinite_norm_is_critical_whatever_stands_beside_it(bad, others):
     for norms in ([bad, *others], [*others, bad]):
         assert gradient_cv(norms) == math.inf
-        assert HealthLevel.of(gradient_cv(norms)) is HealthLevel.CRITICAL
+        assert Thresholds().level(gradient_cv(norms)) is HealthLevel.CRITICAL
 
 
 def test_the_mean_is_floored():
@@ -69,7 +69,7 @@ def test_squares_neither_overflow_nor_underflow(scale):
     ],
 )
 def test_levels_are_half_open_and_exact(cv, level):
-    assert HealthLevel.of(cv) is level
+    assert Thresholds().level(cv) is level
 
 
 def test_the_operator_reads_three_decimals_and_a_word():
@@ -96,6 +96,9 @@ def test_says_when_critical_cannot_be_reached():
     assert "only when 3 of them have a gradient of exactly zero" in unreachable_critical_warning(4)
     assert "stays 0.000" in unreachable_critical_warning(1)
     assert unreachable_critical_warning(5) is None
+    assert unreachable_critical_warning(3, Thresholds(critical=1.5)) is None
+    assert "critical at 0.8 can never be reached" in unreachable_critical_warning(1, Thresholds(critical=0.8))
+    assert "critical at 2.7 can never be reached" in unreachable_critical_warning(7, Thresholds(critical=2.7))
 
 
 def test_reading_and_serving_does_not_take_torch():

@@ -1,6 +1,5 @@
 """Every metric family as it is scraped, and the collectors behind `/metrics`."""
 
-import gc
 import math
 import re
 import subprocess
@@ -10,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 from endpoint import ask
-from prometheus_client import CollectorRegistry, GCCollector, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from exporter import HealthLevel, MetricsServer, RunAggregator, emit_ppo_update
+from exporter import HealthLevel, MetricsServer, RunAggregator, Thresholds, emit_ppo_update
 from exporter.metrics import GuardedCollectors, RunCollector, build_collectors, build_registry
 from exporter.snapshot import Snapshot
 from exporter.telemetry import GradientStep, summarize_gradient_steps
@@ -75,7 +74,9 @@ def test_before_the_first_update_a_run_is_there_and_healthy(aggregator):
     for level in HealthLevel:
         assert samples["ppo_gradient_steps_total", level, "r"] == 0.0
     assert samples["ppo_nonfinite_gradients_total", "op", "r"] == 0.0
-    assert not [name for name, *_ in samples if name in ("ppo_policy_loss", "ppo_last_update_timestamp_seconds")]
+    absent = {"ppo_policy_loss", "ppo_last_update_timestamp_seconds", "ppo_update_interval_seconds"}
+    absent |= {"ppo_gradient_level_since_timestamp_seconds"}
+    assert not absent & {name for name, *_ in samples}
 
 
 def test_every_scrape_is_of_one_update():
@@ -96,7 +97,7 @@ def test_every_scrape_is_of_one_update():
     for update in (1, 2, 3):
         samples = samples_of(registry)
         (level,) = [level for level in HealthLevel if ("ppo_gradient_cv", level, "r") in samples]
-        assert level is HealthLevel.of(samples["ppo_gradient_cv", level, "r"])
+        assert level is Thresholds().level(samples["ppo_gradient_cv", level, "r"])
         assert sum(samples["ppo_gradient_steps_total", level, "r"] for level in HealthLevel) == update
         assert samples["ppo_updates_total", "r"] == samples["ppo_gradient_norm", "r"] == update
         levels.add(level)

@@ -17,7 +17,7 @@ import torch
 from conftest import wait_until
 from torch import nn
 
-from exporter import GradientMonitor, RunAggregator, gradient_cv, heads_from, row_heads
+from exporter import GradientMonitor, RunAggregator, Thresholds, gradient_cv, heads_from, row_heads
 from exporter.heads import PendingGradientSteps
 from exporter.monitor import WINDOW_SECONDS
 
@@ -511,6 +511,16 @@ def test_too_few_heads_are_pointed_out(policy, aggregator, caplog):
         heads = {name: policy.heads[name] for name in HEADS[:3]}
         GradientMonitor(heads, "three", aggregator=aggregator).attach(adam(policy))
     assert "3 heads: CV cannot exceed 1.732; critical at 2.0 can never be reached" in caplog.text
+
+
+def test_thresholds_of_the_run_are_those_that_its_monitor_was_given(policy, aggregator, caplog):
+    heads = {name: policy.heads[name] for name in HEADS[:3]}
+    with pytest.raises(ValueError, match="0 < warning < critical, got warning 1.5 and critical 0.5"):
+        GradientMonitor(heads, "three", thresholds=(1.5, 0.5), aggregator=aggregator)
+    with caplog.at_level(logging.WARNING):
+        GradientMonitor(heads, "three", thresholds=(0.5, 1.5), aggregator=aggregator).attach(adam(policy))
+    assert aggregator.snapshot.runs["three"].gradient_quality.thresholds == Thresholds(critical=1.5)
+    assert caplog.text == ""
 
 
 def test_half_precision_gradients_are_measured_in_single_precision(aggregator):

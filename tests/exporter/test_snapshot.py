@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from exporter import HealthLevel, RunAggregator, emit_ppo_update
+from exporter import HealthLevel, RunAggregator, Thresholds, emit_ppo_update
 from exporter.snapshot import Histogram, RunSnapshot, Snapshot
 from exporter.telemetry import GradientStep, summarize_gradient_steps
 
@@ -16,7 +16,8 @@ SIGNALS = {"policy_loss": -0.01, "approx_kl": math.inf, "learning_rate": 3e-4, "
 def trained() -> RunAggregator:
     """Every field of the run `r` differs from its default; `fresh` has had no update."""
     aggregator = RunAggregator()
-    aggregator.register_run("r", ["op", "slot"], {"environment": 'host "growth"\n', "seed": "1"})
+    info = {"environment": 'host "growth"\n', "seed": "1"}
+    aggregator.register_run("r", ["op", "slot"], info, Thresholds(0.25, 1.5))
     for cv in (0.3, math.inf):
         emit_ppo_update(
             {
@@ -82,11 +83,21 @@ def test_nan_comes_back():
 def test_a_resumed_run_keeps_what_is_its_own():
     earlier = trained().snapshot.runs["r"]
     aggregator = RunAggregator()
-    aggregator.register_run("r", ["op", "slot"], {"seed": "2"})
-    aggregator.resume_run("r", json.loads(json.dumps(earlier.plain())))
-    run = aggregator.snapshot.runs["r"]
-    assert run == replace(
-        earlier, info={"seed": "2"}, last_update_timestamp_seconds=None, rank_rollout_seconds=(), resumes=2
+    aggregator.register_run("r", ["op", "slot"], {"seed": "2"}, Thresholds(0.5, 1.75))
+    state = json.loads(json.dumps(earlier.plain()))
+    # Of what is this process' own, a checkpoint of an earlier version has nothing.
+    del state["update_interval_seconds"], state["gradient_quality"]["thresholds"]
+    del state["gradient_quality"]["level_since_timestamp_seconds"]
+    aggregator.resume_run("r", state)
+    quality = replace(earlier.gradient_quality, thresholds=Thresholds(0.5, 1.75), level_since_timestamp_seconds=None)
+    assert aggregator.snapshot.runs["r"] == replace(
+        earlier,
+        info={"seed": "2"},
+        gradient_quality=quality,
+        last_update_timestamp_seconds=None,
+        update_interval_seconds=None,
+        rank_rollout_seconds=(),
+        resumes=2,
     )
 
 
@@ -96,7 +107,7 @@ def test_a_histogram_with_other_bounds_is_not_resumed():
     run = own.resumed(earlier.plain())
     assert run.update_duration_seconds == own.update_duration_seconds
     assert run.rollout_duration_seconds == earlier.rollout_duration_seconds
-    assert run.gradient_quality == earlier.gradient_quality
+    assert run.gradient_quality.cv_per_step == earlier.gradient_quality.cv_per_step
 
 
 @pytest.mark.parametrize(
@@ -113,6 +124,7 @@ def test_a_histogram_with_other_bounds_is_not_resumed():
         ("update_duration_seconds", {"bounds": [1.0], "counts": [1], "total": 0.0}, ValueError),
         ("rollout_duration_seconds", {}, KeyError),
         ("last_update_timestamp_seconds", True, TypeError),
+        ("update_interval_seconds", "1", TypeError),
     ],
 )
 def test_something_else_is_an_error(field, value, error):
@@ -122,6 +134,13 @@ def test_something_else_is_an_error(field, value, error):
         Snapshot.from_plain(plain)
     del plain["runs"][0][field]
     with pytest.raises(KeyError):
+        Snapshot.from_plain(plain)
+
+
+def test_impossible_thresholds_are_an_error():
+    plain = trained().snapshot.plain()
+    plain["runs"][0]["gradient_quality"]["thresholds"]["warning"] = 3.0
+    with pytest.raises(ValueError, match="0 < warning < critical"):
         Snapshot.from_plain(plain)
 
 

@@ -186,12 +186,19 @@ def test_trpo_is_refused_with_the_reason(callback):
     assert model.num_timesteps == 0
 
 
-def test_a_model_without_a_seed_has_no_seed_on_metrics(callback):
-    served = callback(keep_serving=True)
+def test_impossible_thresholds_are_refused_before_training():
+    with pytest.raises(ValueError, match="0 < warning < critical"):
+        PrometheusCallback("levers", thresholds=(1.0, 0.5))
+
+
+def test_a_model_without_a_seed_has_no_seed_on_metrics_and_levels_are_by_the_thresholds_that_are_asked_for(callback):
+    served = callback(keep_serving=True, thresholds=(0.25, 1.5))
     ppo(seed=None).learn(32, callback=served)
     scrape(served.url, 1)
-    (line,) = [line for line in fetch(served.url)[1].splitlines() if line.startswith("ppo_run_info{")]
+    text = fetch(served.url)[1]
+    (line,) = [line for line in text.splitlines() if line.startswith("ppo_run_info{")]
     assert 'algorithm="PPO"' in line and "seed=" not in line
+    assert 'ppo_gradient_cv_threshold{level="critical",run="levers"} 1.5' in text
 
 
 def test_an_environment_step_costs_no_more_than_a_count(callback, monkeypatch):

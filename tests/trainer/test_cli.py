@@ -197,6 +197,14 @@ def test_plain_lines_come_every_n_updates_and_the_run_finishes(tmp_path):
     assert err == ""
 
 
+def test_the_levels_follow_the_thresholds_of_the_run(tmp_path):
+    flags = (*SMALL, "--total-timesteps", str(256 * 2), "--log-interval", "1", "--drill", "dominate:op:1-1")
+    out, err = run(tmp_path, *flags, "--warning-threshold", "0.01", "--critical-threshold", "2.7")
+    assert re.findall(r"^update (\d)/2 .* (CV:2\.646|CV:0\.\d{3}) (\w+)$", out, re.M)[0] == ("1", "CV:2.646", "warn")
+    assert re.search(r"^update 2/2 .* CV:0\.\d{3} warn$", out, re.M)
+    assert err == "warning: 7 heads: CV cannot exceed 2.646; critical at 2.7 can never be reached\n"
+
+
 def test_a_taken_port_is_an_error_before_training_starts(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -49,6 +49,10 @@ def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
         ("- seed\n", r"run.yml:1: expected `key: value` lines"),
         ("seed: 1\nenv: [\n", r"run.yml:3: "),
         ("env: !!python/object/apply:os.system ['true']\n", r"run.yml:1: could not determine a constructor"),
+        (
+            "warning_threshold: 1\ncritical-threshold: 1\n",
+            r"run.yml:1: warning_threshold and .*run.yml:2: critical_thr",
+        ),
         ("num_envs: 2\nrollout_steps: 4\n", r"run.yml:1: num_envs and .*run.yml:2: rollout_steps: a minibatch of 512"),
     ],
 )
@@ -66,6 +70,14 @@ def test_an_error_names_key_and_line_and_the_nearest_valid_one(tmp_path, text, m
         (["--config", "missing.yml"], r"cannot read missing.yml: No such file"),
         (["--total-timesteps", "10"], r"less than one rollout of 64 x 64 = 4096"),
         (["--drill", "explode:op:1-2"], r"unknown kind 'explode'; there are dominate, starve, nan"),
+        (
+            ["--warning-threshold", "2.5"],
+            r"--warning-threshold and critical_threshold \(default\): the warning threshold must be below the critical "
+            r"one, got 2.5 and 2.0",
+        ),
+        (["--warning-threshold", "0"], r"--warning-threshold: must be above 0, got 0.0"),
+        (["--critical-threshold", "inf"], r"--critical-threshold: must be finite, got inf"),
+        (["--critical-threshold", "high"], r"--critical-threshold: invalid float value: 'high'"),
         (["--follow", "missing.log"], r"there is no file 'missing.log'"),
     ],
 )

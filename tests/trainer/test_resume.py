@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from exporter import Thresholds
 from exporter.link import MetricsServer
 from exporter.snapshot import RunSnapshot
 from trainer.agent import NonFiniteGradientError
@@ -219,9 +220,7 @@ def test_settings_that_cannot_change_are_refused_with_both_values(tiny, flags, m
         resumed(tiny, *flags)
 
 
-@pytest.mark.parametrize(
-    ("run", "other"), [("CartPole-v1-seed1", "CartPole-v1-seed1.5"), ("gamma-0", "gamma-0.99")]
-)
+@pytest.mark.parametrize(("run", "other"), [("CartPole-v1-seed1", "CartPole-v1-seed1.5"), ("gamma-0", "gamma-0.99")])
 def test_a_run_goes_on_from_its_own_folder_though_another_run_is_called_like_one_of_its_folders(tiny, run, other):
     for name, updates in ((run, 2), (other, 3)):
         train(replace(tiny, run=name, total_timesteps=32 * updates), StopRequest())
@@ -260,7 +259,11 @@ def test_counters_of_another_run_in_the_same_folder_are_neither_taken_over_nor_o
 
 
 def test_settings_come_from_the_checkpoint_but_not_places(tiny, tmp_path):
-    train(replace(tiny, gamma=0.9, log_interval=3), StopRequest())
+    train(replace(tiny, gamma=0.9, log_interval=3, critical_threshold=1.5), StopRequest())
+    assert Training(resumed(tiny)).run_snapshot.gradient_quality.thresholds == Thresholds(0.5, 1.5)
+    training = Training(resumed(tiny, "--critical-threshold", "2.5"))
+    assert training.run_snapshot.gradient_quality.thresholds == Thresholds(0.5, 2.5)
+    assert "other settings than in the checkpoint: critical_threshold 1.5 -> 2.5" in training.notes
     config = resumed(tiny, "--epochs", "3")
     assert (config.gamma, config.log_interval, config.num_envs, config.epochs) == (0.9, 3, 4, 3)
     assert config.targets_dir == "targets" and config.drill is None

@@ -19,8 +19,8 @@ from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
-from exporter import MetricsServer, RunAggregator, emit_ppo_update
-from exporter.health import CRITICAL_THRESHOLD, STALLED_SECONDS, WARNING_THRESHOLD, HealthLevel
+from exporter import MetricsServer, RunAggregator, Thresholds, emit_ppo_update
+from exporter.health import STALLED_SECONDS, HealthLevel
 from exporter.snapshot import HISTORY_UPDATES
 from exporter.telemetry import TRAINING_SIGNALS, GradientStep, summarize_gradient_steps
 from stack.servers import ROOT
@@ -150,7 +150,7 @@ def test_word_color_title_and_icon_tell_the_level_and_what_is_old_does_not_look_
     shown = {}
     for cv in (0.1, 0.7, 3.0, 0.1):
         update(aggregator, cv)
-        level = HealthLevel.of(cv)
+        level = Thresholds().level(cv)
         expect(page).to_have_title(f"CV:{cv:.3f} {level.word} · r")
         assert page.locator(".level").inner_text() == f"CV:{cv:.3f} {level.word}"
         assert summary.inner_text() == f"1 run: 1 {level.word}"
@@ -159,6 +159,7 @@ def test_word_color_title_and_icon_tell_the_level_and_what_is_old_does_not_look_
     green, yellow, red = shown.values()
     assert green[1] > max(green[0], green[2]) and red[0] > max(red[1:]) and len({green, yellow, red, dim}) == 4
     expect(page.locator(".update")).to_have_text(re.compile(r"^last update [0-4] s ago$"))
+    expect(page.get_by_text(re.compile(r"^level began [0-4] s ago$"))).to_be_visible()
     update(aggregator, run="r2")
     update(aggregator, timestamp_seconds=time.time() - STALLED_SECONDS - 60)
     expect(page.get_by_text("Stalled: last update 6 min ago")).to_be_visible()
@@ -284,20 +285,24 @@ def test_it_is_brought_up_to_date_in_place(aggregator, visit):
     expect(level).to_have_text("CV:0.900 warn")
 
 
-def test_the_chart_has_a_point_per_update_both_thresholds_and_a_mark_where_a_gradient_was_not_finite(aggregator, visit):
+@pytest.mark.parametrize("thresholds", [Thresholds(), Thresholds(0.25, 1.5)])
+def test_the_chart_has_a_point_per_update_both_thresholds_and_a_mark_where_a_gradient_was_not_finite(
+    aggregator, visit, thresholds
+):
+    aggregator.register_run("r", ["op", "slot"], thresholds=thresholds)
     for cv in (0.1, 2.4, math.inf, 0.2):
         update(aggregator, cv)
     page = visit()
     chart = page.get_by_role("img", name="Gradient CV of the last 4 updates: lowest 0.100")
     expect(chart).to_be_visible()
-    expect(chart).to_contain_text(f"{WARNING_THRESHOLD} warn")
-    expect(chart).to_contain_text(f"{CRITICAL_THRESHOLD} BAD")
+    expect(chart).to_contain_text(f"{thresholds.warning} warn")
+    expect(chart).to_contain_text(f"{thresholds.critical} BAD")
     points = [float(y) for y in re.findall(r"[ML]\d+ (\d+)", page.locator("path.cv").get_attribute("d"))]
     assert len(points) == 3
     assert page.locator("path.nonfinite").get_attribute("d").count("M") == 1
     # The line crosses the thresholds where their lines are.
     warning, critical = (line.bounding_box()["y"] for line in page.locator("line.threshold").all())
-    height = (points[0] - points[1]) / (2.4 - 0.1) * (CRITICAL_THRESHOLD - WARNING_THRESHOLD) / 1000
+    height = (points[0] - points[1]) / (2.4 - 0.1) * (thresholds.critical - thresholds.warning) / 1000
     assert warning - critical == pytest.approx(height * chart.bounding_box()["height"], abs=1.5)
     for _ in range(HISTORY_UPDATES + 5):
         update(aggregator)
@@ -308,9 +313,14 @@ def test_the_chart_has_a_point_per_update_both_thresholds_and_a_mark_where_a_gra
 def test_without_javascript_it_is_a_table_that_the_browser_loads_anew(aggregator, visit):
     update(aggregator, policy_loss=0.5)
     page = visit(java_script_enabled=False)
-    for row in ("gradient cv CV:0.300 stable", "policy loss 0.5000", "slot 3.000", "critical from 2.0 BAD"):
+    for row in (
+        "gradient cv CV:0.300 stable",
+        "policy loss 0.5000",
+        "slot 3.000",
+        "critical from 2.0, or the run's own threshold BAD",
+    ):
         expect(page.get_by_role("row", name=row)).to_be_visible()
-    expect(page.locator("time")).to_have_text(re.compile(r"^at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC$"))
+    expect(page.locator(".update time")).to_have_text(re.compile(r"^at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC$"))
     expect(page.get_by_role("banner").get_by_role("status")).to_have_text("Reloaded every 5 seconds")
 
     def with_a_shorter_wait(route: Route) -> None:
@@ -376,7 +386,7 @@ def test_a_screen_reader_finds_its_way(aggregator, visit):
         - contentinfo
     """)
     page.get_by_role("link", name="docs").click()
-    expect(page.get_by_role("row", name="critical from 2.0 BAD")).to_be_visible()
+    expect(page.get_by_role("row", name="critical from 2.0, or the run's own threshold BAD")).to_be_visible()
     expect(page.get_by_role("rowheader", name="ppo_gradient_cv", exact=True)).to_be_visible()
 
 
