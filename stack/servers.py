@@ -1,25 +1,31 @@
-"""Prometheus and Alertmanager: those on PATH, else Debian's packages unpacked into `.servers`.
+"""Prometheus and Alertmanager: those on PATH, else the distribution's packages unpacked into `.servers`.
 
-`python -m stack.servers` makes sure that they are there and says which ones are used.
+`python -m stack.servers` makes sure that they are there and says which ones are used. The newest that Debian has
+are unpacked beside them, into `.servers/newest`, for tests: delete that folder to have them fetched again.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTORY = ROOT / ".servers"
-ADVICE = "install Prometheus and Alertmanager and put prometheus, promtool, alertmanager and amtool on PATH"
+ADVICE = "install {} with its tools and put them on PATH"
+NEWEST = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian sid main\n"
+# In some releases a package of its own, on which the server's package depends.
+TOOLS = ("promtool", "amtool")
 
 
 class ServersMissing(RuntimeError):
-    """A server is neither on PATH nor to be had from the distribution's packages."""
+    """A server is neither on PATH nor to be had from the distribution's packages; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,29 @@ class Servers:
     amtool: Path
     prometheus_options: tuple[str, ...] = ()
 
+    def versions(self) -> str:
+        """For example `Prometheus 2.42.0, Alertmanager 0.25.0`."""
+        found = []
+        for server in (self.prometheus, self.alertmanager):
+            done = subprocess.run([server, "--version"], check=True, capture_output=True, text=True)
+            # prometheus, version 2.42.0+ds (branch: debian/sid, ...; older ones write it to stderr
+            name, _, version = (done.stdout or done.stderr).split()[:3]
+            found.append(f"{name.strip(',').capitalize()} {version.partition('+')[0]}")
+        return ", ".join(found)
 
-def provide(directory: Path = DIRECTORY) -> Servers:
+
+def provide(directory: Path = DIRECTORY, newest: bool = False) -> Servers:
     """Find the four executables, fetching what is missing into `directory`.
 
+    Args:
+        newest: those of Debian's unstable release, whatever is on PATH.
+
     Raises:
-        ServersMissing: nothing on PATH and no package to be had; the message says what to do.
+        ServersMissing: nothing on PATH and no package to be had.
     """
-    prometheus, promtool, unpacked = _pair("prometheus", ["prometheus"], "promtool", directory)
+    sources = NEWEST if newest else ""
+    directory = directory / "newest" if newest else directory
+    prometheus, promtool, unpacked = _pair("prometheus", ["prometheus"], "promtool", directory, sources)
     prometheus_options: tuple[str, ...] = ()
     if unpacked:
         # Debian's build reads its web pages from disk, and asks for another place by an option of its own.
@@ -48,81 +69,85 @@ def provide(directory: Path = DIRECTORY) -> Servers:
             f"--web.console.templates={unpacked}/etc/prometheus/consoles",
             f"--web.console.libraries={unpacked}/etc/prometheus/console_libraries",
         )
-    alertmanager, amtool, _ = _pair(
-        "prometheus-alertmanager", ["alertmanager", "prometheus-alertmanager"], "amtool", directory
-    )
+    names = ["alertmanager", "prometheus-alertmanager"]
+    alertmanager, amtool, _ = _pair("prometheus-alertmanager", names, "amtool", directory, sources)
     return Servers(prometheus, promtool, alertmanager, amtool, prometheus_options)
 
 
-def package_root(package: str, directory: Path = DIRECTORY) -> Path:
-    """The folder that holds what Debian's `package` installs, fetched if it is not there yet.
+def package_root(package: str, directory: Path = DIRECTORY, sources: str = "") -> Path:
+    """The folder that holds what `package` installs, its tool and its web pages; fetched if it is not there yet.
+
+    Args:
+        sources: where apt looks, in the format of sources.list; empty: where the system looks.
 
     Raises:
-        ServersMissing: there is no package to be had; the message says what to do.
+        ServersMissing: there is no package to be had.
     """
+
+    def choose(apt: Callable[..., str]) -> list[str]:
+        depends = set(apt("apt-cache", "depends", "--recurse", "--important", package).splitlines())
+        return [package, *sorted(name for name in depends if name.startswith(("libjs-", "fonts-")) or name in TOOLS)]
+
     root = directory / package
     if not root.exists():
-        _fetch(package, root)
+        fetch_packages(root, choose, sources)
     return root
 
 
-def _pair(package: str, names: list[str], tool: str, directory: Path) -> tuple[Path, Path, Path | None]:
-    """A server, its tool, and the folder they were unpacked into (None: both are on PATH)."""
-    server_on_path = next(filter(None, map(shutil.which, names)), None)
-    tool_on_path = shutil.which(tool)
-    if server_on_path and tool_on_path:
-        return Path(server_on_path), Path(tool_on_path), None
-    root = package_root(package, directory)
-    server = next((path for name in names if (path := root / "usr/bin" / name).exists()), None)
-    if server is None or not (root / "usr/bin" / tool).exists():
-        raise ServersMissing(f"{root} lacks {' / '.join(names)} or {tool}; delete it and run `make setup`, or {ADVICE}")
-    return server, root / "usr/bin" / tool, root
+def fetch_packages(root: Path, choose: Callable[[Callable[..., str]], list[str]], sources: str = "") -> None:
+    """Unpack packages into the new folder `root`. Needs no root, and leaves the system's package lists alone.
 
+    Args:
+        choose: names the packages; is given a function that runs an apt command and gives its output.
+        sources: as for `package_root`.
 
-def _fetch(package: str, root: Path) -> None:
-    """Download `package` with the pages its web interface needs, and unpack all into `root`."""
+    Raises:
+        ServersMissing: a package is not to be had.
+    """
+    advice = ADVICE.format(root.name)
     missing = [command for command in ("apt-get", "apt-cache", "dpkg") if shutil.which(command) is None]
     if missing:
-        raise ServersMissing(f"{package} is not on PATH, and this machine has no {', '.join(missing)}: {ADVICE}")
+        raise ServersMissing(f"{root.name} is not on PATH, and this machine has no {', '.join(missing)}: {advice}")
     started = time.monotonic()
-    print(f"Fetching {package} from the distribution's packages ...", flush=True)
+    print(f"Fetching {root.name} from the distribution's packages ...", flush=True)
     root.parent.mkdir(parents=True, exist_ok=True)
+    options, complaints = _package_lists(root.parent / "apt", sources)
     # Renamed into place only when whole, so that an interrupted fetch leaves nothing that looks finished.
     with tempfile.TemporaryDirectory(dir=root.parent, prefix="unfinished-") as work:
         downloads, unpacked = Path(work, "downloads"), Path(work, "unpacked")
         downloads.mkdir()
-        try:
-            _download(package, downloads, ())
-        except subprocess.CalledProcessError as first_error:
-            # Lists missing, or so old that the packages they name are gone: use lists of our own, which
-            # needs no root and leaves the system's alone.
-            try:
-                options = _update_lists(root.parent / "apt")
-                _download(package, downloads, options)
-            except subprocess.CalledProcessError as error:
-                raise ServersMissing(
-                    f"could not fetch {package}: {_reasons(error) or _reasons(first_error)}\n"
-                    f"Check the network and run `make setup` again, or {ADVICE}"
-                ) from error
+
+        def apt(command: str, *arguments: str) -> str:
+            done = _run(command, *options, *arguments, directory=downloads)
+            if done.returncode:
+                reasons = "\n  ".join([*complaints, *_complaints(done)])
+                raise ServersMissing(f"cannot fetch {root.name}:\n  {reasons}\nCheck the network, or {advice}")
+            return done.stdout
+
+        apt("apt-get", "download", *choose(apt))
         for archive in sorted(downloads.glob("*.deb")):
             subprocess.run(["dpkg", "-x", archive, unpacked], check=True)
-        if package == "prometheus-alertmanager":
+        if root.name == "prometheus-alertmanager":
             _make_relocatable(unpacked)
         try:
             unpacked.rename(root)
         except OSError:
             if not root.exists():  # else another process was faster
                 raise
-    print(f"  {package}: ready after {time.monotonic() - started:.0f} s", flush=True)
+    print(f"  {root.name}: ready after {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _download(package: str, downloads: Path, options: tuple[str, ...]) -> None:
-    relations = ["recommends", "suggests", "enhances", "conflicts", "breaks", "replaces"]
-    depends = _apt(
-        ["apt-cache", *options, "depends", "--recurse", *(f"--no-{name}" for name in relations), package], downloads
-    )
-    pages = {line for line in depends.splitlines() if line.startswith(("libjs-", "fonts-"))}
-    _apt(["apt-get", *options, "download", package, *sorted(pages)], downloads)
+def _pair(package: str, names: list[str], tool: str, directory: Path, sources: str) -> tuple[Path, Path, Path | None]:
+    """A server, its tool, and the folder they were unpacked into (None: both are on PATH)."""
+    server_on_path = next(filter(None, map(shutil.which, names)), None)
+    tool_on_path = shutil.which(tool)
+    if server_on_path and tool_on_path and not sources:
+        return Path(server_on_path), Path(tool_on_path), None
+    root = package_root(package, directory, sources)
+    server = next((path for name in names if (path := root / "usr/bin" / name).exists()), None)
+    if server is None or not (root / "usr/bin" / tool).exists():
+        raise ServersMissing(f"{root} lacks {' / '.join(names)} or {tool}; delete it and try again")
+    return server, root / "usr/bin" / tool, root
 
 
 def _make_relocatable(root: Path) -> None:
@@ -145,39 +170,41 @@ def _make_relocatable(root: Path) -> None:
     )
 
 
-def _update_lists(directory: Path) -> tuple[str, ...]:
-    """Fetch package lists into `directory`; the options with which apt uses them."""
-    lists, cache = directory / "lists", directory / "cache"
+@functools.cache
+def _package_lists(directory: Path, sources: str) -> tuple[list[str], list[str]]:
+    """Fetch package lists into `directory`; the options with which apt uses them, and what it complained of."""
+    lists, cache, file = directory / "lists", directory / "cache", directory / "sources.list"
     for folder in (lists / "partial", cache / "archives" / "partial"):
         folder.mkdir(parents=True, exist_ok=True)
-    options = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={cache}"]
+    settings = [f"Dir::State::Lists={lists}", f"Dir::Cache={cache}"]
+    if sources:
+        file.write_text(sources)
+        settings += [f"Dir::Etc::SourceList={file}", "Dir::Etc::SourceParts=/dev/null"]
     if os.geteuid() == 0:
         # apt's download user may not enter the folder of a checkout.
-        options += ["-o", "APT::Sandbox::User=root"]
-    print("  updating package lists ...", flush=True)
-    _apt(["apt-get", *options, "-o", "APT::Update::Error-Mode=any", "update"], directory)
-    return tuple(options)
+        settings += ["APT::Sandbox::User=root"]
+    options = [f"--option={setting}" for setting in settings]
+    # A source that cannot be reached may be none of those that are needed.
+    return options, _complaints(_run("apt-get", *options, "update", directory=directory))
 
 
-def _apt(command: list[str], directory: Path) -> str:
+def _run(*command: str, directory: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
-    done = subprocess.run(command, cwd=directory, env=environment, check=True, capture_output=True, text=True)
-    return done.stdout
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
 
 
-def _reasons(error: subprocess.CalledProcessError) -> str:
-    lines = [line for line in error.stderr.splitlines() if line.startswith(("E:", "W:"))]
-    return " ".join(lines[-3:])
+def _complaints(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith(("E:", "W:"))]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m stack.servers", description=__doc__)
-    parser.parse_args()
+    argparse.ArgumentParser(prog="python -m stack.servers", description=__doc__).parse_args()
     try:
         servers = provide()
     except ServersMissing as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(f"  {servers.versions()}")
     for name in ("prometheus", "promtool", "alertmanager", "amtool"):
         print(f"  {name}: {getattr(servers, name)}")
     return 0

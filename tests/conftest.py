@@ -20,7 +20,7 @@ import yaml
 from stack import configuration
 from stack.configuration import Ports
 from stack.processes import ChildProcess
-from stack.servers import ROOT, Servers, package_root, provide
+from stack.servers import ROOT, Servers, ServersMissing, package_root, provide
 
 # In the background of a shell SIGINT is ignored, which trainers would inherit; a handler they do not inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -112,10 +112,29 @@ class Observability:
         ]
 
 
+# Lets a test run twice: with the servers at hand, which on Debian 12 are the oldest that are supported, and with the
+# newest that Debian has. Where those cannot be had the second run is skipped.
+every_servers = pytest.mark.parametrize("servers", ["at hand", "newest"], indirect=True)
+_used: set[str] = set()
+
+
 @pytest.fixture(scope="session")
-def servers() -> Servers:
+def servers(request: pytest.FixtureRequest) -> Servers:
     """Executables of Prometheus and Alertmanager."""
-    return provide()
+    newest = getattr(request, "param", None) == "newest"
+    try:
+        found = provide(newest=newest)
+    except ServersMissing as error:
+        if newest:
+            pytest.skip(f"the newest servers: {error}")
+        raise
+    _used.add(found.versions())
+    return found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for versions in sorted(_used):
+        terminalreporter.write_line(f"servers used: {versions}")
 
 
 @pytest.fixture(scope="session")

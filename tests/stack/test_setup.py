@@ -48,5 +48,5 @@ def test_nothing_is_done_when_nothing_changed(checkout: Path):
 
 def test_without_servers_and_packages_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ServersMissing, match="no apt-get.*install Prometheus and Alertmanager and put .* on PATH"):
+    with pytest.raises(ServersMissing, match="no apt-get.*install prometheus with its tools and put them on PATH"):
         provide(tmp_path / "servers")
