@@ -1,0 +1,210 @@
+"""Fire drill: does the stack that is running page somebody when a run goes bad?
+
+Starts a real trainer of its own, drives it to critical and back, and follows its alert through Prometheus,
+Alertmanager and the receiver. The exit code is 0 only if every step was seen. Everything after `--` goes to the
+drilled trainer: `make drill ARGS="-- --device cuda"`.
+"""
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+import urllib.parse
+from datetime import datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from stack.configuration import Ports
+from stack.drill.clients import ALERT, NO_ANSWER, Alertmanager, DrillError, Event, Notifications, Prometheus, reason
+from stack.drill.steps import CROSSED, NOTIFIED, RECOVERED, TOLD_OVER, Drill, DrilledRun, Step
+
+POLL_INTERVAL = 0.2  # seconds
+_CAUSES = {NOTIFIED: CROSSED, TOLD_OVER: RECOVERED}
+
+
+class StopRequested(Exception):
+    """A signal asked for the end."""
+
+
+class Command:
+    """One drill, and its report. `run()` is called once, from the main thread."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.console = Console()
+        self.seen: dict[str, Event] = {}
+        self.stop_signal: int | None = None
+        self.drilled: DrilledRun | None = None
+
+    def run(self) -> int:
+        """Drill and clean up; the exit code."""
+        # Set once and kept to the end: a second Ctrl-C must not interrupt the clean-up.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        with tempfile.TemporaryDirectory(prefix="fire-drill-") as work:
+            try:
+                self._drill(Path(work))
+                return 0
+            except StopRequested:
+                self._say("Interrupted; the drill's trainer and target are gone.")
+                return 128 + self.stop_signal
+            except DrillError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+            finally:
+                if self.drilled:
+                    self.drilled.end()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.stop_signal = self.stop_signal or number
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _drill(self, work: Path) -> None:
+        options = self.options
+        prometheus = Prometheus(options.prometheus_url, options.prometheus_http_config)
+        alertmanager = Alertmanager(options.alertmanager_url, options.alertmanager_http_config)
+        rule = self._check_stack(prometheus, alertmanager)
+        notifications = Notifications(options.receiver_log)
+        self._say(
+            f"Fire drill {options.run}: critical from when Prometheus has scraped it until the notification is here. "
+            f"The alert waits {rule['duration']:g} s before it fires, {rule['keepFiringFor']:g} s before it resolves.\n"
+            f"\n{'step':<35}{'time':<10}{'at [s]':>8}{'delta [s]':>11}   seen"
+        )
+        self.drilled = DrilledRun(options.run, options.head, options.targets_dir, work, options.trainer_arguments)
+        drill = Drill(self.drilled, prometheus, alertmanager, notifications, rule, options.notification_wait)
+        self._report("drill started", Event(drill.began))
+        for step in drill.steps():
+            self._report(step.name, self._follow(step))
+
+    def _check_stack(self, prometheus: Prometheus, alertmanager: Alertmanager) -> dict:
+        """The rule that is drilled. Raises DrillError where something is missing that a drill needs."""
+        server = prometheus
+        try:
+            rule = prometheus.rule()
+            server = alertmanager
+            alertmanager.alert(ALERT)
+        except NO_ANSWER as error:
+            name = type(server).__name__
+            raise DrillError(
+                f"{name} does not answer at {server.url}: {reason(error)}\n"
+                f"`make run` starts the stack; another one is named with --{name.lower()}-url"
+            ) from error
+        if not self.options.targets_dir.is_dir():
+            raise DrillError(
+                f"there is no folder {self.options.targets_dir}, where Prometheus would find the drilled trainer; "
+                "--targets-dir names another one"
+            )
+        if not self.options.receiver_log.is_file():
+            raise DrillError(
+                f"there is no file {self.options.receiver_log}, where the receiver of `make run` writes what it is "
+                "sent; --receiver-log names another one, which `python -m stack.receiver --output FILE` writes"
+            )
+        if rule is None:
+            raise DrillError(
+                f"Prometheus at {prometheus.url} has no rule {ALERT['alertname']} with severity {ALERT['severity']}: "
+                "load alerts/ppo.rules.yml (`rule_files`)"
+            )
+        return rule
+
+    def _follow(self, step: Step) -> Event:
+        """Wait for `step`.
+
+        Raises:
+            DrillError: it did not come in time, and what to check; or the trainer has ended.
+            StopRequested: a signal came.
+        """
+        started, allowed = time.monotonic(), step.seconds + self.options.patience
+        with self.console.status("") as status:
+            while True:
+                if (code := self.drilled.process.exit_code) is not None:
+                    raise DrillError(f"the trainer has ended with exit code {code}:\n{self.drilled.process.log_tail()}")
+                trouble = ""
+                try:
+                    if event := step.look():
+                        return event
+                except NO_ANSWER as error:
+                    trouble = f" (the last look failed: {reason(error)})"
+                waited = time.monotonic() - started
+                if waited > allowed:
+                    raise DrillError(
+                        f"this step did not come within {allowed:.0f} s: {step.name}{trouble}\n{_advice(step)}"
+                    )
+                status.update(escape(f"waiting for: {step.name}, {waited:.0f} s of at most {allowed:.0f} s{trouble}"))
+                if self.stop_signal is None:
+                    time.sleep(POLL_INTERVAL)
+                if self.stop_signal is not None:
+                    raise StopRequested
+
+    def _report(self, name: str, event: Event) -> None:
+        times, note = [seen.time for seen in self.seen.values()] or [event.time], event.note
+        if name in _CAUSES:
+            note += f", {event.time - self.seen[_CAUSES[name]].time:.1f} s after the {_CAUSES[name]}"
+        clock = datetime.fromtimestamp(event.time).strftime("%H:%M:%S")
+        row = f"{name:<35}{clock:<10}{event.time - times[0]:8.1f}{event.time - times[-1]:+11.1f}   {note}"
+        self._say(row.rstrip())
+        self.seen[name] = event
+
+
+def _advice(step: Step) -> str:
+    try:
+        return step.advice()
+    except NO_ANSWER as error:
+        return f"Asking why failed as well: {reason(error)}"
+
+
+def _url(text: str) -> str:
+    parts = urllib.parse.urlsplit(text)
+    if "@" in parts.netloc:  # said without the text, which holds a password
+        raise argparse.ArgumentTypeError(
+            "the process list shows passwords in addresses; name a file with --...-http-config"
+        )
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address such as http://127.0.0.1:9090")
+    return text.rstrip("/")
+
+
+def _seconds(text: str) -> float:
+    if not 0 < (number := float(text)) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m stack.drill",
+        usage="%(prog)s [options] [-- trainer options]",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, ports = parser.add_argument, Ports()
+    for name in ("prometheus", "alertmanager"):
+        add(f"--{name}-url", type=_url, default=ports.url(name), metavar="URL", help=name.capitalize())
+        text = "its credentials and CA, in a file as `promtool --http.config.file` takes it"
+        add(f"--{name}-http-config", type=Path, metavar="FILE", help=text)
+    text = "folder that Prometheus watches for target files"
+    add("--targets-dir", type=Path, default=Path("targets"), metavar="FOLDER", help=text)
+    text = "file of the notification receiver, one webhook JSON a line"
+    add("--receiver-log", type=Path, default=Path(".stack/notifications.jsonl"), metavar="FILE", help=text)
+    text = "how long Alertmanager may hold a notification back: no less than `group_wait` and `group_interval`"
+    add("--notification-wait", type=_seconds, default=300.0, metavar="SECONDS", help=text)
+    text = "how much longer a step may take than the rule's own waits and this: no less than two scrapes"
+    add("--patience", type=_seconds, default=120.0, metavar="SECONDS", help=text)
+    add("--head", default="op", help="action head that gets the whole gradient")
+    add("--run", default=time.strftime("fire-drill-%Y%m%d-%H%M%S"), metavar="NAME", help="name of the drilled run")
+    options = parser.parse_args(arguments[:split])
+    options.trainer_arguments = arguments[split + 1 :]
+    for flag, instead in (("--run", "--run"), ("--targets-dir", "--targets-dir"), ("--drill", "--head")):
+        if any(argument.split("=")[0] == flag for argument in options.trainer_arguments):
+            parser.error(f"the trainer's {flag} is set by the drill: use {instead} before the --")
+    return Command(options).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
