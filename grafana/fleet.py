@@ -89,7 +89,7 @@ def _all_runs() -> dict:
         "One row per run, the worst first; a click on a run opens its dashboard. Good: up, stable, an update of late. "
         "Bad: DOWN, stalled or BAD. The age of the last update is by the trainer's clock.",
         *(table_query(query if query is STATE else f"max without () ({query})") for query, _ in values.values()),
-        columns={fields.get(name, name): name for name in order} | {"head": "dominating head", "Value": "state"},
+        columns={"Value": "state"} | {fields.get(name, name): name for name in order} | {"head": "dominating head"},
         sort_by=[("state", False), ("level", True), ("CV", True)],
         noValue=ABSENT[0],
         thresholds=thresholds("transparent"),

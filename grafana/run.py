@@ -166,7 +166,7 @@ def _now() -> list[dict]:
 
 
 def _since_when() -> list[dict]:
-    window = "$__rate_interval"
+    window, dashed = "$__rate_interval", dict(fill="dash", dash=[10, 10])
     return [
         lines(
             *(CV_PANEL_ID, (0, 4, 14, 9), "Gradient CV"),
@@ -182,8 +182,9 @@ def _since_when() -> list[dict]:
             custom=dict(axisSoftMin=0),
             color=fixed("blue"),
             overrides=[
-                *colored(dict(warning=YELLOW, critical=RED)),
-                override("ceiling", color=fixed(NEUTRAL), custom__lineStyle=dict(fill="dash", dash=[10, 10])),
+                override("warning", color=fixed(YELLOW), custom__showPoints="never"),
+                override("critical", color=fixed(RED), custom__showPoints="never"),
+                override("ceiling", color=fixed(NEUTRAL), custom__showPoints="never", custom__lineStyle=dashed),
             ],
         ),
         panels.level_timeline(

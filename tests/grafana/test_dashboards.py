@@ -1,5 +1,6 @@
 """What a dashboard must keep to, and what an operator sees first, in which words and colours."""
 
+import copy
 import json
 import re
 from itertools import combinations
@@ -232,3 +233,24 @@ def test_variables_ask_for_labels_of_series():
         for name, variable in list(variables(board).items())[1:]:
             series = re.fullmatch(rf"label_values\((.+), {name}\)", variable["query"])[1]
             assert promql_parser.parse(re.sub(r"\$\w+", ".+", series)).name == "ppo_gradient_cv"
+
+
+@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")
+@pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS.keys())
+def test_grafanas_schema_knows_every_key(board):
+    """Grafana ignores a key that it does not know; so does its SDK, which then does not write it again."""
+    from grafana_foundation_sdk.cog import plugins
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models.dashboard import Dashboard  # warns that there is a newer format
+
+    plugins.register_default_plugins()
+    known = json.loads(JSONEncoder(sort_keys=False).encode(Dashboard.from_json(copy.deepcopy(board))))
+
+    def lost(ours: object, theirs: object, at: str) -> list[str]:
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            return [where for key, value in ours.items() for where in lost(value, theirs.get(key), f"{at}.{key}")]
+        if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+            return [where for pair in zip(ours, theirs) for where in lost(*pair, at)]
+        return [] if ours == theirs else [at]
+
+    assert lost(board, known, "") == []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 from boards import BOARDS, FLEET, ROOT, RUN, panel, queries, with_values
-from conftest import fetch, free_ports, wait_until
+from conftest import every_servers, fetch, free_ports, wait_until
 
 from exporter.aggregator import RunAggregator
 from exporter.health import Thresholds
@@ -121,6 +121,7 @@ def ask(tmp_path, servers, start_prometheus) -> Callable[[str], list[dict]]:
     return query
 
 
+@every_servers
 def test_every_query_tells_what_the_runs_told(ask: Callable[[str], list[dict]]):
     def values(of: dict, title: str, label: str = "run", **chosen: str) -> list[dict[str, float]]:
         """For each of the panel's queries the values by label."""
