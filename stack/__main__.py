@@ -5,10 +5,10 @@ Everything after `--` goes to the trainer: `make run ARGS="--prometheus-port 909
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from stack import configuration, servers
+from stack import configuration, grafana, servers
 from stack.configuration import Ports
 from stack.processes import ChildProcess
 from stack.servers import ROOT, Servers
@@ -26,7 +26,7 @@ START_TIMEOUT = 120.0  # seconds; a cold import of torch from a slow disk takes 
 TRAINER_STOP_TIMEOUT = 60.0  # seconds; it ends after the running gradient step
 POLL_INTERVAL = 0.2  # seconds
 RETENTION = "15d"
-GRAFANA_INSTALLATION = "https://grafana.com/docs/grafana/latest/setup-grafana/installation/"
+DASHBOARD = "/d/ppo-gradient-health"
 
 
 class StartError(Exception):
@@ -80,10 +80,9 @@ class Stack:
         self.state = state
         self.trainer_arguments = trainer_arguments
         self.logs = state / "logs"
-        # The repository's own files apply where nothing differs from them.
-        self.is_default = ports == Ports() and state.resolve() == ROOT / ".stack"
         self.targets = ROOT / "targets" if state.resolve() == ROOT / ".stack" else state / "targets"
         self.messages = TerminalMessages(self.logs / "messages.log")
+        self.grafana: tuple[list[str], Path] | None = None  # its command and its home folder
         self.servers: list[ChildProcess] = []
         self.trainer: ChildProcess | None = None
         self.stop_signal: int | None = None
@@ -95,7 +94,8 @@ class Stack:
             signal.signal(number, self._on_signal)
         code = 0
         try:
-            _check_ports(self.ports)
+            self.grafana = grafana.find()
+            _check_ports({name: port for name, port in vars(self.ports).items() if name != "grafana" or self.grafana})
             with self._lock():
                 try:
                     self._start()
@@ -104,7 +104,7 @@ class Stack:
                     code = 128 + self.stop_signal
                 finally:
                     self._stop()
-        except StartError as error:
+        except (StartError, servers.ServersMissing, grafana.GrafanaError) as error:
             print(f"error: {error}", file=sys.stderr)
             code = 1
         return 128 + self.stop_signal if self.stop_signal else code
@@ -129,10 +129,7 @@ class Stack:
         return lock
 
     def _start(self) -> None:
-        try:
-            found = servers.provide()
-        except servers.ServersMissing as error:
-            raise StartError(str(error)) from error
+        found = servers.provide()
         prometheus_yml, alertmanager_yml = self._configurations()
         _check(found.promtool, "check", "config", prometheus_yml)
         _check(found.amtool, "check-config", alertmanager_yml)
@@ -141,19 +138,20 @@ class Stack:
         self._start_server("receiver", "/-/healthy", self._receiver_command(), output=self.messages.path)
         self._start_server("alertmanager", "/-/ready", self._alertmanager_command(found, alertmanager_yml))
         self._start_server("prometheus", "/-/ready", self._prometheus_command(found, prometheus_yml))
-        grafana = _find_grafana()
-        if grafana:
-            self._start_server("grafana", "/api/health", *self._grafana(*grafana))
+        if self.grafana:
+            self._start_server("grafana", "/api/health", *self._grafana_command(*self.grafana))
         for server in self.servers:
             self._wait_until_ready(server)
 
+        if self.grafana:
+            print(f"Dashboard      {self.ports.url('grafana')}{DASHBOARD}")
+            print(f"Status page    {self.ports.url('metrics')}/")
+        else:
+            print(
+                f"Status page    {self.ports.url('metrics')}/  the place to look; for dashboards: `make grafana` first"
+            )
         print(f"Prometheus     {self.ports.url('prometheus')}")
         print(f"Alertmanager   {self.ports.url('alertmanager')}")
-        if grafana:
-            print(f"Grafana        {self.ports.url('grafana')}")
-        else:
-            print(f"Grafana        not on PATH; to have it started too, install it: {GRAFANA_INSTALLATION}")
-        print(f"Metrics        {self.ports.url('metrics')}/metrics")
         print(f"Notifications  {_shown(self.state / 'notifications.jsonl')}")
         print(f"Server logs    {_shown(self.logs)}", flush=True)
 
@@ -161,12 +159,7 @@ class Stack:
         self._wait_until_ready(self.trainer)
 
     def _configurations(self) -> tuple[Path, Path]:
-        """prometheus.yml and alertmanager.yml."""
-        alertmanager_source = ROOT / "alerts/alertmanager.yml"
-        if not alertmanager_source.exists():
-            raise StartError(f"{_shown(alertmanager_source)} is missing")
-        if self.is_default:
-            return ROOT / "prometheus.yml", alertmanager_source
+        """prometheus.yml and alertmanager.yml, for these ports and folders."""
         prometheus = configuration.prometheus_configuration(self.ports, self.targets)
         alertmanager = configuration.alertmanager_configuration(self.ports)
         return (
@@ -219,25 +212,11 @@ class Stack:
         command = [sys.executable, "-m", "stack.receiver", "--port", str(self.ports.receiver)]
         return [*command, "--output", notifications, "--color", color]
 
-    def _grafana(self, command: list[str], home: Path) -> tuple[list[str | Path], dict[str, str]]:
-        data = self.state.resolve() / "data/grafana"
-        provisioning = ROOT / "grafana/provisioning"
-        if not self.is_default:
-            provisioning = configuration.copy_provisioning(self.ports, self.state.resolve() / "grafana-provisioning")
-        environment = {
-            "GF_PATHS_PROVISIONING": str(provisioning),
-            "PPO_DASHBOARDS_PATH": str(ROOT / "grafana/dashboards"),
-            "GF_PATHS_DATA": str(data),
-            "GF_PATHS_LOGS": str(data / "log"),
-            "GF_PATHS_PLUGINS": str(data / "plugins"),
-            "GF_SERVER_HTTP_ADDR": "127.0.0.1",
-            "GF_SERVER_HTTP_PORT": str(self.ports.grafana),
-            "GF_ANALYTICS_REPORTING_ENABLED": "false",
-            "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
-            # Looking needs no password on this machine; changing does.
-            "GF_AUTH_ANONYMOUS_ENABLED": "true",
-        }
-        return [*command, "--homepath", home], environment
+    def _grafana_command(self, command: list[str], home: Path) -> tuple[list[str | Path], dict[str, str]]:
+        state = self.state.resolve()
+        provisioning = configuration.copy_provisioning(self.ports, state / "grafana-provisioning")
+        environment = grafana.environment(self.ports.grafana, state / "data/grafana", provisioning)
+        return [*command, "--homepath", home], environment | {"PPO_DASHBOARDS_PATH": str(ROOT / "grafana/dashboards")}
 
     def _trainer_command(self) -> list[str | Path]:
         command = [sys.executable, "-m", "trainer", "--metrics-address", "127.0.0.1"]
@@ -300,28 +279,12 @@ class Stack:
             print("All processes have ended.", flush=True)
 
 
-def _find_grafana() -> tuple[list[str], Path] | None:
-    """Command that starts Grafana's server, and its home folder; None when it is not on PATH."""
-    for name, arguments in (("grafana", ["server"]), ("grafana-server", [])):
-        if path := shutil.which(name):
-            homes = [Path(path).resolve().parents[1], Path("/usr/share/grafana")]
-            if home := next((home for home in homes if (home / "conf/defaults.ini").exists()), None):
-                return [path, *arguments], home
-            raise StartError(f"{path} is on PATH, but conf/defaults.ini is in none of {', '.join(map(str, homes))}")
-    return None
-
-
-def _check_ports(ports: Ports) -> None:
+def _check_ports(ports: dict[str, int]) -> None:
     """Raises StartError naming every port that cannot be had, with its flag."""
-    wanted = ["prometheus", "alertmanager", "receiver", "metrics"] + (["grafana"] if _find_grafana() else [])
-    problems, flags = [], {}
-    for name in wanted:
-        port, flag = getattr(ports, name), f"--{name}-port"
-        if port in flags:
-            problems.append(f"port {port} is given to both {flags[port]} and {flag}")
-            continue
-        flags[port] = flag
-        with socket.socket() as probe:
+    problems = []
+    with contextlib.ExitStack() as held:  # all at once, so that a port given twice is noticed too
+        for name, port in ports.items():
+            probe = held.enter_context(socket.socket())
             # As the servers do it: connections of an earlier run that linger are no obstacle.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -329,7 +292,7 @@ def _check_ports(ports: Ports) -> None:
                 probe.listen()
             except OSError as error:
                 reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-                problems.append(f"port {port} {reason}; choose another with {flag}")
+                problems.append(f"port {port} {reason}; choose another with --{name}-port")
     if problems:
         raise StartError("\n       ".join(problems))
 
@@ -385,13 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     ):
         if any(argument.split("=")[0] == flag for argument in trainer_arguments):
             parser.error(f"the trainer's {flag} is set by the stack: use {instead}")
-    ports = Ports(
-        options.prometheus_port,
-        options.alertmanager_port,
-        options.receiver_port,
-        options.grafana_port,
-        options.metrics_port,
-    )
+    ports = Ports(**{name: getattr(options, f"{name}_port") for name in vars(Ports())})
     return Stack(ports, options.state_dir, trainer_arguments).run()
 
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import fetch, free_ports, wait_until
+from conftest import every_servers, fetch, free_ports, wait_until
+from stand_in import stand_in_grafana
 
 from stack.configuration import Ports
 from stack.servers import ROOT, Servers
@@ -24,7 +25,9 @@ SHORT_RUN += ["--total-timesteps", "4096"]
 
 
 class Runner:
-    def __init__(self, directory: Path, trainer_arguments: list[str], terminal: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, trainer_arguments: list[str], terminal: int | None = None, path: str = os.environ["PATH"]
+    ) -> None:
         self.ports = free_ports()
         self.state = directory / "state"
         self.output = directory / "output"
@@ -38,7 +41,7 @@ class Runner:
                 stdout=output if terminal is None else terminal,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             )
 
     @property
@@ -76,8 +79,8 @@ def assert_gone(pids: set[int]) -> None:
 def run(tmp_path: Path, servers: Servers) -> Iterator:
     runners = []
 
-    def start(trainer_arguments: list[str], terminal: int | None = None) -> Runner:
-        runners.append(Runner(tmp_path, trainer_arguments, terminal))
+    def start(trainer_arguments: list[str], **options) -> Runner:
+        runners.append(Runner(tmp_path, trainer_arguments, **options))
         return runners[-1]
 
     yield start
@@ -118,8 +121,11 @@ def test_all_processes_end_with_the_runner(run, number, code):
         socket.create_server(("127.0.0.1", getattr(runner.ports, name))).close()
 
 
-def test_the_servers_outlive_training(run, tmp_path):
-    runner = run([*SHORT_RUN, "--checkpoint-dir", str(tmp_path / "own")])
+@every_servers
+def test_the_servers_outlive_training(run, servers, tmp_path):
+    folders = (stand_in_grafana(tmp_path) / "bin", servers.prometheus.parent, servers.alertmanager.parent)
+    path = ":".join([*map(str, folders), os.environ["PATH"]])
+    runner = run([*SHORT_RUN, "--checkpoint-dir", str(tmp_path / "own")], path=path)
     wait_until(lambda: runner.says("The servers stay up"), "the end of training is said")
     api = runner.ports.url("prometheus") + "/api/v1"
 
@@ -134,6 +140,15 @@ def test_the_servers_outlive_training(run, tmp_path):
     assert list((tmp_path / "own").rglob("*.pt")) and not (runner.state / "checkpoints").exists()
     for name in ("prometheus", "alertmanager"):
         assert runner.ports.url(name) in runner.text
+    build = json.loads(fetch(f"{api}/status/buildinfo")[1])["data"]["version"]
+    assert build.partition("+")[0] in servers.versions()
+
+    assert runner.text.startswith(f"Dashboard      {runner.ports.url('grafana')}/d/ppo-gradient-health\n")
+    settings = json.loads(fetch(runner.ports.url("grafana") + "/environment")[1])
+    provisioning = Path(settings["GF_PATHS_PROVISIONING"])
+    assert runner.ports.url("prometheus") in (provisioning / "datasources/ppo.yml").read_text()
+    assert (provisioning / "plugins").is_dir() and Path(settings["GF_PATHS_PLUGINS"]).is_dir()
+    assert list(Path(settings["PPO_DASHBOARDS_PATH"]).glob("*.json"))
 
     body = {"alerts": [{"status": "firing", "labels": {"alertname": "Example"}, "annotations": {"summary": "seen"}}]}
     assert fetch(runner.ports.url("receiver") + "/", json.dumps(body).encode())[0] == 200
@@ -159,7 +174,7 @@ def test_a_server_that_dies_is_named_with_the_end_of_its_log(run):
 
 def test_in_a_terminal_notifications_appear_beside_the_display(run):
     controller, terminal = pty.openpty()
-    runner = run(LONG_RUN, terminal)
+    runner = run(LONG_RUN, terminal=terminal)
     os.close(terminal)
     os.set_blocking(controller, False)
     shown = bytearray()

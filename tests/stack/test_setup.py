@@ -25,6 +25,10 @@ def make_setup(checkout: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_set_up_that_failed_is_tried_again(checkout: Path):
     (checkout / "pyproject.toml").write_text("this is no project [")
+    python = checkout / ".venv/bin/python"  # making one would take the most time
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     for _ in range(2):
         done = make_setup(checkout)
         assert done.returncode == 2
