@@ -1,98 +1,84 @@
-"""The alert rules, checked and tested by promtool, and what they refer to."""
+"""The rules and routes, checked and tested by the servers' own tools."""
 
 import re
 import subprocess
+from pathlib import Path
 
+import pytest
 import yaml
+from conftest import every_servers
 
 from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD
-from mixin.__main__ import REPOSITORY
+from exporter.metrics import METRIC_FAMILIES
+from stack.servers import ROOT
 
-ALERTS = REPOSITORY / "alerts"
-GROUPS = yaml.safe_load((ALERTS / "ppo.rules.yml").read_text())["groups"]
-RULES = [rule for group in GROUPS for rule in group["rules"] if "alert" in rule]
-RECORDS = [rule for group in GROUPS for rule in group["rules"] if "record" in rule]
+ALERTS = ROOT / "alerts"
+RULES = [rule for group in yaml.safe_load((ALERTS / "ppo.rules.yml").read_text())["groups"] for rule in group["rules"]]
+OF_ALERTS = [rule for rule in RULES if "alert" in rule]
 
 
-def run(*command: object) -> None:
+def run(*command: object) -> str:
     done = subprocess.run([str(part) for part in command], cwd=ALERTS, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-def test_rules_pass_promtool(servers):
+@every_servers
+def test_rules_and_their_unit_tests_pass(servers):
     run(servers.promtool, "check", "rules", "--lint-fatal", "ppo.rules.yml")
-
-
-def test_unit_tests_of_the_rules_pass(servers):
     run(servers.promtool, "test", "rules", "ppo.rules.test.yml")
 
 
-def test_every_alert_has_cases_in_which_it_fires_and_in_which_it_stays_silent():
+def test_every_alert_has_a_case_in_which_it_fires_with_its_texts():
     tests = yaml.safe_load((ALERTS / "ppo.rules.test.yml").read_text())["tests"]
-    fires, silent, recorded = set(), set(), set()
-    for test in tests:
-        for case in test.get("alert_rule_test", []):
-            fires |= {(case["alertname"], alert["exp_labels"]["severity"]) for alert in case["exp_alerts"]}
-        for case in test.get("promql_expr_test", []):
-            if case["expr"].startswith("ALERTS{"):
-                name = case["expr"].split('"')[1]
-                states = "".join(sample["labels"] for sample in case["exp_samples"])
-                severities = {rule["labels"]["severity"] for rule in RULES if rule["alert"] == name}
-                silent |= {(name, severity) for severity in severities if f'severity="{severity}"' not in states}
-            elif case["exp_samples"]:
-                recorded |= {rule["record"] for rule in RECORDS if rule["record"] in case["expr"]}
-    alerts = {(rule["alert"], rule["labels"]["severity"]) for rule in RULES}
-    assert fires == silent == alerts
-    assert recorded == {rule["record"] for rule in RECORDS}
-
-
-def test_recorded_series_come_first_and_are_named_level_metric_operation():
-    for group in GROUPS:
-        kinds = ["record" in rule for rule in group["rules"]]
-        assert kinds == sorted(kinds, reverse=True)
-    for rule in RECORDS:
-        level, metric, operation = rule["record"].split(":")
-        assert level.startswith("job_instance_run") and metric.startswith("ppo_") and operation
-        windows = set(re.findall(r"\[(\w+)\]", rule["expr"]))
-        assert windows == set(re.findall(r"\d+[smh]$", operation)), "the window is part of the name"
-
-
-def test_cv_thresholds_are_those_of_the_exporter():
-    conditions = {
-        rule["labels"]["severity"]: rule["expr"].split("} ")[-1]
-        for rule in RULES
-        if rule["alert"] == "PPOGradientCVHigh"
+    fires = {
+        (case["alertname"], alert["exp_labels"]["severity"])
+        for test in tests
+        for case in test.get("alert_rule_test", [])
+        for alert in case["exp_alerts"]
     }
-    assert conditions == {"warning": f">= {WARNING_THRESHOLD}", "critical": f">= {CRITICAL_THRESHOLD}"}
+    assert fires == {(rule["alert"], rule["labels"]["severity"]) for rule in OF_ALERTS}
 
 
-def test_every_alert_says_who_what_and_what_to_do():
-    for rule in RULES:
-        annotations = rule["annotations"]
-        assert "$labels.run" in annotations["summary"] and "$labels.run" in annotations["description"]
-        assert rule["labels"]["severity"] in ("info", "warning", "critical")
-        assert (REPOSITORY / annotations["runbook_url"]).is_file()
-        assert "/d/ppo-gradient-health?" in annotations["dashboard_url"]
+def test_rules_name_metrics_that_exist_and_the_exporters_thresholds():
+    served = {family.name for family in METRIC_FAMILIES}
+    recorded = {rule["record"] for rule in RULES if "record" in rule}
+    expressions = "\n".join(rule["expr"] for rule in RULES)
+    assert set(re.findall(r"\b\w+:ppo_\w+:\w+", expressions)) <= recorded
+    names = set(re.findall(r"(?<!:)\bppo_\w+(?!\w*:)", expressions))
+    assert {re.sub("_count$", "", name) for name in names} <= served
+    for level, threshold in (("warning", WARNING_THRESHOLD), ("critical", CRITICAL_THRESHOLD)):
+        (rule,) = (rule for rule in RULES if rule.get("record") == f"run:ppo_gradient_cv_threshold:{level}")
+        assert f"or {threshold} * count" in rule["expr"]
 
 
-def test_alerts_about_the_gradient_name_level_and_dominating_head():
-    about_the_run = {"PPOTrainerDown", "PPOTrainingStalled", "PPOCriticalThresholdUnreachable"}
-    for rule in RULES:
-        description = rule["annotations"]["description"]
-        if rule["alert"] not in about_the_run:
-            assert "ppo_gradient_cv:max{" in description or "Gradient CV" in rule["annotations"]["summary"]
-            # Non-finite gradients name the head that had them.
-            assert "dominates with a share" in description or "$labels.head" in description
-
-
-def test_alertmanager_configuration_passes_amtool(servers):
-    run(servers.amtool, "check-config", "alertmanager.yml")
-
-
-def test_commented_receivers_are_valid_once_uncommented(servers, tmp_path):
+@every_servers
+def test_alertmanagers_configuration_passes_with_all_receivers_that_it_offers(servers, tmp_path: Path):
     text = (ALERTS / "alertmanager.yml").read_text()
+    run(servers.amtool, "check-config", "alertmanager.yml")
     complete = tmp_path / "alertmanager.yml"
     complete.write_text(text.replace("\n  # - ", "\n  - ").replace("\n  #   ", "\n    "))
     names = [receiver["name"] for receiver in yaml.safe_load(complete.read_text())["receivers"]]
-    assert names == ["pager", "team", "slack", "e-mail"]
+    assert names == ["pager", "team", "nobody", "slack", "pagerduty", "e-mail"]
     run(servers.amtool, "check-config", complete)
+
+
+@pytest.mark.parametrize(
+    ("labels", "receiver"),
+    [
+        *(
+            (
+                {"alertname": rule["alert"], **rule["labels"], "job": "ppo", "instance": "a:1", "run": "demo"},
+                {"critical": "pager", "none": "nobody"}.get(rule["labels"]["severity"], "team"),
+            )
+            for rule in OF_ALERTS
+        ),
+        ({"alertname": "Disk", "severity": "critical"}, "pager"),
+        ({"alertname": "Fan"}, "team"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value['alertname']}-{value.get('severity')}",
+)
+def test_critical_alerts_reach_the_pager_and_all_others_the_team(servers, labels, receiver):
+    pairs = [f"{name}={value}" for name, value in labels.items()]
+    routed = run(servers.amtool, "config", "routes", "test", "--config.file=alertmanager.yml", *pairs)
+    assert routed.strip() == receiver

@@ -76,8 +76,7 @@ def channels(start_alertmanager: Callable) -> Iterator[tuple[Callable, queue.Que
         mail.update(smarthost=f"127.0.0.1:{mail_port}", require_tls=False)
         content = configuration.alertmanager_configuration(ports)
         content["receivers"] = [{"name": "both", "slack_configs": [slack], "email_configs": [mail]}]
-        content["route"] = {**content["route"], "receiver": "both", "group_wait": "1s", "group_interval": "1s"}
-        del content["route"]["routes"]
+        content["route"] = {"receiver": "both", "group_by": ["alertname"], "group_wait": "1s", "group_interval": "1s"}
         start_alertmanager(ports.alertmanager, content)
 
         def send(*alerts: dict) -> None:
@@ -89,38 +88,35 @@ def channels(start_alertmanager: Callable) -> Iterator[tuple[Callable, queue.Que
         yield send, in_slack, in_mailbox
 
 
-def alert(head: str) -> dict:
+def alert(number: int) -> dict:
     return {
         "labels": {
-            "alertname": "PPOHeadStarved",
-            "severity": "warning",
-            "evaluator": "prometheus",
-            "job": "ppo",
-            "instance": "127.0.0.1:9842",
-            "run": "a & b",
-            "head": head,
+            "alertname": "PPOTrainerDown",
+            "severity": "critical",
+            "instance": f"a:{number}",
+            "run": f"r & {number}",
         },
         "annotations": {
-            "summary": f"Head {head} of run a & b is starved of gradient",
-            "description": f"For 15m head {head} of run a & b has received 0.060 of an equal part.",
-            "dashboard_url": "http://127.0.0.1:3000/d/ppo-gradient-health?var-run=a+%26+b",
-            "runbook_url": "docs/runbooks/PPOHeadStarved.md",
+            "summary": f"Trainer of run r & {number} is down",
+            "description": f"Prometheus cannot scrape a:{number}.",
+            "dashboard_url": f"http://127.0.0.1:3000/d/ppo-gradient-health?var-run=r+%26+{number}",
+            "runbook_url": "docs/runbooks/PPOTrainerDown.md",
         },
     }
 
 
-def line(head: str, state: str = "warning") -> str:
+def line(number: int) -> str:
     return (
-        f"{state}: For 15m head {head} of run a & b has received 0.060 of an equal part. Instance: 127.0.0.1:9842. "
-        "Dashboard: http://127.0.0.1:3000/d/ppo-gradient-health?var-run=a+%26+b "
-        "Runbook: docs/runbooks/PPOHeadStarved.md"
+        f"critical: Prometheus cannot scrape a:{number}. Instance: a:{number}. "
+        f"Dashboard: http://127.0.0.1:3000/d/ppo-gradient-health?var-run=r+%26+{number} "
+        "Runbook: docs/runbooks/PPOTrainerDown.md"
     )
 
 
-def test_slack_and_mail_have_a_title_and_a_line_for_each_alert(channels):
+def test_slack_and_mail_have_a_title_a_line_for_each_of_ten_alerts_and_the_number(channels):
     send, in_slack, in_mailbox = channels
-    send(alert("curve"), alert("slot"))
-    title, lines = "[FIRING:2] PPOHeadStarved in run a & b", [line("curve"), line("slot")]
+    send(*map(alert, range(10, 22)))
+    title, lines = "[FIRING:12] PPOTrainerDown", [*map(line, range(10, 20)), "... 12 alerts fire."]
     (message,) = in_slack.get(timeout=30)["attachments"]
     assert message["title"] == title
     assert message["text"].splitlines() == lines
@@ -130,10 +126,11 @@ def test_slack_and_mail_have_a_title_and_a_line_for_each_alert(channels):
     assert part.get_content_type() == "text/plain"
     assert part.get_content().splitlines() == lines
 
-    send({**alert("curve"), "endsAt": datetime.now(UTC).isoformat()})
+    send(*({**alert(number), "endsAt": datetime.now(UTC).isoformat()} for number in range(11, 22)))
     (message,) = in_slack.get(timeout=30)["attachments"]
-    assert message["title"] == "[FIRING:1] PPOHeadStarved in run a & b"
-    assert message["text"].splitlines() == [line("slot"), line("curve", "resolved, was warning")]
+    assert message["title"] == "[FIRING:1] PPOTrainerDown"
+    resolved = [f"resolved: Trainer of run r & {number} is down" for number in range(11, 21)]
+    assert message["text"].splitlines() == [line(10), *resolved, "... 11 alerts have resolved."]
 
 
 def test_an_alert_of_another_system_has_no_empty_links(channels):
