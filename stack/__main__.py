@@ -176,12 +176,10 @@ class Stack:
         output: Path | None = None,
     ) -> None:
         log = self.logs / f"{name}.log"
-        ready_url = self.ports.url(name) + ready_path
-        files = {"output": output, "errors": log} if output else {"output": log}
+        files = (output, log) if output else (log, None)
         try:
-            self.servers.append(
-                ChildProcess(name, command, ready_url, environment=environment, directory=ROOT, **files)
-            )
+            server = ChildProcess(name, command, self.ports.url(name) + ready_path, *files, environment, ROOT)
+            self.servers.append(server)
         except OSError as error:
             raise StartError(f"cannot start {name}: {error}") from error
 

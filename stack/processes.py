@@ -1,11 +1,11 @@
 """Child processes that end with their parent, however it ends."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,7 +79,11 @@ class ChildProcess:
 
     @property
     def is_ready(self) -> bool:
-        return _answers(self._ready_url)
+        try:
+            with _opener.open(self._ready_url, timeout=2) as answer:
+                return answer.status == 200
+        except (OSError, ValueError):
+            return False
 
     def log_tail(self, lines: int = 12) -> str:
         """The last lines of its log, indented; empty for a process that writes to the terminal."""
@@ -90,25 +94,16 @@ class ChildProcess:
 
     def send(self, number: int) -> None:
         """Send a signal to the process and its own children."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, number)
-        except ProcessLookupError:
-            pass
-
-    def wait(self, seconds: float) -> bool:
-        """Whether the process ended within `seconds`."""
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 10.0) -> None:
         """Ask with a signal, and kill what still runs after `seconds`."""
         if self.exit_code is not None:
             return  # its number may belong to somebody else by now
         self.send(number)
-        self.wait(seconds)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
         # Also what the process may have left behind in its group.
         self.send(signal.SIGKILL)
         self._process.wait()
@@ -116,14 +111,6 @@ class ChildProcess:
 
 # No proxy from the environment stands between us and 127.0.0.1.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def _answers(url: str) -> bool:
-    try:
-        with _opener.open(url, timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.URLError, ValueError):
-        return False
 
 
 def _emptied(path: Path | None) -> IO[bytes] | None:
