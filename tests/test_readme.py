@@ -2,14 +2,17 @@
 
 import re
 
+import yaml
+
 from exporter import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
 from exporter.metrics import METRIC_FAMILIES
-from mixin.alerts import alerts
-from mixin.config import MixinConfig
 from stack.configuration import Ports
 from stack.servers import ROOT
 
 README = (ROOT / "README.md").read_text()
+RULES = [
+    rule for group in yaml.safe_load((ROOT / "alerts/ppo.rules.yml").read_text())["groups"] for rule in group["rules"]
+]
 
 
 def rows(table: str) -> list[list[str]]:
@@ -27,8 +30,9 @@ def test_the_metric_table_lists_every_family_with_type_and_labels():
 
 def test_the_alert_table_lists_every_alert_with_its_severities_and_runbook():
     severities: dict[str, list[str]] = {}
-    for alert in alerts(MixinConfig()):
-        severities.setdefault(alert.name, []).append(alert.severity)
+    for rule in RULES:
+        if "alert" in rule:
+            severities.setdefault(rule["alert"], []).append(rule["labels"]["severity"])
     listed = {}
     for link, severity, _ in rows("alerts"):
         name, path = re.fullmatch(r"\[(\w+)\]\((.+)\)", link).groups()
@@ -37,25 +41,27 @@ def test_the_alert_table_lists_every_alert_with_its_severities_and_runbook():
     assert listed == severities
 
 
-def test_the_alert_table_names_the_numbers_that_the_rules_use():
-    config = MixinConfig()
-    declared = {(alert.name, alert.severity): alert for alert in alerts(config)}
-    said = {re.match(r"\[(\w+)\]", link).group(1): text for link, _, text in rows("alerts")}
-    for severity, threshold in (("warning", WARNING_THRESHOLD), ("critical", CRITICAL_THRESHOLD)):
-        minutes = declared["PPOGradientCVHigh", severity].hold // 60
-        assert re.search(rf"at least {threshold} for {minutes} minute", said["PPOGradientCVHigh"])
-    assert f"{config.critical_step_share} of the gradient steps of 10 minutes" in said["PPOCriticalGradientSteps"]
-    assert "[10m]" in declared["PPOCriticalGradientSteps", "warning"].value
-    assert f"{config.skipped_step_share} of the gradient steps" in said["PPONonFiniteGradients"]
-    starved = declared["PPOHeadStarved", "warning"].hold // 60
-    assert f"less than {config.starved_part} of an equal part for {starved} minutes" in said["PPOHeadStarved"]
-    assert f"{config.stalled_seconds} seconds" in said["PPOTrainingStalled"]
-    assert f"above {CRITICAL_THRESHOLD}" in said["PPOCriticalThresholdUnreachable"]
+def test_the_alert_table_names_no_number_that_the_rules_do_not_have():
+    recorded = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
+    for link, _, said in rows("alerts"):
+        rules = [rule for rule in RULES if f"[{rule.get('alert')}]" in link]
+        text = " ".join(f"{rule['expr']} {rule.get('for', '')}" for rule in rules)
+        text = " ".join([text, *(expression for name, expression in recorded.items() if name in text)])
+        # "5 minutes" is 5m.
+        numbers = {number + unit[:1] for number, unit in re.findall(r"\b(\d[\d.]*)(?: (minute|hour|day))?", said)}
+        assert numbers <= set(re.findall(r"\b\d[\d.]*[mhd]?\b", text)), link
 
 
-def test_the_generated_files_name_the_ports_of_the_stack():
-    for name in ("prometheus", "alertmanager"):
-        assert getattr(MixinConfig(), f"{name}_url") == Ports().url(name)
+def test_the_alert_table_says_for_how_long_a_cv_must_be_high():
+    ((_, _, said),) = (row for row in rows("alerts") if "[PPOGradientCVHigh]" in row[0])
+    held = {rule["labels"]["severity"]: rule["for"] for rule in RULES if rule.get("alert") == "PPOGradientCVHigh"}
+    assert f"at least {CRITICAL_THRESHOLD} for {held['critical'][:-1]} minute" in said
+    assert f"at least {WARNING_THRESHOLD} for {held['warning'][:-1]} minutes" in said
+
+
+def test_links_of_alerts_name_the_port_of_the_stacks_grafana():
+    links = [rule["annotations"].get("dashboard_url") for rule in RULES if "alert" in rule]
+    assert {link.partition("/d/")[0] for link in links if link} == {Ports().url("grafana")}
 
 
 def test_levels_and_ports_are_those_of_the_code():
