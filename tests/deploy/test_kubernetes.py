@@ -24,7 +24,8 @@ def test_the_rules_are_those_of_alerts():
     head, _, groups = (KUBERNETES / "monitoring/prometheus-rule.yaml").read_text().partition("\nspec:\n")
     source = (ROOT / "alerts/ppo.rules.yml").read_text()
     commands = "\n".join(line.strip("# ") for line in head.splitlines() if line.startswith("#   "))
-    assert groups == re.sub(r"^(?=.)", "  ", source, flags=re.MULTILINE), f"out of date; run\n{commands}"
+    is_current = groups == re.sub(r"^(?=.)", "  ", source, flags=re.MULTILINE)
+    assert is_current, f"prometheus-rule.yaml is not alerts/ppo.rules.yml any more; run\n{commands}"
     assert yaml.safe_load(f"{head}\nspec:\n{groups}")["spec"] == yaml.safe_load(source)
 
 
