@@ -153,7 +153,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload, interval_secon
     quality = before.gradient_quality
     level = quality.thresholds.level
     steps = Counter(map(level, payload.gradient_cv_per_step))
-    since = quality.level_since_timestamp_seconds
+    since = before.level_since_timestamp_seconds
     if since is None or level(payload.gradient_cv) is not quality.health:
         since = payload.timestamp_seconds
     if interval_seconds is not None:
@@ -164,7 +164,6 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload, interval_secon
         gradient_quality=GradientQuality(
             gradient_cv=payload.gradient_cv,
             thresholds=quality.thresholds,
-            level_since_timestamp_seconds=since,
             contributing_heads=payload.contributing_heads,
             gradient_norm=payload.gradient_norm,
             head_norms=payload.head_gradient_norms,
@@ -182,6 +181,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload, interval_secon
         rollout_duration_seconds=before.rollout_duration_seconds.observe(_known(payload.rollout_duration_seconds)),
         rank_rollout_seconds=payload.rank_rollout_seconds,
         last_update_timestamp_seconds=payload.timestamp_seconds,
+        level_since_timestamp_seconds=since,
         update_interval_seconds=interval_seconds,
     )
 

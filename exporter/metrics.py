@@ -106,7 +106,7 @@ GRADIENT_LEVEL_SINCE = _gauge(
     "ppo_gradient_level_since_timestamp_seconds",
     "Unix time of the update with which the present health level began; absent before the first update of this "
     "process.",
-    lambda run: run.gradient_quality.level_since_timestamp_seconds,
+    lambda run: run.level_since_timestamp_seconds,
 )
 GRADIENT_CV_CEILING = _gauge(
     "ppo_gradient_cv_ceiling",

@@ -74,15 +74,10 @@ class Histogram:
 
 @dataclass(frozen=True)
 class GradientQuality:
-    """Gradient health of a run: the last update's means and the run's totals.
-
-    `level_since_timestamp_seconds` is the Unix time of the update with which the level of `gradient_cv` began, None
-    before the first update of this process.
-    """
+    """Gradient health of a run: the last update's means and the run's totals."""
 
     gradient_cv: float = 0.0
     thresholds: Thresholds = Thresholds()
-    level_since_timestamp_seconds: float | None = None
     contributing_heads: int = 0
     gradient_norm: float | None = None
     head_norms: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
@@ -121,10 +116,11 @@ class GradientQuality:
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """One run. `signals` holds only those that are known; `last_update_timestamp_seconds`
-    is None before the first update of this process, and `update_interval_seconds`, the
-    longest time of late between the ends of two updates, before its second; `recent_gradient_cvs`
-    are those of the last `HISTORY_UPDATES` updates, the oldest first."""
+    """One run. `signals` holds only those that are known; `last_update_timestamp_seconds` and
+    `level_since_timestamp_seconds`, of the update with which the level began, are None before
+    the first update of this process, and `update_interval_seconds`, the longest of late between
+    the ends of two updates, before its second; `recent_gradient_cvs` are those of the last
+    `HISTORY_UPDATES` updates, the oldest first."""
 
     run: str
     info: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -138,6 +134,7 @@ class RunSnapshot:
     rollout_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
     rank_rollout_seconds: tuple[float, ...] = ()
     last_update_timestamp_seconds: float | None = None
+    level_since_timestamp_seconds: float | None = None
     update_interval_seconds: float | None = None
     exporter_errors: int = 0
     resumes: int = 0
@@ -166,9 +163,9 @@ class RunSnapshot:
         """
         own = self.gradient_quality
         # What an earlier version has not kept; it is of this process anyway.
-        of_process = {"thresholds": _plain(own.thresholds), "level_since_timestamp_seconds": None}
-        state = {**state, "gradient_quality": {**state["gradient_quality"], **of_process}}
-        earlier = RunSnapshot.from_plain({**state, "update_interval_seconds": None})
+        times = dict.fromkeys(("level_since_timestamp_seconds", "update_interval_seconds"))
+        quality = {**state["gradient_quality"], "thresholds": _plain(own.thresholds)}
+        earlier = RunSnapshot.from_plain({**state, **times, "gradient_quality": quality})
         quality = earlier.gradient_quality
         return replace(
             earlier,

@@ -86,15 +86,15 @@ def test_a_resumed_run_keeps_what_is_its_own():
     aggregator.register_run("r", ["op", "slot"], {"seed": "2"}, Thresholds(0.5, 1.75))
     state = json.loads(json.dumps(earlier.plain()))
     # Of what is this process' own, a checkpoint of an earlier version has nothing.
-    del state["update_interval_seconds"], state["gradient_quality"]["thresholds"]
-    del state["gradient_quality"]["level_since_timestamp_seconds"]
+    del state["level_since_timestamp_seconds"], state["update_interval_seconds"]
+    del state["gradient_quality"]["thresholds"]
     aggregator.resume_run("r", state)
-    quality = replace(earlier.gradient_quality, thresholds=Thresholds(0.5, 1.75), level_since_timestamp_seconds=None)
     assert aggregator.snapshot.runs["r"] == replace(
         earlier,
         info={"seed": "2"},
-        gradient_quality=quality,
+        gradient_quality=replace(earlier.gradient_quality, thresholds=Thresholds(0.5, 1.75)),
         last_update_timestamp_seconds=None,
+        level_since_timestamp_seconds=None,
         update_interval_seconds=None,
         rank_rollout_seconds=(),
         resumes=2,

@@ -63,7 +63,7 @@ def test_a_run_of_three_heads_is_critical_at_its_own_threshold_on_metrics_in_the
 
 def test_a_level_began_with_the_update_that_reached_it(aggregator):
     def since() -> float | None:
-        return aggregator.snapshot.runs["r"].gradient_quality.level_since_timestamp_seconds
+        return aggregator.snapshot.runs["r"].level_since_timestamp_seconds
 
     assert since() is None
     for at, cv, began in [
@@ -88,10 +88,10 @@ def test_a_process_that_resumes_says_since_when_it_has_seen_the_level(aggregator
     aggregator.remove_run("r")
     aggregator.register_run("r", ["a", "b", "c"], thresholds=Thresholds(critical=1.75))
     aggregator.resume_run("r", state)
-    quality = aggregator.snapshot.runs["r"].gradient_quality
-    assert quality.health is HealthLevel.WARNING and quality.level_since_timestamp_seconds is None
+    run = aggregator.snapshot.runs["r"]
+    assert run.gradient_quality.health is HealthLevel.WARNING and run.level_since_timestamp_seconds is None
     update(aggregator, 1.7, at=20.0)
-    assert aggregator.snapshot.runs["r"].gradient_quality.level_since_timestamp_seconds == 20.0
+    assert aggregator.snapshot.runs["r"].level_since_timestamp_seconds == 20.0
 
 
 def test_the_update_interval_is_the_longest_of_late_whatever_the_time_of_day_says(aggregator, monkeypatch):

@@ -70,7 +70,8 @@ def counters(run: RunSnapshot) -> dict:
     plain = run.plain()
     for name in ("update_duration_seconds", "rollout_duration_seconds"):
         plain[name] = sum(plain[name]["counts"])
-    for name in ("last_update_timestamp_seconds", "rank_rollout_seconds", "resumes"):
+    times = ("last_update_timestamp_seconds", "level_since_timestamp_seconds", "update_interval_seconds")
+    for name in (*times, "rank_rollout_seconds", "resumes"):
         del plain[name]
     return plain
 
