@@ -5,7 +5,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup run test dashboards drill
+.PHONY: help setup run test grafana dashboards drill
 
 help:  ## list the targets
 	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -17,6 +17,9 @@ run: setup  ## start all and train; options: make run ARGS="--help", trainer's a
 
 drill: setup  ## prove that paging works, against what `make run` started; options: make drill ARGS="--help"
 	@.venv/bin/python -m stack.drill $(ARGS)
+
+grafana: .venv/.complete  ## fetch Grafana from its publisher (some 200 MB) for `make run`; a mirror: ARGS="--help"
+	@.venv/bin/python -m stack.grafana $(ARGS)
 
 dashboards: .venv/.complete  ## write grafana/dashboards/ again, after a change of their Python
 	@.venv/bin/python -m grafana $(ARGS)
