@@ -16,7 +16,7 @@ RUN = "drill-17"
 
 @pytest.fixture
 def observability(start_observability, request):
-    return start_observability(for_=getattr(request, "param", "2s"))
+    return start_observability(getattr(request, "param", 30))
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def test_a_drill_is_notified_as_critical_with_its_head_and_then_resolved(observa
         "critical notification",
     )
     cv = f"{math.sqrt(len(ACTION_HEADS)):.3f}"
-    assert cv in critical["annotations"]["summary"] and RUN in critical["annotations"]["summary"]
-    assert cv in critical["annotations"]["description"] and RUN in critical["annotations"]["description"]
-    assert "Head op dominates" in critical["annotations"]["description"]
+    assert critical["annotations"]["summary"] == f"Gradient CV of run {RUN} is critical"
+    assert f"run {RUN} is {cv}" in critical["annotations"]["description"]
+    assert "Head op has 100" in critical["annotations"]["description"]
     assert critical["annotations"]["runbook_url"]
 
     (warning,) = wait_until(
@@ -98,7 +98,7 @@ def test_a_drill_is_notified_as_critical_with_its_head_and_then_resolved(observa
 
 
 # Prometheus takes up to 5 s to notice that a target file is gone, and finds nobody there until then.
-@pytest.mark.parametrize("observability", ["10s"], indirect=True)
+@pytest.mark.parametrize("observability", [6], indirect=True)
 def test_a_killed_trainer_is_notified_as_down_and_a_finished_one_is_not(observability, train):
     trainer = train("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64")
     wait_until(lambda: observability.query(f'up{{job="ppo", run="{RUN}"}} == 1'), "trainer is up")
@@ -118,8 +118,8 @@ def test_a_killed_trainer_is_notified_as_down_and_a_finished_one_is_not(observab
 def test_a_nan_is_notified_with_the_head_that_had_it(observability, train):
     train("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64", "--drill", "nan:curve:30-60")
     (alert, *_) = wait_until(
-        lambda: observability.notified("firing", alertname="PPONonFiniteGradients", run=RUN, head="curve"), "non-finite"
+        lambda: observability.notified("firing", alertname="PPONonFiniteGradients", run=RUN), "non-finite"
     )
-    assert "curve" in alert["annotations"]["summary"]
+    assert "1 head (curve) of run" in alert["annotations"]["description"]
     # A NaN that was skipped shows as +Inf, never as an old good value.
     assert observability.query(f'max_over_time(ppo_gradient_cv{{run="{RUN}", health="critical"}}[5m]) == +Inf')

@@ -1,38 +1,24 @@
-"""A site in a hurry: real servers, the repository's rules and routes thirty times as fast, and runs by script.
+"""A site in a hurry: real servers, rules and routes thirty times as fast, and runs by script.
 
 What a run does is a function of the number of its scrape, which stands for half a minute. Its metrics are those of the
 real exporter.
 """
 
 import json
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from conftest import Observability, free_ports
+from conftest import Observability
 from prometheus_client import CollectorRegistry, generate_latest
 
 from exporter import PPOUpdatePayload, RunAggregator
 from exporter.metrics import RunCollector
-from stack import configuration
-from stack.servers import ROOT
 
-SPEED = 30
-_MILLISECONDS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 SEVEN = ("slot", "blueprint", "alpha", "target", "speed", "curve", "op")
-
-
-def hurried(text: str) -> str:
-    """`text` with every duration, such as 5m, divided by `SPEED`."""
-    return re.sub(
-        r"(?<![\w.])(\d+)([smhd])(?!\w)", lambda found: f"{int(found[1]) * _MILLISECONDS[found[2]] // SPEED}ms", text
-    )
 
 
 @dataclass
@@ -78,11 +64,11 @@ class Run:
 
 
 @pytest.fixture
-def start_site(start_receiver, start_alertmanager, start_prometheus, tmp_path: Path) -> Iterator[Callable]:
-    """Starts everything for some runs; gives `Observability`, and a function that takes runs off the targets."""
+def start_site(start_observability: Callable) -> Iterator[Callable[[list[Run]], Observability]]:
+    """Starts servers that watch some runs."""
     servers = []
 
-    def start(runs: list[Run], routes: Mapping[str, Any] | None = None) -> Observability:
+    def start(runs: list[Run]) -> Observability:
         by_path = {f"/{number}": run for number, run in enumerate(runs)}
 
         class Endpoints(BaseHTTPRequestHandler):
@@ -106,35 +92,12 @@ def start_site(start_receiver, start_alertmanager, start_prometheus, tmp_path: P
         server.handle_error = lambda *_: None  # Prometheus did not wait
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-
-        ports, targets = free_ports(), tmp_path / "targets"
-        targets.mkdir()
+        site = start_observability()
         for path, run in by_path.items():
             labels = {"run": run.name, "instance": run.instance, "__metrics_path__": path}
             target = {"targets": [f"127.0.0.1:{server.server_port}"], "labels": labels}
-            (targets / f"{path[1:]}.json").write_text(json.dumps([target]))
-
-        rules = tmp_path / "ppo.rules.yml"
-        rules.write_text(hurried((ROOT / "alerts/ppo.rules.yml").read_text()))
-        prometheus = configuration.prometheus_configuration(ports, targets)
-        prometheus["global"].update(scrape_interval="1s", evaluation_interval="500ms")
-        prometheus["rule_files"] = [str(rules)]
-        for job in prometheus["scrape_configs"]:
-            job.update(scrape_interval="1s", scrape_timeout="1s")
-
-        alertmanager = configuration.alertmanager_configuration(ports)
-        alertmanager["route"] = yaml.safe_load(hurried(yaml.safe_dump(alertmanager["route"])))
-        for route in alertmanager["route"]["routes"]:
-            # The waits of a crowd, which comes within some scrapes, do not shrink with the rules.
-            if route.get("group_by"):
-                route["group_wait"] = "4s"
-        receiver, jsonl = start_receiver(ports.receiver)
-        processes = {
-            "receiver": receiver,
-            "alertmanager": start_alertmanager(ports.alertmanager, alertmanager),
-            "prometheus": start_prometheus(ports.prometheus, prometheus),
-        }
-        return Observability(ports, targets, jsonl, processes)
+            (site.targets / f"{path[1:]}.json").write_text(json.dumps([target]))
+        return site
 
     yield start
     for server in servers:

@@ -21,7 +21,6 @@ import yaml
 from conftest import Observability, fetch, free_ports, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
-from exporter.health import STALLED_SECONDS
 from stack.servers import ROOT, Servers
 
 TINY = ("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64", "--total-timesteps", "100000000")
@@ -44,7 +43,7 @@ def servers(servers: Servers, request) -> Servers:
 
 @pytest.fixture
 def observability(start_observability, request) -> Observability:
-    return start_observability(getattr(request, "param", "2s"))
+    return start_observability(getattr(request, "param", 30))
 
 
 @pytest.fixture
@@ -108,13 +107,8 @@ def test_a_killed_trainer_is_told_and_its_series_end_and_go_on_with_the_resume(o
     assert value(observability, 'ppo_resumes_total{run="killed"}') == 1
 
 
-@pytest.mark.parametrize("observability", ["1s"], indirect=True)
+@pytest.mark.parametrize("observability", [50], indirect=True)
 def test_a_trainer_that_is_stopped_or_stands_still_is_stalled_and_not_down(observability, train, tmp_path):
-    rules, limit = tmp_path / "alerts/ppo.rules.yml", f"> {STALLED_SECONDS:g}"
-    assert limit in (text := rules.read_text())
-    rules.write_text(text.replace(limit, "> 6"))
-    observability.processes["prometheus"].send(signal.SIGHUP)
-
     # Nobody reads what it prints, so it stands still as soon as the pipe is full.
     read_end, write_end = os.pipe()
     fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
@@ -216,7 +210,7 @@ def test_an_alert_that_fires_without_alertmanager_and_receiver_arrives_when_they
             re.search(r'^alertmanager_notifications_total{integration="webhook"} (\S+)', text, re.MULTILINE)[1]
         )
 
-    wait_until(lambda: [alert for alert in observability.alerts() if alert["labels"]["run"] == "drilled"], "alert")
+    wait_until(lambda: [alert for alert in observability.alerts() if alert["labels"].get("run") == "drilled"], "alert")
     wait_until(failures, "attempts to notify")
     assert observability.notifications() == []
     start_receiver(observability.ports.receiver)
@@ -240,13 +234,12 @@ def test_a_clock_that_steps_backwards_takes_nothing_with_it(observability, train
     assert len(counters) > 10
     for name in counters:
         assert all(now.value >= then.value for then, now in zip(before[name], after[name], strict=True)), name
+
+    offset.write_text("-3600")
+    wait_until(lambda: (value(observability, f"{last} - time()") or 0) < -3000, "updates of a clock that is behind")
+    time.sleep(12)  # longer than a run may be without an update
     told = {alert["labels"]["alertname"] for alert in observability.notified("firing", run="clock")}
     assert not told - {"PPOTrainerDown"}  # scrapes of a busy machine may time out
-
-    offset.write_text("-3600")  # nobody can tell this from a run that has not updated for an hour
-    wait_until(lambda: observability.notified("firing", alertname="PPOTrainingStalled", run="clock"), "stalled")
-    offset.write_text("0")
-    wait_until(lambda: observability.notified("resolved", alertname="PPOTrainingStalled", run="clock"), "right again")
 
 
 def in_namespace(script: str, *arguments: str | Path) -> list[str | Path]:
