@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTORY = ROOT / ".servers"
 ADVICE = "install {} with its tools and put them on PATH"
-NEWEST = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian sid main\n"
+NEWEST = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {} sid main\n"  # of the system's own mirror
 # In some releases a package of its own, on which the server's package depends.
 TOOLS = ("promtool", "amtool")
 
@@ -58,7 +58,7 @@ def provide(directory: Path = DIRECTORY, newest: bool = False) -> Servers:
     Raises:
         ServersMissing: nothing on PATH and no package to be had.
     """
-    sources = NEWEST if newest else ""
+    sources = NEWEST.format(_debian_mirror()) if newest else ""
     directory = directory / "newest" if newest else directory
     prometheus, promtool, unpacked = _pair("prometheus", ["prometheus"], "promtool", directory, sources)
     prometheus_options: tuple[str, ...] = ()
@@ -186,6 +186,14 @@ def _package_lists(directory: Path, sources: str) -> tuple[list[str], list[str]]
     options = [f"--option={setting}" for setting in settings]
     # A source that cannot be reached may be none of those that are needed.
     return options, _complaints(_run("apt-get", *options, "update", directory=directory))
+
+
+def _debian_mirror() -> str:
+    known = _run("apt-get", "indextargets", "--format", "$(REPO_URI)", directory=ROOT).stdout.split()
+    mirror = next((address for address in known if address.rstrip("/").endswith("/debian")), None)
+    if mirror is None:
+        raise ServersMissing("apt knows no Debian mirror on this machine")
+    return mirror
 
 
 def _run(*command: str, directory: Path) -> subprocess.CompletedProcess[str]:
