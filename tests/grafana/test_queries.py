@@ -174,8 +174,4 @@ def test_every_query_tells_what_the_runs_told(ask: Callable[[str], list[dict]]):
 
     rules = yaml.safe_load((ROOT / "grafana/provisioning/alerting/ppo.yml").read_text())["groups"][0]["rules"]
     for rule, beyond in zip(rules, ({"own", "untold", "nan"}, {"own", "nan"}), strict=True):
-        cvs, limits = (
-            {sample["metric"]["run"]: float(sample["value"][1]) for sample in ask(query["model"]["expr"])}
-            for query in rule["data"][:2]
-        )
-        assert {run for run, value in cvs.items() if value >= limits[run]} == beyond
+        assert {sample["metric"]["run"] for sample in ask(rule["data"][0]["model"]["expr"])} == beyond
