@@ -98,7 +98,7 @@ def test_a_drill_is_notified_as_critical_with_its_head_and_then_resolved(observa
 
 
 # Prometheus takes up to 5 s to notice that a target file is gone, and finds nobody there until then.
-@pytest.mark.parametrize("observability", [6], indirect=True)
+@pytest.mark.parametrize("observability", [10], indirect=True)
 def test_a_killed_trainer_is_notified_as_down_and_a_finished_one_is_not(observability, train):
     trainer = train("--num-envs", "16", "--rollout-steps", "16", "--minibatch-size", "64")
     wait_until(lambda: observability.query(f'up{{job="ppo", run="{RUN}"}} == 1'), "trainer is up")

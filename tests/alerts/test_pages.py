@@ -1,12 +1,12 @@
 """Who is told what, by real servers: the cases in which pages were missed, came in storms, or silenced each other.
 
-All runs are watched at the same time, by one Prometheus with the repository's rules thirty times as fast; see site.py.
+One Prometheus watches all runs at the same time, with rules thirty times as fast; see site_in_a_hurry.py.
 """
 
 import time
 from collections import Counter
 
-from conftest import wait_until
+from conftest import every_servers, wait_until
 from site_in_a_hurry import SEVEN, Run, start_site  # noqa: F401, the fixture
 
 from exporter import Thresholds
@@ -99,6 +99,7 @@ def told(site) -> Counter:
     )
 
 
+@every_servers
 def test_people_are_told_what_happens_once_and_nothing_else(start_site):  # noqa: F811
     three = {"heads": ("a", "b", "c"), "register": {"thresholds": Thresholds(0.5, 1.5)}}
     runs = [

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import every_servers
 
-from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD
+from exporter.health import CRITICAL_THRESHOLD, STALLED_INTERVALS, STALLED_SECONDS, WARNING_THRESHOLD
 from exporter.link import PUSH_JOB
 from exporter.metrics import METRIC_FAMILIES
 from stack.servers import ROOT
@@ -51,6 +51,16 @@ def test_rules_name_metrics_that_exist_and_the_exporters_thresholds():
     for level, threshold in (("warning", WARNING_THRESHOLD), ("critical", CRITICAL_THRESHOLD)):
         (rule,) = (rule for rule in RULES if rule.get("record") == f"run:ppo_gradient_cv_threshold:{level}")
         assert f"or {threshold} * count" in rule["expr"]
+
+
+def test_the_limits_of_a_stall_are_multiples_of_the_update_interval_as_the_endpoint_has_it():
+    (expression,) = (rule["expr"] for rule in OF_ALERTS if rule["alert"] == "PPOTrainingStalled")
+    limits = [int(limit) for limit in re.findall(r"(\d+) \+ 0", expression)]
+    bounds = [int(bound) for bound in re.findall(r"interval_seconds (?:<=|>) (\d+)", expression)]
+    assert limits[0] == STALLED_SECONDS
+    assert limits == [STALLED_INTERVALS * bound for bound in (*bounds, 4320)]
+    windows = dict(zip(re.findall(r"ppo_updates_total offset (\w+)", expression), limits, strict=True))
+    assert windows == {"5m": 300, "20m": 1200, "1h": 3600, "6h": 21600}
 
 
 @every_servers
