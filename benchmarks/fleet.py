@@ -1,15 +1,13 @@
-"""What dashboards and rules cost a Prometheus that watches 10, 100 or 1000 runs.
+"""What rules and dashboards cost a Prometheus that watches many runs.
 
-A trainer with a drill is recorded, and replayed as many synthetic runs, each an endpoint of its own at another place in
-the recording. A real Prometheus with the repository's prometheus.yml and rules gets an hour of them: the samples by
-remote write, and what the recording rules would have made of them as its own answers to the rules' expressions. Then it
-scrapes and evaluates live, and every query of both dashboards is timed as Grafana would send it for one hour.
+Synthetic runs (`benchmarks.replay`) are scraped by a real Prometheus with the repository's prometheus.yml and rules. An
+hour of samples and of recorded series is written to it first, and what rules look back on for longer. Then it scrapes
+and evaluates live, and every query of both dashboards is timed as Grafana would send it for one hour.
 
     .venv/bin/python -m benchmarks.fleet --help
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -17,7 +15,6 @@ import re
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,35 +24,30 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import replay
 from benchmarks.machine import machine
-from benchmarks.replay import History, Recording, Schedule, run_name
-from exporter.metrics import GRADIENT_CV_CEILING, UPDATES
-from mixin.config import parse_duration
-from mixin.dashboards import FLEET_DASHBOARD_UID
-from mixin.promql import CV_RECORD
+from benchmarks.replay import JOB, STALE, Runs, encode_samples, encode_series
 from stack.configuration import Ports, prometheus_configuration, write_yaml
 from stack.processes import ChildProcess
-from stack.servers import ROOT, ServersMissing, provide
+from stack.servers import ROOT, Servers, ServersMissing, provide
 
-JOB = "ppo"
 HOUR = 3600
 GOAL_PANEL_SECONDS = 1.0
 GOAL_RULES_PART = 0.1
-NOISE = 1.1  # beyond linear growth that is still put down to the measurement
-SECONDS_BETWEEN = 0.1
 SCREEN_WIDTH = 1920
 BROWSER_CONNECTIONS = 6
+GRAFANA_MIN_STEP = 15.0
+"""Seconds: the scrape interval that Grafana takes where the data source names none."""
+LONG = ("ppo_updates_total", "ppo_last_update_timestamp_seconds")
+LONG_HOURS = 6
+"""How far back rules look at those series. At the sum of the norms, a recorded one, they look for a day."""
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -64,45 +56,27 @@ class BenchmarkFailed(RuntimeError):
     """Something that is to be measured did not come about."""
 
 
-# Prometheus
-
-
 class Prometheus:
     """A Prometheus that runs, asked over HTTP."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def post(self, path: str, **parameters: Any) -> bytes:
-        body = urllib.parse.urlencode(parameters, doseq=True).encode()
+    def raw(self, path: str, **parameters: Any) -> bytes:
         try:
-            with _opener.open(urllib.request.Request(self.url + path, body), timeout=300) as answer:
+            with _opener.open(f"{self.url}{path}?{urllib.parse.urlencode(parameters)}", timeout=300) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            raise BenchmarkFailed(f"{path}: {error.code} {error.read().decode()[:300]}") from error
+            raise BenchmarkFailed(f"{path} {parameters}: {error.code} {error.read().decode()[:300]}") from error
 
-    def range(self, expression: str, start: float, end: float, step: float) -> list[dict]:
-        answer = self.post("/api/v1/query_range", query=expression, start=start, end=end, step=step)
-        return json.loads(answer)["data"]["result"]
+    def ask(self, path: str, **parameters: Any) -> Any:
+        """The data of an answer."""
+        return json.loads(self.raw(path, **parameters))["data"]
 
     def number(self, expression: str) -> float:
         """The value of the one series that the expression gives; NaN where there is none."""
-        result = json.loads(self.post("/api/v1/query", query=expression))["data"]["result"]
+        result = self.ask("/api/v1/query", query=expression)["result"]
         return float(result[0]["value"][1]) if result else math.nan
-
-    def own(self, name: str) -> dict[str, float]:
-        """A metric of the server itself, from its own /metrics, by the value of its only label."""
-        with _opener.open(f"{self.url}/metrics", timeout=30) as answer:
-            found = re.findall(rf'^{name}(?:{{\w+="([^"]*)"}})? (\S+)$', answer.read().decode(), re.MULTILINE)
-        return {label: float(value) for label, value in found}
-
-    def own_total(self, name: str) -> float:
-        return sum(self.own(name).values())
-
-    def rule_groups(self) -> dict[str, float]:
-        """Seconds that the last evaluation took, by the name of the group."""
-        durations = self.own("prometheus_rule_group_last_duration_seconds")
-        return {group.rpartition(";")[2]: seconds for group, seconds in durations.items()}
 
 
 # Queries as Grafana sends them
@@ -113,311 +87,311 @@ class Query:
     """One request to Prometheus: of a panel, an annotation or a variable, which `title` names."""
 
     title: str
-    kind: str
     path: str
     parameters: dict[str, Any]
 
 
-def round_interval(seconds: float) -> float:
-    """The step that Grafana chooses for a time between two points of a panel (its roundInterval)."""
-    steps = (1, 2, 5, 10, 15, 20, 30, 60)
-    return next((s for s, following in itertools.pairwise(steps) if seconds <= (s + following) / 2), steps[-1])
-
-
-def queries(board: dict, now: float, scrape_interval: float, chosen: dict[str, str]) -> Iterator[Query]:
-    """Every query of a dashboard over the hour before `now`, on a screen 1920 pixels wide.
+def queries(board: dict, now: float, chosen: dict[str, str]) -> Iterator[Query]:
+    """Every query of a dashboard over the hour before `now`, on a screen 1920 pixels wide, collapsed rows unfolded.
 
     Args:
-        scrape_interval: seconds, as the data source has it (`timeInterval`).
-        chosen: regular expressions for the variables job, run and instance.
+        chosen: what is chosen for the variables, as regular expressions.
     """
 
-    def at(expression: str, step: float) -> str:
-        values = {
-            "__rate_interval": f"{max(step + scrape_interval, 4 * scrape_interval):g}s",
-            "__range": f"{HOUR}s",
-            "__interval": f"{step:g}s",
-            "__interval_ms": f"{step * 1000:g}",
-            **chosen,
-        }
+    def at(expression: str, step: float, least: float) -> str:
+        values = {"__rate_interval": f"{max(step + least, 4 * least):g}s", "__range": f"{HOUR}s", **chosen}
         return re.sub(r"\$(\w+)", lambda found: values[found[1]], expression)
 
-    def over(step: float) -> dict[str, float]:
-        return {"start": (now - HOUR) // step * step, "end": now // step * step, "step": step}
+    def over(title: str, expression: str, step: float, least: float) -> Query:
+        moments = {"start": (now - HOUR) // step * step, "end": now // step * step, "step": step}
+        return Query(title, "/api/v1/query_range", {"query": at(expression, step, least)} | moments)
 
     for variable in board["templating"]["list"]:
         if variable["type"] == "query":
-            selector = re.fullmatch(r"label_values\((.+), \w+\)", variable["query"])[1]
-            parameters = {"match[]": at(selector, scrape_interval), "start": now - HOUR, "end": now}
-            yield Query(variable["name"], "variable", "/api/v1/series", parameters)
+            selector = at(re.fullmatch(r"label_values\((.+), \w+\)", variable["query"])[1], 0, 0)
+            parameters = {"match[]": selector, "start": now - HOUR, "end": now}
+            yield Query(f"variable: {variable['name']}", "/api/v1/series", parameters)
     for annotation in board["annotations"]["list"]:
-        step = float(parse_duration(annotation["step"]))
-        yield Query(
-            annotation["name"],
-            "annotation",
-            "/api/v1/query_range",
-            {"query": at(annotation["expr"], step)} | over(step),
-        )
-    for panel in board["panels"]:
+        step = seconds(annotation["step"])
+        yield over(f"annotation: {annotation['name']}", annotation["expr"], step, step)
+    for panel in (panel for each in board["panels"] for panel in (each, *each.get("panels", []))):
         points = panel.get("maxDataPoints") or panel["gridPos"]["w"] * SCREEN_WIDTH // 24
-        step = max(round_interval(HOUR / points), scrape_interval)
         for target in panel.get("targets", []):
-            expression = {"query": at(target["expr"], step)}
+            least = seconds(target["interval"]) if target.get("interval") else GRAFANA_MIN_STEP
+            step = max(HOUR / points, least)
             if target.get("instant"):
-                yield Query(panel["title"], "panel", "/api/v1/query", expression | {"time": now})
+                yield Query(panel["title"], "/api/v1/query", {"query": at(target["expr"], step, least), "time": now})
             else:
-                yield Query(panel["title"], "panel", "/api/v1/query_range", expression | over(step))
+                yield over(panel["title"], target["expr"], step, least)
 
 
-def views(instance: str) -> dict[str, tuple[dict, dict[str, str]]]:
-    """Dashboards and what is chosen in them: as they open, and the run dashboard as a link to a run opens it."""
-    boards = {
-        b["uid"]: b for b in map(json.loads, (p.read_text() for p in (ROOT / "grafana/dashboards").glob("*.json")))
+def views() -> dict[str, tuple[dict, dict[str, str]]]:
+    """The dashboards by their captions, and what is chosen in them."""
+    boards = {path.stem: json.loads(path.read_text()) for path in (ROOT / "grafana/dashboards").glob("*.json")}
+    every = {"job": ".+", "run": ".*", "instance": ".+"}
+    return {
+        "Fleet dashboard, all runs": (boards["ppo-fleet"], every),
+        "Run dashboard, one run": (boards["ppo-gradient-health"], every | {"run": Runs.name(0)}),
     }
-    fleet = boards.pop(FLEET_DASHBOARD_UID)
-    (run,) = boards.values()
-    everything = {"job": JOB, "run": ".+", "instance": ".+"}
-    one = {"job": JOB, "run": run_name(0), "instance": instance.replace(".", r"\\.")}
-    return {"fleet": (fleet, everything), "one run": (run, one), "run, all chosen": (run, everything)}
 
 
-def timed(prometheus: Prometheus, query: Query, repeats: int) -> float | str:
-    """Median seconds until the whole answer is there, or why there is none."""
-    seconds: list[float] = []
-    while len(seconds) < repeats and sum(seconds) < 20:
+def timed(prometheus: Prometheus, query: Query, repeats: int) -> float:
+    """Median seconds until the whole answer is there."""
+    took: list[float] = []
+    while len(took) < repeats and sum(took) < 20:
         began = time.perf_counter()
-        try:
-            prometheus.post(query.path, **query.parameters)
-        except BenchmarkFailed as error:
-            return str(error)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
-
-
-# An hour of history
-
-
-class Backfill:
-    """Writes what the runs and the recording rules would have given, in order of time, until it has caught up."""
-
-    def __init__(self, prometheus: Prometheus, history: History, schedule: Schedule, groups: Sequence[dict]) -> None:
-        self._prometheus, self._history, self._schedule = prometheus, history, schedule
-        self._recordings = [
-            (rule["record"], rule["expr"], group_interval(group, schedule.interval))
-            for group in groups
-            for rule in group["rules"]
-            if "record" in rule
-        ]
-        self._present: dict[str, set[bytes]] = {name: set() for name, _, _ in self._recordings}
-
-    def fill(self, ticks: range) -> None:
-        with ThreadPoolExecutor(2) as pool:
-            batches = [range(first, min(first + 8, self._schedule.runs)) for first in range(0, self._schedule.runs, 8)]
-            list(pool.map(lambda batch: self._scrapes(batch, ticks), batches))
-        since, until = (self._schedule.start + tick * self._schedule.interval for tick in (ticks.start, ticks.stop))
-        for name, expression, step in self._recordings:
-            times = np.arange(math.ceil(since / step), math.ceil(until / step)) * step
-            if len(times):
-                self._record(name, expression, times, step)
-
-    def _scrapes(self, runs: range, ticks: range) -> None:
-        replay.write(self._prometheus.url, [series for run in runs for series in self._history.of(run, ticks)])
-
-    def _record(self, name: str, expression: str, times: np.ndarray, step: float) -> None:
-        series, present = [], set()
-        for found in self._prometheus.range(expression, times[0], times[-1], step):
-            labels = replay.encode_labels({**found["metric"], "__name__": name})
-            moments, values = np.array(found["values"], dtype=np.float64).T
-            column = np.full(len(times), np.nan)
-            column[np.rint((moments - times[0]) / step).astype(int)] = values
-            is_there = ~np.isnan(column)
-            ends = ~is_there & np.concatenate(([labels in self._present[name]], is_there[:-1]))
-            column[ends] = replay.STALE
-            written = is_there | ends
-            samples = replay.encode_samples((times[written] * 1000).astype(np.int64), column[written])
-            series.append(replay.encode_series(labels, samples))
-            if is_there[-1]:
-                present.add(labels)
-            self._present[name].discard(labels)
-        for labels in self._present[name]:  # none of them had a sample in this piece
-            end = replay.encode_samples((times[:1] * 1000).astype(np.int64), np.array([replay.STALE]))
-            series.append(replay.encode_series(labels, end))
-        self._present[name] = present
-        for first in range(0, len(series), 1000):
-            replay.write(self._prometheus.url, series[first : first + 1000])
-
-
-# One size
-
-
-def measure(
-    recording: Recording, runs: int, interval: float, settle: float, repeats: int, status: Callable[[str], None]
-) -> dict[str, Any]:
-    """Figures of a Prometheus that watches `runs` runs; seconds and bytes.
-
-    Raises:
-        BenchmarkFailed: a server does not start, or the hour of data is not there.
-    """
-    servers = provide()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ppo-fleet-")))
-        schedule = Schedule(runs, len(recording), (time.time() - HOUR) // interval * interval, interval)
-        replay.save(folder / "recording.json", recording, schedule)
-        ports_file = folder / "ports.json"
-        command = [sys.executable, "-m", "benchmarks.replay", folder / "recording.json", ports_file]
-        served = ChildProcess("runs", command, "", folder / "runs.log", directory=ROOT)
-        stack.callback(served.stop)
-        wait_for(served, ports_file.exists)
-        instances = [f"127.0.0.1:{port}" for port in json.loads(ports_file.read_text())]
-
-        ports = Ports(prometheus=free_port())
-        content = prometheus_configuration(ports, folder / "targets")
-        del content["alerting"]  # nobody is told
-        content["scrape_configs"] = [j for j in content["scrape_configs"] if j["job_name"] != "alertmanager"]
-        content["global"]["scrape_interval"] = content["global"]["evaluation_interval"] = f"{interval:g}s"
-        for job in content["scrape_configs"]:
-            job.pop("scrape_interval", None)
-            job.pop("scrape_timeout", None)
-        quiet = {"global": content["global"]}
-        config = write_yaml(folder / "prometheus.yml", quiet, "prometheus.yml")
-        command = [
-            servers.prometheus,
-            f"--config.file={config}",
-            f"--storage.tsdb.path={folder / 'tsdb'}",
-            f"--web.listen-address=127.0.0.1:{ports.prometheus}",
-            "--web.enable-remote-write-receiver",
-            *servers.prometheus_options,
-        ]
-        process = ChildProcess("prometheus", command, f"{ports.url('prometheus')}/-/ready", folder / "prometheus.log")
-        stack.callback(process.stop)
-        wait_for(process, lambda: process.is_ready)
-        prometheus = Prometheus(ports.url("prometheus"))
-
-        files = sorted((ROOT / "alerts").glob("*.rules.yml"))
-        groups = [group for file in files for group in yaml.safe_load(file.read_text())["groups"]]
-        backfill = Backfill(prometheus, History(recording, schedule, JOB, instances), schedule, groups)
-        began, done = time.monotonic(), 0
-        while (behind := schedule.tick(time.time()) - done) > 1:
-            following = done + min(behind, 60)
-            status(f"writing the hour before, {done * interval / 60:.0f} minutes done")
-            backfill.fill(range(done, following))
-            done = following
-        filled = time.monotonic() - began
-
-        (targets := folder / "targets").mkdir()
-        for run, instance in enumerate(instances):
-            entry = {"targets": [instance], "labels": {"run": run_name(run), "instance": instance}}
-            (targets / f"ppo-{run_name(run)}.json").write_text(json.dumps([entry]))
-        write_yaml(config, content, "prometheus.yml")
-        process.send(signal.SIGHUP)
-
-        evaluations: dict[str, list[float]] = {group["name"]: [] for group in groups}
-        cpu, live, others = 0.0, time.monotonic(), OtherPrograms(process.pid, served.pid)
-        while (passed := time.monotonic() - live) < settle:
-            status(f"scraping live, {settle - passed:.0f} s left")
-            time.sleep(min(interval, settle - passed))
-            if passed > settle / 2:
-                for group, seconds in prometheus.rule_groups().items():
-                    evaluations[group].append(seconds)
-            if not cpu and passed > settle / 2:
-                cpu, cpu_since = prometheus.own_total("process_cpu_seconds_total"), time.monotonic()
-        window = f"{max(int(settle / 2), 1)}s"
-        job = f'job="{JOB}"'
-        figures = {
-            "runs": runs,
-            "filled": filled,
-            "interval": interval,
-            "up": prometheus.number(f"sum(up{{{job}}})"),
-            "scraped series per run": prometheus.number(f"avg(scrape_samples_post_metric_relabeling{{{job}}})"),
-            "series": prometheus.own_total("prometheus_tsdb_head_series"),
-            "series of runs": prometheus.number(f"count({{{job}}})"),
-            "scrape, mean": prometheus.number(f"avg(avg_over_time(scrape_duration_seconds{{{job}}}[{window}]))"),
-            "scrape, slowest 1 %": prometheus.number(
-                f"quantile(0.99, quantile_over_time(0.99, scrape_duration_seconds{{{job}}}[{window}]))"
-            ),
-            "interval kept": prometheus.number('max(prometheus_target_interval_length_seconds{quantile="0.99"})'),
-            "rules": {
-                group["name"]: {
-                    "interval": group_interval(group, interval),
-                    "median": statistics.median(evaluations[group["name"]]),
-                    "longest": max(evaluations[group["name"]]),
-                }
-                for group in groups
-            },
-            "missed": prometheus.own_total("prometheus_rule_group_iterations_missed_total"),
-            "firing": prometheus.number(f'count(ALERTS{{{job}, alertstate="firing"}}) or vector(0)'),
-            "others": others.cores(),
-            "cores": (prometheus.own_total("process_cpu_seconds_total") - cpu) / (time.monotonic() - cpu_since),
-            "memory": prometheus.own_total("process_resident_memory_bytes"),
-        }
-        check_hour(prometheus, schedule)
-        figures["queries"], others = {}, OtherPrograms(process.pid, served.pid)
-        for view, (board, chosen) in views(instances[0]).items():
-            listed = list(queries(board, time.time(), interval, chosen))
-            timings: dict[str, list[float | str]] = {}
-            for number, query in enumerate(listed, 1):
-                status(f"{view}: query {number} of {len(listed)}, {query.title}")
-                seconds = timed(prometheus, query, repeats if view != "run, all chosen" else 1)
-                timings.setdefault(f"{query.kind}: {query.title}", []).append(seconds)
-            figures["queries"][view] = timings
-            if view == "fleet":
-                figures["others, queries"] = others.cores()
-                figures["fleet at once"] = statistics.median(at_once(prometheus, listed) for _ in range(repeats))
-        figures["memory at the end"] = prometheus.own_total("process_resident_memory_bytes")
-        return figures
-
-
-class OtherPrograms:
-    """How much of the machine goes to others than these processes and this one, from now on."""
-
-    def __init__(self, *pids: int) -> None:
-        self._pids = ("self", *pids)
-        self._began, self._before = time.monotonic(), self._seconds()
-
-    def cores(self) -> float:
-        return max(0.0, self._seconds() - self._before) / (time.monotonic() - self._began)
-
-    def _seconds(self) -> float:
-        """CPU time since the machine started; NaN where the kernel is not Linux."""
-        if not Path("/proc/stat").exists():
-            return math.nan
-        user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-        ours = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in self._pids)
-        ticks = sum(map(int, (user, nice, system, *interrupts))) - sum(int(each) for times in ours for each in times)
-        return ticks / os.sysconf("SC_CLK_TCK")
+        prometheus.raw(query.path, **query.parameters)
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
 
 
 def at_once(prometheus: Prometheus, listed: Sequence[Query]) -> float:
     """Seconds until a browser has all answers."""
     began = time.perf_counter()
     with ThreadPoolExecutor(BROWSER_CONNECTIONS) as pool:
-        list(pool.map(lambda query: prometheus.post(query.path, **query.parameters), listed))
+        list(pool.map(lambda query: prometheus.raw(query.path, **query.parameters), listed))
     return time.perf_counter() - began
 
 
-def check_hour(prometheus: Prometheus, schedule: Schedule) -> None:
-    """Every run has an hour of samples, but for the moment at which scrapes took over, and its counters only rise."""
-    expected = HOUR / schedule.interval
-    for name in (GRADIENT_CV_CEILING.name, CV_RECORD, "up"):
-        counts = f'count_over_time({name}{{job="{JOB}"}}[1h])'
-        least, of = prometheus.number(f"min({counts})"), prometheus.number(f"count({counts})")
-        if of != schedule.runs or not least >= 0.98 * expected:
-            raise BenchmarkFailed(
-                f"{name}: {of:.0f} of {schedule.runs} runs have data, one of them {least:.0f} of {expected:.0f} samples"
-            )
-    resets = prometheus.number(f'max(resets({UPDATES.name}{{job="{JOB}"}}[1h]))')
-    if resets:
-        raise BenchmarkFailed(f"{UPDATES.name} fell {resets:.0f} times: what was written does not fit what is scraped")
+# History
 
 
-def group_interval(group: dict, default: float) -> float:
-    """Seconds between evaluations of a rule group."""
-    return float(parse_duration(group["interval"])) if "interval" in group else default
+class History:
+    """Writes what the runs and the recording rules would have given, in order of time."""
+
+    def __init__(self, prometheus: Prometheus, runs: Runs, groups: Sequence[dict]) -> None:
+        self._prometheus, self._runs, self._groups = prometheus, runs, groups
+
+    def write(self, now: Callable[[], float]) -> None:
+        """From the runs' start until it has caught up with `now`."""
+        runs, began = self._runs, now()
+        done, hour = 0, round(HOUR / runs.interval)
+        while (ahead := runs.tick(began) - hour - done) > 0:
+            ticks = range(done, done + min(ahead, hour))
+            self._send(self._long(run, ticks, ahead < LONG_HOURS * hour) for run in range(runs.number))
+            done = ticks.stop
+        while (behind := runs.tick(now()) - done) > 4:
+            ticks = range(done, done + min(behind, hour // 12))
+            self._send(runs.stored(run, ticks) for run in range(runs.number))
+            for group in self._groups:
+                for rule in group["rules"]:
+                    if "record" in rule:
+                        self._record(rule, max(seconds(group["interval"]), runs.interval), ticks)
+            done = ticks.stop
+
+    def _long(self, run: int, ticks: range, is_recent: bool) -> list[bytes]:
+        """What rules look back on for longer than an hour."""
+        rare = range(ticks.start, ticks.stop, max(1, round(30 / self._runs.interval)))
+        is_norm = [name.startswith("ppo_head_gradient_norm{") for name in self._runs.series]
+        sums = encode_samples(self._runs.milliseconds(run, rare), self._runs.values(run, rare)[:, is_norm].sum(1))
+        series = encode_series(self._runs.labels(run, "run:ppo_head_gradient_norm:sum"), sums)
+        return [series, *(self._runs.stored(run, ticks, LONG) if is_recent else ())]
+
+    def _record(self, rule: dict, step: float, ticks: range) -> None:
+        """Prometheus' own answers to a recording rule's expression."""
+        since, until = (self._runs.start + tick * self._runs.interval for tick in (ticks.start, ticks.stop))
+        times = np.arange(math.ceil(since / step), math.ceil(until / step)) * step
+        if not len(times):
+            return
+        # Adding nothing drops the names of metrics, as a rule does, so that two of them become one series.
+        parameters = {"query": f"({rule['expr']}) + 0", "start": times[0], "end": times[-1], "step": step}
+        # Each series ends behind its last sample, and at the latest with this piece of time.
+        milliseconds = np.append(times * 1000, times[-1] * 1000 + 1).astype(np.int64)
+
+        def of(found: dict) -> list[bytes]:
+            moments, values = np.array(found["values"], dtype=np.float64).T
+            column = np.full(len(milliseconds), np.nan)
+            column[np.rint((moments - times[0]) / step).astype(int)] = values
+            is_there = ~np.isnan(column)
+            column[1:][is_there[:-1] & ~is_there[1:]] = STALE
+            written = is_there | np.append(False, is_there[:-1])
+            labels = found["metric"] | {"__name__": rule["record"]}
+            return [encode_series(labels, encode_samples(milliseconds[written], column[written]))]
+
+        self._send(map(of, self._prometheus.ask("/api/v1/query_range", **parameters)["result"]))
+
+    def _send(self, series: Iterable[list[bytes]]) -> None:
+        """In messages of 4 MiB at least."""
+        message, size = [], 0
+        for each in series:
+            message += each
+            size += sum(map(len, each))
+            if size > 1 << 22:
+                replay.write(self._prometheus.url, message)
+                message, size = [], 0
+        if message:
+            replay.write(self._prometheus.url, message)
 
 
-def wait_for(process: ChildProcess, is_ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_ready():
+# One case
+
+
+@dataclass
+class Figures:
+    """Of one case. Seconds of each evaluation by rule group and by rule, and by view and panel; all else as text."""
+
+    rows: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, list[float]] = field(default_factory=dict)
+    rules: dict[str, list[float]] = field(default_factory=dict)
+    views: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def measure(kind: str, number: int, options: argparse.Namespace, groups: Sequence[dict]) -> Figures:
+    """Figures of a Prometheus that watches `number` runs of a kind.
+
+    Raises:
+        BenchmarkFailed: a server does not start, or the hour of data is not there.
+    """
+    runs = Runs(kind, number, (time.time() - 24 * HOUR) // options.interval * options.interval, options.interval)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ppo-fleet-")))
+        servers, port, ports = provide(), free_port(), Ports(prometheus=free_port())
+        arguments = (kind, number, runs.start, runs.interval, port)
+        command = [sys.executable, "-m", "benchmarks.replay", *map(str, arguments)]
+        served = ChildProcess("runs", command, f"http://127.0.0.1:{port}/0", folder / "runs.log", directory=ROOT)
+        stack.callback(served.stop)
+        content = prometheus_configuration(ports, folder / "targets")
+        del content["alerting"]  # nobody is told
+        content["rule_files"] = [str(options.rules.resolve())]
+        content["scrape_configs"] = [job for job in content["scrape_configs"] if job["job_name"] != "alertmanager"]
+        for each in (content["global"], *content["scrape_configs"]):
+            each["scrape_interval"] = each["scrape_timeout"] = f"{options.interval:g}s"
+        config = write_yaml(folder / "prometheus.yml", {"global": content["global"]}, "prometheus.yml")
+        command = prometheus_command(servers, config, ports.prometheus)
+        url = ports.url("prometheus")
+        process = ChildProcess("prometheus", command, f"{url}/-/ready", folder / "prometheus.log")
+        stack.callback(process.stop)
+        prometheus = Prometheus(url)
+        tell(f"{number} {kind}: making the runs, writing their past")
+        wait_for(process)
+        History(prometheus, runs, groups).write(time.time)
+        wait_for(served)
+
+        entries = [
+            {
+                "targets": [f"127.0.0.1:{port}"],
+                "labels": {"run": runs.name(run), "instance": runs.instance(run), "__metrics_path__": f"/{run}"},
+            }
+            for run in range(number)
+        ]
+        (targets := folder / "targets").mkdir()
+        (targets / "ppo.json").write_text(json.dumps(entries))
+        write_yaml(config, content, "prometheus.yml")
+        process.send(signal.SIGHUP)
+        tell(f"scraping live for {options.settle} s")
+        figures, busy = Figures(), CPU(process.pid, served.pid)
+        watch_rules(prometheus, figures, options.settle)
+        check(prometheus, runs)
+        figures.rows |= describe(prometheus, runs, min(options.settle, 120))
+        figures.rows["cores busy with other programs meanwhile"] = f"{busy.others():.2f}"
+        tell("asking the dashboards' queries")
+        busy = CPU(process.pid, served.pid)
+        for view, (board, chosen) in views().items():
+            listed = list(queries(board, time.time(), chosen))
+            of_view = figures.views.setdefault(view, {})
+            for query in listed:
+                of_view[query.title] = of_view.get(query.title, 0.0) + timed(prometheus, query, options.repeats)
+            together = statistics.median(at_once(prometheus, listed) for _ in range(options.repeats))
+            of_view["**all queries at once, as a browser asks**"] = together
+        figures.rows["cores busy with other programs during the queries"] = f"{busy.others():.2f}"
+        return figures
+
+
+def prometheus_command(servers: Servers, config: Path, port: int) -> list[str | Path]:
+    return [
+        servers.prometheus,
+        f"--config.file={config}",
+        f"--storage.tsdb.path={config.parent / 'tsdb'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--web.enable-remote-write-receiver",
+        *servers.prometheus_options,
+    ]
+
+
+def watch_rules(prometheus: Prometheus, figures: Figures, settle: float) -> None:
+    """Keep how long each evaluation of each group and rule takes."""
+    until, seen = time.monotonic() + settle, {}
+    while time.monotonic() < until:
+        time.sleep(1.0)
+        for group in prometheus.ask("/api/v1/rules")["groups"]:
+            if seen.get(group["name"]) == group["lastEvaluation"] or group["lastEvaluation"].startswith("0001"):
+                continue
+            seen[group["name"]] = group["lastEvaluation"]
+            figures.groups.setdefault(group["name"], []).append(group["evaluationTime"])
+            for rule in group["rules"]:
+                if rule["health"] == "err":
+                    raise BenchmarkFailed(f"rule {rule['name']}: {rule['lastError']}")
+                name = " ".join((rule["name"], rule.get("labels", {}).get("severity", ""))).strip()
+                figures.rules.setdefault(name, []).append(rule["evaluationTime"])
+
+
+def describe(prometheus: Prometheus, runs: Runs, window: float) -> dict[str, str]:
+    """What Prometheus says of itself and of the last `window` seconds, ready to be shown."""
+
+    def of_runs(expression: str) -> float:
+        return prometheus.number(expression.replace("[]", f'{{job="{JOB}"}}[{window:g}s]'))
+
+    def own(expression: str) -> float:
+        return prometheus.number(expression.replace("[]", f'{{job="prometheus"}}[{window:g}s]'))
+
+    alerts = [each for each in prometheus.ask("/api/v1/alerts")["alerts"] if "run" in each["labels"]]
+    firing = sum(alert["state"] == "firing" for alert in alerts)
+    return {
+        "series that a run's endpoint serves": f"{len(runs.series):,}",
+        "series in Prometheus": f"{own('max_over_time(prometheus_tsdb_head_series[])'):,.0f}",
+        "scrape, mean": show(of_runs("avg(avg_over_time(scrape_duration_seconds[]))")),
+        "scrape, slowest 1 %": show(of_runs("quantile(0.99, quantile_over_time(0.99, scrape_duration_seconds[]))")),
+        "alerts firing": f"{firing:,}",
+        "alerts pending": f"{len(alerts) - firing:,}",
+        "largest alert": f"{max((len(json.dumps(alert)) for alert in alerts), default=0):,} bytes",
+        "rule evaluations missed": f"{own('sum(increase(prometheus_rule_group_iterations_missed_total[]))'):.0f}",
+        "cores busy with scrapes and rules": f"{own('rate(process_cpu_seconds_total[])'):.2f}",
+        "resident memory": f"{own('max_over_time(process_resident_memory_bytes[])') / 2**20:,.0f} MiB",
+    }
+
+
+def check(prometheus: Prometheus, runs: Runs) -> None:
+    """Every run is up and has an hour of samples, and its counters only rise."""
+    up, least, falls = (
+        prometheus.number(expression)
+        for expression in (
+            f'count(up{{job="{JOB}"}} == 1)',
+            f'min(count_over_time(ppo_gradient_cv_ceiling{{job="{JOB}"}}[1h]))',
+            f'max(resets(ppo_updates_total{{job="{JOB}"}}[1h]))',
+        )
+    )
+    if up != runs.number or not least > 0.95 * HOUR / runs.interval or falls:
+        raise BenchmarkFailed(
+            f"{up:.0f} of {runs.number} runs are up, one has {least:.0f} of {HOUR / runs.interval:.0f} samples, "
+            f"counters fell {falls:.0f} times"
+        )
+
+
+class CPU:
+    """How much of the machine goes to others than these processes and this one, from now on."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = ("self", *pids)
+        self._began, self._before = time.monotonic(), self._seconds()
+
+    def others(self) -> float:
+        """Cores, on average."""
+        return max(0.0, self._seconds() - self._before) / (time.monotonic() - self._began)
+
+    def _seconds(self) -> float:
+        user, nice, system, _, _, *interrupts = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ours = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in self._pids)
+        ticks = sum(map(int, (user, nice, system, *interrupts))) - sum(int(each) for times in ours for each in times)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def tell(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def wait_for(process: ChildProcess) -> None:
+    deadline = time.monotonic() + 300
+    while not process.is_ready:
         if process.exit_code is not None or time.monotonic() > deadline:
             raise BenchmarkFailed(f"{process.name} did not start:\n{process.log_tail()}")
         time.sleep(0.1)
@@ -428,208 +402,119 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def seconds(duration: str) -> float:
+    """Of a duration as Prometheus writes it, such as 1m30s."""
+    units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)(ms|[smhd])", duration))
+
+
 # Tables
 
 
-def panel_seconds(figures: dict[str, Any], view: str) -> dict[str, float]:
-    """Seconds by panel, variable or annotation, its queries one after the other; infinity where one failed."""
-    return {
-        title: sum(math.inf if isinstance(each, str) else each for each in seconds)
-        for title, seconds in figures["queries"][view].items()
-    }
-
-
-def milliseconds(seconds: float | str) -> str:
-    if isinstance(seconds, str) or math.isinf(seconds):
-        return "fails"
+def show(seconds: float) -> str:
     return f"{seconds * 1000:,.1f} ms" if seconds < 0.1 else f"{seconds * 1000:,.0f} ms"
 
 
-FIGURES: dict[str, tuple[Callable[[dict[str, Any]], float], Callable[[float], str]]] = {
-    "targets up": (lambda f: f["up"], "{:,.0f}".format),
-    "scrape interval": (lambda f: f["interval"], "{:g} s".format),
-    "time between scrapes, slowest 1 %": (lambda f: f["interval kept"], "{:.2f} s".format),
-    "series that a run's endpoint serves": (lambda f: f["scraped series per run"], "{:.0f}".format),
-    "series in Prometheus": (lambda f: f["series"], "{:,.0f}".format),
-    "series per run, recorded ones and alerts included": (lambda f: f["series of runs"] / f["runs"], "{:.1f}".format),
-    "scrape, mean": (lambda f: f["scrape, mean"], milliseconds),
-    "scrape, slowest 1 %": (lambda f: f["scrape, slowest 1 %"], milliseconds),
-    "alerts firing": (lambda f: f["firing"], "{:,.0f}".format),
-    "evaluations missed": (lambda f: f["missed"], "{:.0f}".format),
-    "cores busy with scrapes and rules": (lambda f: f["cores"], "{:.2f}".format),
-    "cores busy with other programs meanwhile": (lambda f: f["others"], "{:.2f}".format),
-    "cores busy with other programs during the fleet's queries": (lambda f: f["others, queries"], "{:.2f}".format),
-    "resident memory": (lambda f: f["memory"] / 2**20, "{:,.0f} MiB".format),
-    "resident memory after all queries": (lambda f: f["memory at the end"] / 2**20, "{:,.0f} MiB".format),
-    "fleet dashboard, all its queries at once": (lambda f: f["fleet at once"], milliseconds),
-}
-GROWING = (
-    "series in Prometheus",
-    "scrape, mean",
-    "cores busy with scrapes and rules",
-    "resident memory",
-    "fleet dashboard, all its queries at once",
-)
+def markdown(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [["", *header], ["---"] + ["---:"] * len(header), *rows]
+    return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def report(cases: dict[str, Figures], groups: Sequence[dict]) -> str:
+    """Every table and every goal, as Markdown."""
 
+    def slowest(values: dict[str, dict[str, float]], number: int | None = None) -> list[list[str]]:
+        names = sorted(
+            {n for of in values.values() for n in of}, key=lambda n: -max(v.get(n, 0) for v in values.values())
+        )
+        return [[name, *(show(of[name]) if name in of else "" for of in values.values())] for name in names[:number]]
 
-def report(sizes: Sequence[dict[str, Any]]) -> str:
-    """Every table and every goal, as Markdown; `sizes` from few runs to many."""
-    header = ["", *(f"{figures['runs']:,} runs" for figures in sizes)]
-    rows = [[name, *(show(read(f)) for f in sizes)] for name, (read, show) in FIGURES.items()]
-    for group, times in sizes[-1]["rules"].items():
-        of_group = [figures["rules"][group] for figures in sizes]
-        name = f"rule group {group}, every {times['interval']:g} s"
-        rows += [
-            [f"{name}: median", *(milliseconds(each["median"]) for each in of_group)],
-            [f"{name}: longest", *(milliseconds(each["longest"]) for each in of_group)],
-            [
-                f"{name}: longest, part of the interval",
-                *(f"{each['longest'] / each['interval']:.2%}" for each in of_group),
-            ],
+    intervals = {group["name"]: seconds(group["interval"]) for group in groups}
+    rows = [[name, *(figures.rows[name] for figures in cases.values())] for name in next(iter(cases.values())).rows]
+    of_groups = [
+        [
+            f"{group}, every {interval:g} s",
+            *(f"{show(statistics.median(t))}, {show(max(t))}, {max(t) / interval:.1%}" for t in times),
         ]
-    parts = ["### Prometheus", markdown(header, rows)]
-    captions = {
-        "fleet": "Fleet dashboard, all runs chosen",
-        "one run": "Run dashboard, one run chosen",
-        "run, all chosen": "Run dashboard, all runs chosen: the ten slowest",
-    }
-    for view, caption in captions.items():
-        by_size = [panel_seconds(figures, view) for figures in sizes]
-        titles = sorted(by_size[-1], key=by_size[-1].__getitem__, reverse=True)
-        if view != "fleet":
-            titles = titles[:10]
-        parts += [f"### {caption}", markdown(header, ([t, *(milliseconds(s[t]) for s in by_size)] for t in titles))]
-    return "\n\n".join((*parts, "### Goals", "\n".join(goals(sizes))))
+        for group, interval in intervals.items()
+        if all(times := [figures.groups.get(group) for figures in cases.values()])
+    ]
+    rules = {case: {n: statistics.median(t) for n, t in figures.rules.items()} for case, figures in cases.items()}
+    parts = [
+        markdown("Prometheus", list(cases), rows),
+        markdown("Rule groups: median, longest, the longest's part of the interval", list(cases), of_groups),
+        markdown("Rules: median of the ten slowest", list(cases), slowest(rules, 10)),
+    ]
+    for view in next(iter(cases.values())).views:
+        parts.append(markdown(view, list(cases), slowest({c: figures.views[view] for c, figures in cases.items()}, 12)))
+    return "\n\n".join((*parts, "### Goals", "\n".join(goals(cases, intervals))))
 
 
-def goals(sizes: Sequence[dict[str, Any]]) -> list[str]:
-    most = sizes[-1]
-    panels = {t: s for t, s in panel_seconds(most, "fleet").items() if t.startswith("panel")}
-    slowest = max(panels, key=panels.__getitem__)
-    parts = {group: times["longest"] / times["interval"] for group, times in most["rules"].items()}
-
+def goals(cases: dict[str, Figures], intervals: dict[str, float]) -> Iterator[str]:
     def verdict(is_met: bool, goal: str, found: str) -> str:
         return f"- {'met' if is_met else '**missed**'}: {goal}: {found}"
 
-    lines = [
-        verdict(
-            panels[slowest] < GOAL_PANEL_SECONDS,
-            f"at {most['runs']:,} runs every panel of the fleet dashboard answers in under {GOAL_PANEL_SECONDS:g} s",
-            f"the slowest, {slowest.removeprefix('panel: ')}, takes {milliseconds(panels[slowest])}",
-        ),
-        verdict(
-            max(parts.values()) < GOAL_RULES_PART,
-            f"every rule group takes under {GOAL_RULES_PART:.0%} of its interval",
-            ", ".join(f"{group} {part:.1%} in its longest evaluation" for group, part in parts.items()),
-        ),
+    panels = [
+        (took, f"{title} at {case} {show(took)}")
+        for case, figures in cases.items()
+        for title, took in next(iter(figures.views.values())).items()
+        if not title.startswith("**")
     ]
-    growths = []
-    for fewer, more in itertools.pairwise(sizes):
-        values = {name: (FIGURES[name][0](fewer), FIGURES[name][0](more)) for name in GROWING}
-        before, after = panel_seconds(fewer, "fleet"), panel_seconds(more, "fleet")
-        values |= {title: (before[title], after[title]) for title in after}
-        for group, times in more["rules"].items():
-            values[f"rule group {group}"] = fewer["rules"][group]["median"], times["median"]
-        for name, (small, large) in values.items():
-            linear = more["runs"] / fewer["runs"]
-            growths.append(
-                (large / small / linear, f"{name}, {fewer['runs']:,} to {more['runs']:,} runs: x{large / small:.1f}")
-            )
-    if growths:
-        worst = sorted(growths, reverse=True)
-        beyond = [text for part, text in worst if part > NOISE]
-        found = "; ".join(beyond) or f"the steepest is {worst[0][1]}"
-        lines.append(
-            verdict(not beyond, "no figure and no panel of the fleet grows faster than the number of runs", found)
-        )
-    return lines
+    yield verdict(
+        max(panels)[0] < GOAL_PANEL_SECONDS,
+        f"every panel of the fleet dashboard answers in under {GOAL_PANEL_SECONDS:g} s",
+        max(panels)[1],
+    )
+    parts = [
+        (max(times) / intervals[group], f"{group} at {case} {max(times) / intervals[group]:.1%}")
+        for case, figures in cases.items()
+        for group, times in figures.groups.items()
+    ]
+    yield verdict(
+        max(parts)[0] < GOAL_RULES_PART,
+        f"the longest evaluation of every rule group takes under {GOAL_RULES_PART:.0%} of its interval",
+        max(parts)[1],
+    )
 
 
-def prometheus_version(prometheus: Path) -> str:
-    answer = subprocess.run([prometheus, "--version"], capture_output=True, text=True, check=True)
-    return (answer.stdout or answer.stderr).split(" (")[0].replace(", version", "")
-
-
-def recorded(path: Path | None, samples: int, progress: Callable[[int], None]) -> Recording:
-    """A recorded run, that of `path` where there is one."""
-    if path and path.exists():
-        return Recording(**json.loads(path.read_text()))
-    recording = replay.record(samples, SECONDS_BETWEEN, free_port(), progress)
-    if path:
-        path.write_text(json.dumps(asdict(recording)))
-    return recording
-
-
-def tell(update: Callable[..., None], runs: int) -> Callable[[str], None]:
-    return lambda text: update(description=f"{runs} runs: {text}")
+def case_of(text: str) -> tuple[str, int]:
+    kind, _, number = text.partition(":")
+    if kind not in replay.KINDS or not number.isdigit() or not 1 <= int(number) <= 5000:
+        raise argparse.ArgumentTypeError(f"{text!r}: KIND:RUNS, KIND one of {', '.join(replay.KINDS)}, RUNS 1 to 5000")
+    return kind, int(number)
 
 
 def main() -> int:
-    configured = yaml.safe_load((ROOT / "prometheus.yml").read_text())["global"]["scrape_interval"]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fleet",
         description=__doc__.split("    .venv")[0],
+        epilog="; ".join(f"{kind}: {what}" for kind, what in replay.KINDS.items()),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--runs", nargs="+", type=int, default=[10, 100, 1000], metavar="N", help="how many, each size by itself"
-    )
-    parser.add_argument(
-        "--interval", type=parse_duration, default=configured, metavar="DURATION", help="scrape and evaluation interval"
-    )
-    parser.add_argument("--settle", type=int, default=120, metavar="SECONDS", help="live scraping before the queries")
-    parser.add_argument("--repeats", type=int, default=5, help="times that each query is asked, for the median")
-    parser.add_argument(
-        "--samples", type=int, default=720, help=f"answers of the recorded run, {SECONDS_BETWEEN:g} s apart"
-    )
-    parser.add_argument(
-        "--results", type=Path, metavar="FILE", help="keeps figures; a size that is in it is not measured again"
-    )
-    parser.add_argument(
-        "--recording", type=Path, metavar="FILE", help="keeps the recorded run; one that is in it is not recorded again"
-    )
+    add = parser.add_argument
+    add("cases", nargs="+", type=case_of, metavar="KIND:RUNS", help="measured in turn, such as fleet:1000")
+    add("--rules", type=Path, default=ROOT / "alerts/ppo.rules.yml", help="file of rules")
+    add("--interval", type=float, default=5.0, help="seconds between two scrapes")
+    add("--settle", type=int, default=420, help="seconds of live scraping, more than the longest `for` of a rule")
+    add("--repeats", type=int, default=5, help="times that each query is asked, for the median")
     options = parser.parse_args()
-    if min(options.runs) < 1 or max(options.runs) > 5000 or options.samples < 20 or options.repeats < 1:
-        parser.error("--runs must be 1 to 5000, --samples at least 20, --repeats at least 1")
-    if options.interval < 1 or options.settle < 4 * options.interval:
-        parser.error("--interval must be at least 1s, and --settle four intervals")
+    groups = yaml.safe_load(options.rules.read_text())["groups"]
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     results = {}
-    if options.results and options.results.exists():
-        results = {figures["runs"]: figures for figures in json.loads(options.results.read_text())}
-    if any(figures["interval"] != options.interval for figures in results.values()):
-        parser.error(f"{options.results} has figures at another interval")
     try:
+        servers = provide()
         print(
-            f"{machine('numpy')}; {prometheus_version(provide().prometheus)}, the runs and the questions share it\n"
-            f"`python -m benchmarks.fleet {' '.join(sys.argv[1:])}`",
+            f"{machine('numpy')}; {servers.versions()}\n`python -m benchmarks.fleet {' '.join(sys.argv[1:])}`",
             flush=True,
         )
-        columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
-            missing = sorted(set(options.runs) - results.keys())
-            if missing:
-                shown = partial(progress.update, progress.add_task("recording a run", total=options.samples))
-                recording = recorded(options.recording, options.samples, lambda done: shown(completed=done))
-            for runs in missing:
-                status = partial(progress.update, progress.add_task(f"{runs} runs", total=None))
-                results[runs] = measure(
-                    recording, runs, float(options.interval), options.settle, options.repeats, tell(status, runs)
-                )
-                status(description=f"{runs} runs: done", total=1, completed=1)
-                if options.results:
-                    options.results.write_text(json.dumps(list(results.values()), indent=1))
-        print(f"\n{report([results[runs] for runs in sorted(set(options.runs))])}")
-    except (BenchmarkFailed, replay.RecordingFailed, ServersMissing, RuntimeError) as error:
+        for kind, number in options.cases:
+            results[f"{number:,} {kind}"] = measure(kind, number, options, groups)
+        print(f"\n{report(results, groups)}")
+    except (BenchmarkFailed, ServersMissing, RuntimeError) as error:
         print(f"python -m benchmarks.fleet: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
