@@ -9,7 +9,6 @@ and evaluates live, and every query of both dashboards is timed as Grafana would
 
 import argparse
 import json
-import math
 import os
 import re
 import signal
@@ -18,65 +17,28 @@ import statistics
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from benchmarks import replay
 from benchmarks.machine import machine
-from benchmarks.replay import JOB, STALE, Runs, encode_samples, encode_series
+from benchmarks.prometheus import HOUR, BenchmarkFailed, History, Prometheus, prometheus_command, seconds
+from benchmarks.replay import JOB, KINDS, Runs
 from stack.configuration import Ports, prometheus_configuration, write_yaml
 from stack.processes import ChildProcess
-from stack.servers import ROOT, Servers, ServersMissing, provide
+from stack.servers import ROOT, ServersMissing, provide
 
-HOUR = 3600
 GOAL_PANEL_SECONDS = 1.0
 GOAL_RULES_PART = 0.1
 SCREEN_WIDTH = 1920
 BROWSER_CONNECTIONS = 6
 GRAFANA_MIN_STEP = 15.0
 """Seconds: the scrape interval that Grafana takes where the data source names none."""
-LONG = ("ppo_updates_total", "ppo_last_update_timestamp_seconds")
-LONG_HOURS = 6
-"""How far back rules look at those series. At the sum of the norms, a recorded one, they look for a day."""
-
-_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-class BenchmarkFailed(RuntimeError):
-    """Something that is to be measured did not come about."""
-
-
-class Prometheus:
-    """A Prometheus that runs, asked over HTTP."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def raw(self, path: str, **parameters: Any) -> bytes:
-        try:
-            with _opener.open(f"{self.url}{path}?{urllib.parse.urlencode(parameters)}", timeout=300) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            raise BenchmarkFailed(f"{path} {parameters}: {error.code} {error.read().decode()[:300]}") from error
-
-    def ask(self, path: str, **parameters: Any) -> Any:
-        """The data of an answer."""
-        return json.loads(self.raw(path, **parameters))["data"]
-
-    def number(self, expression: str) -> float:
-        """The value of the one series that the expression gives; NaN where there is none."""
-        result = self.ask("/api/v1/query", query=expression)["result"]
-        return float(result[0]["value"][1]) if result else math.nan
 
 
 # Queries as Grafana sends them
@@ -153,76 +115,6 @@ def at_once(prometheus: Prometheus, listed: Sequence[Query]) -> float:
     return time.perf_counter() - began
 
 
-# History
-
-
-class History:
-    """Writes what the runs and the recording rules would have given, in order of time."""
-
-    def __init__(self, prometheus: Prometheus, runs: Runs, groups: Sequence[dict]) -> None:
-        self._prometheus, self._runs, self._groups = prometheus, runs, groups
-
-    def write(self, now: Callable[[], float]) -> None:
-        """From the runs' start until it has caught up with `now`."""
-        runs, began = self._runs, now()
-        done, hour = 0, round(HOUR / runs.interval)
-        while (ahead := runs.tick(began) - hour - done) > 0:
-            ticks = range(done, done + min(ahead, hour))
-            self._send(self._long(run, ticks, ahead < LONG_HOURS * hour) for run in range(runs.number))
-            done = ticks.stop
-        while (behind := runs.tick(now()) - done) > 4:
-            ticks = range(done, done + min(behind, hour // 12))
-            self._send(runs.stored(run, ticks) for run in range(runs.number))
-            for group in self._groups:
-                for rule in group["rules"]:
-                    if "record" in rule:
-                        self._record(rule, max(seconds(group["interval"]), runs.interval), ticks)
-            done = ticks.stop
-
-    def _long(self, run: int, ticks: range, is_recent: bool) -> list[bytes]:
-        """What rules look back on for longer than an hour."""
-        rare = range(ticks.start, ticks.stop, max(1, round(30 / self._runs.interval)))
-        is_norm = [name.startswith("ppo_head_gradient_norm{") for name in self._runs.series]
-        sums = encode_samples(self._runs.milliseconds(run, rare), self._runs.values(run, rare)[:, is_norm].sum(1))
-        series = encode_series(self._runs.labels(run, "run:ppo_head_gradient_norm:sum"), sums)
-        return [series, *(self._runs.stored(run, ticks, LONG) if is_recent else ())]
-
-    def _record(self, rule: dict, step: float, ticks: range) -> None:
-        """Prometheus' own answers to a recording rule's expression."""
-        since, until = (self._runs.start + tick * self._runs.interval for tick in (ticks.start, ticks.stop))
-        times = np.arange(math.ceil(since / step), math.ceil(until / step)) * step
-        if not len(times):
-            return
-        # Adding nothing drops the names of metrics, as a rule does, so that two of them become one series.
-        parameters = {"query": f"({rule['expr']}) + 0", "start": times[0], "end": times[-1], "step": step}
-        # Each series ends behind its last sample, and at the latest with this piece of time.
-        milliseconds = np.append(times * 1000, times[-1] * 1000 + 1).astype(np.int64)
-
-        def of(found: dict) -> list[bytes]:
-            moments, values = np.array(found["values"], dtype=np.float64).T
-            column = np.full(len(milliseconds), np.nan)
-            column[np.rint((moments - times[0]) / step).astype(int)] = values
-            is_there = ~np.isnan(column)
-            column[1:][is_there[:-1] & ~is_there[1:]] = STALE
-            written = is_there | np.append(False, is_there[:-1])
-            labels = found["metric"] | {"__name__": rule["record"]}
-            return [encode_series(labels, encode_samples(milliseconds[written], column[written]))]
-
-        self._send(map(of, self._prometheus.ask("/api/v1/query_range", **parameters)["result"]))
-
-    def _send(self, series: Iterable[list[bytes]]) -> None:
-        """In messages of 4 MiB at least."""
-        message, size = [], 0
-        for each in series:
-            message += each
-            size += sum(map(len, each))
-            if size > 1 << 22:
-                replay.write(self._prometheus.url, message)
-                message, size = [], 0
-        if message:
-            replay.write(self._prometheus.url, message)
-
-
 # One case
 
 
@@ -295,17 +187,6 @@ def measure(kind: str, number: int, options: argparse.Namespace, groups: Sequenc
             of_view["**all queries at once, as a browser asks**"] = together
         figures.rows["cores busy with other programs during the queries"] = f"{busy.others():.2f}"
         return figures
-
-
-def prometheus_command(servers: Servers, config: Path, port: int) -> list[str | Path]:
-    return [
-        servers.prometheus,
-        f"--config.file={config}",
-        f"--storage.tsdb.path={config.parent / 'tsdb'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--web.enable-remote-write-receiver",
-        *servers.prometheus_options,
-    ]
 
 
 def watch_rules(prometheus: Prometheus, figures: Figures, settle: float) -> None:
@@ -402,12 +283,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def seconds(duration: str) -> float:
-    """Of a duration as Prometheus writes it, such as 1m30s."""
-    units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)(ms|[smhd])", duration))
-
-
 # Tables
 
 
@@ -479,8 +354,8 @@ def goals(cases: dict[str, Figures], intervals: dict[str, float]) -> Iterator[st
 
 def case_of(text: str) -> tuple[str, int]:
     kind, _, number = text.partition(":")
-    if kind not in replay.KINDS or not number.isdigit() or not 1 <= int(number) <= 5000:
-        raise argparse.ArgumentTypeError(f"{text!r}: KIND:RUNS, KIND one of {', '.join(replay.KINDS)}, RUNS 1 to 5000")
+    if kind not in KINDS or not number.isdigit() or not 1 <= int(number) <= 5000:
+        raise argparse.ArgumentTypeError(f"{text!r}: KIND:RUNS, KIND one of {', '.join(KINDS)}, RUNS 1 to 5000")
     return kind, int(number)
 
 
@@ -488,7 +363,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.fleet",
         description=__doc__.split("    .venv")[0],
-        epilog="; ".join(f"{kind}: {what}" for kind, what in replay.KINDS.items()),
+        epilog="; ".join(f"{kind}: {what}" for kind, what in KINDS.items()),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from conftest import hurried, wait_until
 
-from benchmarks.fleet import Prometheus, free_port, prometheus_command, queries, seconds, views
-from benchmarks.replay import Runs, encode_samples, encode_series, write
+from benchmarks.fleet import free_port, queries, views
+from benchmarks.prometheus import Prometheus, prometheus_command, seconds
+from benchmarks.remote_write import encode_samples, encode_series, write
+from benchmarks.replay import Runs
 from stack.servers import ROOT
 
 
