@@ -17,24 +17,18 @@ import time
 from pathlib import Path
 from typing import IO
 
+from grafana.panels import RUN_DASHBOARD_UID
 from stack import configuration, grafana, servers
 from stack.configuration import Ports
-from stack.processes import ChildProcess
+from stack.processes import POLL_INTERVAL, START_TIMEOUT, ChildProcess, StopRequested, StopSignal
 from stack.servers import ROOT, Servers
 
-START_TIMEOUT = 120.0  # seconds; a cold import of torch from a slow disk takes its time
 TRAINER_STOP_TIMEOUT = 60.0  # seconds; it ends after the running gradient step
-POLL_INTERVAL = 0.2  # seconds
 RETENTION = "15d"
-DASHBOARD = "/d/ppo-gradient-health"
 
 
 class StartError(Exception):
     """What keeps the stack from starting."""
-
-
-class StopRequested(Exception):
-    """A signal asked for the end."""
 
 
 class TerminalMessages:
@@ -85,39 +79,24 @@ class Stack:
         self.grafana: tuple[list[str], Path] | None = None  # its command and its home folder
         self.servers: list[ChildProcess] = []
         self.trainer: ChildProcess | None = None
-        self.stop_signal: int | None = None
+        self.stop_signal = StopSignal()
 
     def run(self) -> int:
         """Start all, wait for the end, end all; the exit code."""
-        # Set once and kept to the end: a second Ctrl-C must not interrupt the clean-up.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
         code = 0
         try:
             self.grafana = grafana.find()
             _check_ports({name: port for name, port in vars(self.ports).items() if name != "grafana" or self.grafana})
-            with self._lock():
+            with self._lock(), contextlib.suppress(StopRequested):
                 try:
                     self._start()
                     self._watch()
-                except StopRequested:
-                    code = 128 + self.stop_signal
                 finally:
                     self._stop()
-        except (StartError, servers.ServersMissing, grafana.GrafanaError) as error:
+        except (StartError, servers.ServersMissing) as error:
             print(f"error: {error}", file=sys.stderr)
             code = 1
-        return 128 + self.stop_signal if self.stop_signal else code
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.stop_signal is None:
-            self.stop_signal = number
-
-    def _pause(self) -> None:
-        if self.stop_signal is None:
-            time.sleep(POLL_INTERVAL)
-        if self.stop_signal is not None:
-            raise StopRequested
+        return 128 + self.stop_signal.number if self.stop_signal.number else code
 
     def _lock(self) -> IO[str]:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -144,17 +123,17 @@ class Stack:
             self._wait_until_ready(server)
 
         if self.grafana:
-            print(f"Dashboard      {self.ports.url('grafana')}{DASHBOARD}")
+            print(f"Dashboard      {self.ports.url('grafana')}/d/{RUN_DASHBOARD_UID}")
             print(f"Status page    {self.ports.url('metrics')}/")
         else:
-            print(
-                f"Status page    {self.ports.url('metrics')}/  the place to look; for dashboards: `make grafana` first"
-            )
+            why = "no Grafana with its conf/defaults.ini is here; `make grafana` fetches one"
+            print(f"Status page    {self.ports.url('metrics')}/  the place to look: {why}")
         print(f"Prometheus     {self.ports.url('prometheus')}")
         print(f"Alertmanager   {self.ports.url('alertmanager')}")
         print(f"Notifications  {_shown(self.state / 'notifications.jsonl')}")
         print(f"Server logs    {_shown(self.logs)}", flush=True)
 
+        self.stop_signal.check()
         self.trainer = ChildProcess("trainer", self._trainer_command(), f"{self.ports.url('metrics')}/metrics")
         self._wait_until_ready(self.trainer)
 
@@ -235,7 +214,8 @@ class Stack:
                 raise StartError(f"{process.name} ended with exit code {process.exit_code} before it was ready{log}")
             if time.monotonic() > deadline:
                 raise StartError(f"{process.name} was not ready within {START_TIMEOUT:.0f} s\n{process.log_tail()}")
-            self._pause()
+            time.sleep(POLL_INTERVAL)
+            self.stop_signal.check()
 
     def _watch(self) -> None:
         """Until a signal comes: show messages, and say what has ended."""
@@ -257,14 +237,15 @@ class Stack:
                 self.messages.skip()
             else:
                 self.messages.show()
-            self._pause()
+            time.sleep(POLL_INTERVAL)
+            self.stop_signal.check()
 
     def _stop(self) -> None:
         trainer = self.trainer
         if trainer and trainer.exit_code is None:
             if sys.stdout.isatty():
                 self.messages.skip()  # the trainer prints to its end what was there before
-            number = signal.SIGINT if self.stop_signal == signal.SIGINT else signal.SIGTERM
+            number = signal.SIGINT if self.stop_signal.number == signal.SIGINT else signal.SIGTERM
             trainer.stop(number, TRAINER_STOP_TIMEOUT)
         elif trainer:
             trainer.stop()

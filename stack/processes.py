@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, however it ends."""
+"""Child processes that end with their parent, however it ends, and the signal that asks for the end."""
 
 import contextlib
 import ctypes
@@ -11,9 +11,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+START_TIMEOUT = 120.0  # seconds; a cold import of torch from a slow disk takes its time
+POLL_INTERVAL = 0.2  # seconds
 _PR_SET_PDEATHSIG = 1
 # Loaded here because little may be done between fork and exec.
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+class StopRequested(Exception):
+    """A signal asked for the end."""
+
+
+class StopSignal:
+    """The first signal that asks for the end; `number` is None until it comes. Make it in the main thread.
+
+    The handlers stay to the end of the process: a second Ctrl-C must not interrupt the clean-up.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def check(self) -> None:
+        """Raises StopRequested if a signal has come."""
+        if self.number is not None:
+            raise StopRequested
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.number = self.number or number
 
 
 class ChildProcess:

@@ -6,7 +6,7 @@ drilled trainer: `make drill ARGS="-- --device cuda"`.
 """
 
 import argparse
-import signal
+import contextlib
 import sys
 import tempfile
 import time
@@ -20,13 +20,9 @@ from rich.markup import escape
 from stack.configuration import Ports
 from stack.drill.clients import ALERT, NO_ANSWER, Alertmanager, DrillError, Event, Notifications, Prometheus, reason
 from stack.drill.steps import CROSSED, NOTIFIED, RECOVERED, TOLD_OVER, Drill, DrilledRun, Step
+from stack.processes import POLL_INTERVAL, StopRequested, StopSignal
 
-POLL_INTERVAL = 0.2  # seconds
 _CAUSES = {NOTIFIED: CROSSED, TOLD_OVER: RECOVERED}
-
-
-class StopRequested(Exception):
-    """A signal asked for the end."""
 
 
 class Command:
@@ -36,38 +32,33 @@ class Command:
         self.options = options
         self.console = Console()
         self.seen: dict[str, Event] = {}
-        self.stop_signal: int | None = None
+        self.stop_signal = StopSignal()
         self.drilled: DrilledRun | None = None
 
     def run(self) -> int:
         """Drill and clean up; the exit code."""
-        # Set once and kept to the end: a second Ctrl-C must not interrupt the clean-up.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-        with tempfile.TemporaryDirectory(prefix="fire-drill-") as work:
-            try:
-                self._drill(Path(work))
-                return 0
-            except StopRequested:
-                self._say("Interrupted; the drill's trainer and target are gone.")
-                return 128 + self.stop_signal
-            except DrillError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 1
-            finally:
-                if self.drilled:
-                    self.drilled.end()
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.stop_signal = self.stop_signal or number
+        try:
+            with tempfile.TemporaryDirectory(prefix="fire-drill-") as work:
+                try:
+                    self._drill(Path(work))
+                finally:
+                    if self.drilled:
+                        self.drilled.end()
+        except StopRequested:
+            self._say("Interrupted; the drill's trainer and target are gone.")
+            return 128 + self.stop_signal.number
+        except DrillError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _drill(self, work: Path) -> None:
         options = self.options
-        prometheus = Prometheus(options.prometheus_url, options.prometheus_http_config)
-        alertmanager = Alertmanager(options.alertmanager_url, options.alertmanager_http_config)
+        prometheus = Prometheus(options.prometheus_url, vars(options).get("prometheus_http_config"))
+        alertmanager = Alertmanager(options.alertmanager_url, vars(options).get("alertmanager_http_config"))
         rule = self._check_stack(prometheus, alertmanager)
         notifications = Notifications(options.receiver_log)
         self._say(
@@ -75,6 +66,7 @@ class Command:
             f"The alert waits {rule['duration']:g} s before it fires, {rule['keepFiringFor']:g} s before it resolves.\n"
             f"\n{'step':<35}{'time':<10}{'at [s]':>8}{'delta [s]':>11}   seen"
         )
+        self.stop_signal.check()
         self.drilled = DrilledRun(options.run, options.head, options.targets_dir, work, options.trainer_arguments)
         drill = Drill(self.drilled, prometheus, alertmanager, notifications, rule, options.notification_wait)
         self._report("drill started", Event(drill.began))
@@ -121,6 +113,7 @@ class Command:
         started, allowed = time.monotonic(), step.seconds + self.options.patience
         with self.console.status("") as status:
             while True:
+                self.stop_signal.check()
                 if (code := self.drilled.process.exit_code) is not None:
                     raise DrillError(f"the trainer has ended with exit code {code}:\n{self.drilled.process.log_tail()}")
                 trouble = ""
@@ -135,10 +128,7 @@ class Command:
                         f"this step did not come within {allowed:.0f} s: {step.name}{trouble}\n{_advice(step)}"
                     )
                 status.update(escape(f"waiting for: {step.name}, {waited:.0f} s of at most {allowed:.0f} s{trouble}"))
-                if self.stop_signal is None:
-                    time.sleep(POLL_INTERVAL)
-                if self.stop_signal is not None:
-                    raise StopRequested
+                time.sleep(POLL_INTERVAL)
 
     def _report(self, name: str, event: Event) -> None:
         times, note = [seen.time for seen in self.seen.values()] or [event.time], event.note
@@ -158,20 +148,21 @@ def _advice(step: Step) -> str:
 
 
 def _url(text: str) -> str:
-    parts = urllib.parse.urlsplit(text)
-    if "@" in parts.netloc:  # said without the text, which holds a password
-        raise argparse.ArgumentTypeError(
-            "the process list shows passwords in addresses; name a file with --...-http-config"
-        )
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise argparse.ArgumentTypeError(f"{text!r} is no address such as http://127.0.0.1:9090")
-    return text.rstrip("/")
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.netloc and "@" not in text:
+            return text.rstrip("/")
+    # Without the text, which may hold a password.
+    raise argparse.ArgumentTypeError(
+        "give an address such as http://127.0.0.1:9090; for a password, name a file with --...-http-config"
+    )
 
 
 def _seconds(text: str) -> float:
-    if not 0 < (number := float(text)) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < 1e6:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0 and below 1000000")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("prometheus", "alertmanager"):
         add(f"--{name}-url", type=_url, default=ports.url(name), metavar="URL", help=name.capitalize())
         text = "its credentials and CA, in a file as `promtool --http.config.file` takes it"
-        add(f"--{name}-http-config", type=Path, metavar="FILE", help=text)
+        add(f"--{name}-http-config", type=Path, default=argparse.SUPPRESS, metavar="FILE", help=text)
     text = "folder that Prometheus watches for target files"
     add("--targets-dir", type=Path, default=Path("targets"), metavar="FOLDER", help=text)
     text = "file of the notification receiver, one webhook JSON a line"

@@ -1,6 +1,7 @@
 """What the drill asks Prometheus, Alertmanager and the receiver's file."""
 
 import base64
+import http.client
 import json
 import ssl
 import urllib.error
@@ -15,7 +16,7 @@ import yaml
 
 ALERT = {"alertname": "PPOGradientCVHigh", "severity": "critical"}
 # What a look at a server raises where there is no answer, or another one than expected.
-NO_ANSWER = (OSError, ValueError, LookupError, TypeError, AttributeError)
+NO_ANSWER = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
 
 
 class DrillError(Exception):
@@ -23,7 +24,7 @@ class DrillError(Exception):
 
 
 class Connection:
-    """A server's HTTP API. Every request raises OSError or ValueError where there is no answer.
+    """A server's HTTP API. A request that gets no answer raises one of `NO_ANSWER`.
 
     Args:
         url: its address.

@@ -1,5 +1,6 @@
 """The drilled trainer, and the steps of its alert from the gradient to the notification and back."""
 
+import contextlib
 import json
 import sys
 import time
@@ -11,11 +12,10 @@ from typing import Any
 
 from exporter.health import HealthLevel
 from exporter.metrics import GRADIENT_CV, GRADIENT_LEVEL_SINCE, HEALTH_LABEL, RUN_LABEL, MetricFamily
-from stack.drill.clients import ALERT, Alertmanager, Event, Notifications, Prometheus, quoted
-from stack.processes import ChildProcess
+from stack.drill.clients import ALERT, NO_ANSWER, Alertmanager, Event, Notifications, Prometheus, quoted
+from stack.processes import START_TIMEOUT, ChildProcess
 from stack.servers import ROOT
 
-START_TIMEOUT = 120.0  # seconds; a cold import of torch from a slow disk takes its time
 STOP_TIMEOUT = 30.0  # seconds; the trainer ends after the running gradient step
 LOOK_BACK = 300.0  # seconds; the rule also holds while most gradient steps within them were critical
 # Updates short enough for a timeline.
@@ -64,8 +64,11 @@ class DrilledRun:
 
     def target_file(self) -> Path | None:
         """The file that names this run to Prometheus."""
-        files = self.targets.glob("ppo-*.json")
-        return next((path for path in files if json.dumps(self.run) in path.read_text()), None)
+        for path in self.targets.glob("ppo-*.json"):
+            with contextlib.suppress(*NO_ANSWER):  # somebody else's, in whatever form
+                if json.loads(path.read_text())[0]["labels"][RUN_LABEL] == self.run:
+                    return path
+        return None
 
     def end(self) -> None:
         """End the trainer, and take its target from Prometheus, however it ended."""

@@ -17,6 +17,7 @@ from conftest import every_servers, free_ports, wait_until
 
 from stack.drill.__main__ import main
 from stack.drill.clients import Connection, DrillError
+from stack.drill.steps import LOOK_BACK
 from stack.processes import ChildProcess
 from stack.servers import ROOT
 
@@ -37,20 +38,21 @@ STEPS = [
 RUN = "fire-drill-test"
 
 
+def flags(observability, *more: str | Path) -> list[str]:
+    words = ["--run", RUN, "--patience", "15", "--prometheus-url", observability.prometheus_url]
+    words += ["--alertmanager-url", observability.alertmanager_url, "--targets-dir", observability.targets]
+    return list(map(str, [*words, "--receiver-log", observability.jsonl, *more]))
+
+
 @pytest.fixture
 def drill(tmp_path):
     """Starts a drill; `output(process)` is what it has said."""
     processes = []
 
-    def start(observability, *flags: str) -> subprocess.Popen:
+    def start(observability, *more: str) -> subprocess.Popen:
         with (tmp_path / "drill.log").open("w") as output:
             process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "stack.drill", "--run", RUN, "--patience", "15"),
-                    *("--prometheus-url", observability.prometheus_url),
-                    *("--alertmanager-url", observability.alertmanager_url),
-                    *("--targets-dir", observability.targets, "--receiver-log", observability.jsonl, *flags),
-                ],
+                [sys.executable, "-m", "stack.drill", *flags(observability, *more)],
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -119,13 +121,25 @@ def test_a_silence_fails_the_drill_which_names_it_and_leaves_nothing(start_obser
     assert nothing_is_left(observability, set())
 
 
-def test_what_is_missing_is_said_and_ctrl_c_leaves_nothing(start_observability, drill, output, tmp_path):
+@pytest.fixture
+def handlers():
+    """Puts back what handled signals before a drill in this process."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_what_is_missing_is_said_and_ctrl_c_leaves_nothing(
+    start_observability, handlers, drill, output, capsys, tmp_path
+):
     observability = start_observability()
 
-    def failed_with(*flags: str) -> str:
-        assert drill(observability, *flags).wait(60) == 1, output()
-        assert nothing_is_left(observability, set()) and "Traceback" not in output()
-        return output()
+    def failed_with(*more: str | Path) -> str:
+        assert main(flags(observability, *more)) == 1
+        assert nothing_is_left(observability, set())
+        return capsys.readouterr().err
 
     nobody = f"http://127.0.0.1:{observability.ports.grafana}"
     text = failed_with("--prometheus-url", nobody)
@@ -136,11 +150,12 @@ def test_what_is_missing_is_said_and_ctrl_c_leaves_nothing(start_observability, 
     assert "the trainer has ended with exit code 2:" in text and "num-envs" in text
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
+    others = [elsewhere / "ppo-1.json", elsewhere / "ppo-2.json"]
+    others[0].write_text(f'[{{"labels": {{"run": "other", "name": "{RUN}"}}}}]')
+    others[1].write_text(f'"{RUN}" and what is no JSON')
     text = failed_with("--targets-dir", elsewhere, "--patience", "1")
     assert f"Prometheus has no target from {elsewhere}/ppo-{RUN}.json: does a scrape job read this folder" in text
-    assert not list(elsewhere.glob("*.json"))
-    assert drill(observability, "--", "--run", "other").wait(60) == 2
-    assert "the trainer's --run is set by the drill: use --run before the --" in output()
+    assert sorted(elsewhere.glob("*.json")) == others, "only what is the drill's own may go"
 
     process = drill(observability)
     wait_until(lambda: "Prometheus scrapes the run" in timeline(output()), "the run is scraped")
@@ -159,6 +174,10 @@ def test_what_is_missing_is_said_and_ctrl_c_leaves_nothing(start_observability, 
     assert f"Alertmanager does not answer at {observability.alertmanager_url}: " in failed_with()
 
 
+def test_the_drill_waits_as_long_as_the_rule_looks_back():
+    assert f'health="critical"}}[{LOOK_BACK / 60:.0f}m]' in (ROOT / "alerts/ppo.rules.yml").read_text()
+
+
 @every_servers
 def test_a_password_and_a_ca_are_taken_from_a_file_and_never_shown(servers, tmp_path):
     port, password = free_ports().prometheus, "correct horse"
@@ -174,13 +193,13 @@ def test_a_password_and_a_ca_are_taken_from_a_file_and_never_shown(servers, tmp_
     command += [f"--web.config.file={tmp_path}/web.yml", f"--web.listen-address=127.0.0.1:{port}"]
     config = tmp_path / "http.yml"
     config.write_text("basic_auth: {username: drill, password_file: password}\ntls_config: {ca_file: ca.pem}\n")
-    flags = ["--prometheus-url", f"https://127.0.0.1:{port}", "--prometheus-http-config", config]
-    flags += ["--alertmanager-url", f"http://127.0.0.1:{free_ports().alertmanager}"]
+    named = ["--prometheus-url", f"https://127.0.0.1:{port}", "--prometheus-http-config", config]
+    named += ["--alertmanager-url", f"http://127.0.0.1:{free_ports().alertmanager}"]
 
     def said(text: str) -> str:
         (tmp_path / "password").write_text(f"{text}\n")
         done = subprocess.run(
-            [sys.executable, "-m", "stack.drill", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "stack.drill", *named], cwd=ROOT, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 1 and text not in done.stderr and done.stdout == ""
         return done.stderr
@@ -232,7 +251,16 @@ def test_an_unusable_file_of_credentials_is_refused_without_showing_it(tmp_path,
     assert "gehe" not in str(failure.value) and failure.value.__suppress_context__
 
 
-def test_a_password_in_an_address_is_refused_without_showing_it(capsys):
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--prometheus-url", "http://drill:geheim@127.0.0.1:9090"], "name a file with --...-http-config"),
+        (["--prometheus-url", "http://drill:geheim@["], "name a file with --...-http-config"),
+        (["--patience", "x"], "'x' is no number of seconds above 0"),
+        (["--", "--run", "other"], "the trainer's --run is set by the drill: use --run before the --"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_without_showing_a_password(capsys, words, said):
     with pytest.raises(SystemExit, match="2"):
-        main(["--prometheus-url", "http://drill:geheim@127.0.0.1:9090"])
-    assert "name a file with --...-http-config" in (error := capsys.readouterr().err) and "geheim" not in error
+        main(words)
+    assert said in (error := capsys.readouterr().err) and "geheim" not in error

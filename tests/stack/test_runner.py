@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import every_servers, fetch, free_ports, wait_until
+from conftest import fetch, free_ports, wait_until
 from stand_in import stand_in_grafana
 
 from stack.configuration import Ports
@@ -121,10 +121,8 @@ def test_all_processes_end_with_the_runner(run, number, code):
         socket.create_server(("127.0.0.1", getattr(runner.ports, name))).close()
 
 
-@every_servers
-def test_the_servers_outlive_training(run, servers, tmp_path):
-    folders = (stand_in_grafana(tmp_path) / "bin", servers.prometheus.parent, servers.alertmanager.parent)
-    path = ":".join([*map(str, folders), os.environ["PATH"]])
+def test_the_servers_outlive_training(run, tmp_path):
+    path = f"{stand_in_grafana(tmp_path) / 'bin'}:{os.environ['PATH']}"
     runner = run([*SHORT_RUN, "--checkpoint-dir", str(tmp_path / "own")], path=path)
     wait_until(lambda: runner.says("The servers stay up"), "the end of training is said")
     api = runner.ports.url("prometheus") + "/api/v1"
@@ -140,8 +138,6 @@ def test_the_servers_outlive_training(run, servers, tmp_path):
     assert list((tmp_path / "own").rglob("*.pt")) and not (runner.state / "checkpoints").exists()
     for name in ("prometheus", "alertmanager"):
         assert runner.ports.url(name) in runner.text
-    build = json.loads(fetch(f"{api}/status/buildinfo")[1])["data"]["version"]
-    assert build.partition("+")[0] in servers.versions()
 
     assert runner.text.startswith(f"Dashboard      {runner.ports.url('grafana')}/d/ppo-gradient-health\n")
     settings = json.loads(fetch(runner.ports.url("grafana") + "/environment")[1])
