@@ -5,6 +5,7 @@
 
 import argparse
 import hashlib
+import http.client
 import platform
 import shutil
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from stack.servers import DIRECTORY as SERVERS
 
 DIRECTORY = SERVERS / "grafana"
-VERSION = "12.4.2"
+VERSION = "12.4.2"  # docker-compose.yml has a later one; this is the newest whose checksums are known, see below
 URL = "https://dl.grafana.com/grafana/release/{0}/grafana_{0}_23531306697_linux_{1}.tar.gz"
 # Machine -> the publisher's name of it, and the archive's SHA-256. The archives were never downloaded where this was
 # written: the sums are those that packagers of the same files have pinned (two for amd64, one for arm64).
@@ -26,21 +27,17 @@ ARCHIVES = {
 
 
 class GrafanaError(RuntimeError):
-    """Grafana cannot be fetched or started; the message says why and what to do."""
+    """Grafana cannot be fetched; the message says why and what to do."""
 
 
 def find() -> tuple[list[str], Path] | None:
-    """Command that starts Grafana's server, and its home folder; None where there is none.
-
-    Raises:
-        GrafanaError: there is a command on PATH, but not the files that belong to it.
-    """
+    """Command that starts Grafana's server, and its home folder; None where there is none with its files."""
     for name in ("grafana", "grafana-server", f"{DIRECTORY}/bin/grafana"):
         if path := shutil.which(name):
-            homes = [Path(path).resolve().parents[1], Path("/usr/share/grafana")]
-            if home := next((home for home in homes if (home / "conf/defaults.ini").exists()), None):
-                return ([path] if name == "grafana-server" else [path, "server"]), home
-            raise GrafanaError(f"{path} is there, but conf/defaults.ini is in none of {', '.join(map(str, homes))}")
+            root = Path(path).resolve().parents[1]
+            for home in (root, root / "share/grafana", Path("/usr/share/grafana")):
+                if (home / "conf/defaults.ini").exists():
+                    return ([path] if name == "grafana-server" else [path, "server"]), home
     return None
 
 
@@ -93,7 +90,7 @@ def fetch(directory: Path, url: str = "", sha256: str = "") -> None:
                 size = int(answer.headers.get("Content-Length") or 0) / 1e6
                 print(f"Fetching {url} ({size:.0f} MB) ...", flush=True)
                 shutil.copyfileobj(answer, file, 1 << 20)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise GrafanaError(
                 f"cannot fetch {url}: {error}\nCheck the network and try again, or name a mirror with --url, or "
                 "install Grafana and put it on PATH"
@@ -127,6 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
     except GrafanaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted; nothing of the archive was kept.", file=sys.stderr)
+        return 130
     print(f"  grafana: {DIRECTORY}; `make run` starts it")
     return 0
 

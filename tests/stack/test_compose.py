@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
+from stack import grafana
 from stack.configuration import Ports
 from stack.servers import ROOT, Servers
 from trainer.config import TrainerConfig
@@ -71,6 +72,15 @@ def test_servers_accept_what_is_written(servers: Servers, written):
     for path in ("GF_PATHS_PROVISIONING", "PPO_DASHBOARDS_PATH"):
         place = PurePosixPath(SERVICES["grafana"]["environment"][path])
         assert (written / place.relative_to("/configuration")).is_dir()
+
+
+def test_grafana_calls_nobody_in_a_container_either(tmp_path):
+    def settings(environment: dict[str, str]) -> dict[str, str]:
+        own = ("GF_PATHS_", "GF_SERVER_", "PPO_")
+        return {name: value for name, value in environment.items() if not name.startswith(own)}
+
+    here = grafana.environment(Ports().grafana, tmp_path, tmp_path)
+    assert settings(SERVICES["grafana"]["environment"]) == settings(here)
 
 
 def test_prometheus_finds_the_target_files_of_the_trainer(written):

@@ -6,8 +6,10 @@ import http.server
 import platform
 import shutil
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from stand_in import stand_in_grafana
@@ -37,6 +39,11 @@ def test_an_archive_is_checked_and_unpacked_and_replaced(publisher, tmp_path, mo
     url, folder = publisher
     home, target = stand_in_grafana(tmp_path), tmp_path / "servers/grafana"
     monkeypatch.setattr(grafana, "DIRECTORY", target)
+    useless = tmp_path / "elsewhere/bin/grafana"  # one on PATH whose files cannot be found
+    useless.parent.mkdir(parents=True)
+    shutil.copy(home / "bin/grafana", useless)
+    monkeypatch.setenv("PATH", str(useless.parent), prepend=":")
+    assert grafana.find() is None
     for version in (b"1", b"2"):
         (home / "VERSION").write_bytes(version)
         name, sha256 = publish(home, folder)
@@ -51,6 +58,10 @@ def test_an_archive_is_checked_and_unpacked_and_replaced(publisher, tmp_path, mo
     assert "has the SHA-256" in capsys.readouterr().err
     assert grafana.main(["--url", f"{url}/none.tar.gz", "--sha256", "0"]) == 1
     assert f"cannot fetch {url}/none.tar.gz: HTTP Error 404" in capsys.readouterr().err
+    assert grafana.main(["--url", "http://127.0.0.1:x/", "--sha256", "0"]) == 1
+    assert "cannot fetch http://127.0.0.1:x/: nonnumeric port" in capsys.readouterr().err
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=KeyboardInterrupt))
+    assert grafana.main(["--url", f"{url}/{name}", "--sha256", "0"]) == 130
     assert (target / "VERSION").read_bytes() == b"2", "what was there must stay"
     assert [path.name for path in target.parent.iterdir()] == ["grafana"], "something is left over"
 
