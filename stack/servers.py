@@ -189,10 +189,11 @@ def _package_lists(directory: Path, sources: str) -> tuple[list[str], list[str]]
 
 
 def _debian_mirror() -> str:
-    known = _run("apt-get", "indextargets", "--format", "$(REPO_URI)", directory=ROOT).stdout.split()
+    command = ("apt-get", "indextargets", "--format", "$(REPO_URI)")
+    known = _run(*command, directory=ROOT).stdout.split() if shutil.which("apt-get") else []
     mirror = next((address for address in known if address.rstrip("/").endswith("/debian")), None)
     if mirror is None:
-        raise ServersMissing("apt knows no Debian mirror on this machine")
+        raise ServersMissing("this machine has no apt-get that knows a Debian mirror")
     return mirror
 
 

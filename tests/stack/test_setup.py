@@ -54,3 +54,5 @@ def test_without_servers_and_packages_the_way_out_is_told(tmp_path: Path, monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServersMissing, match="no apt-get.*install prometheus with its tools and put them on PATH"):
         provide(tmp_path / "servers")
+    with pytest.raises(ServersMissing, match="no apt-get"):
+        provide(tmp_path / "servers", newest=True)
