@@ -1,7 +1,9 @@
 """Health levels of the gradient CV, the two thresholds between them, and the time after which a run is stalled.
 
-A run may have thresholds of its own; the two here are the defaults. Alert rules,
-dashboards and documents that carry these numbers are checked against this file.
+A run may have thresholds of its own; the two here are the defaults. Tests compare with
+this file the thresholds and the limits of a stall in alerts/ppo.rules.yml, and the
+thresholds in the README's tables of levels and alerts. The run dashboard's queries take
+the thresholds from here. Other documents that name these numbers are not checked.
 """
 
 import sys
@@ -14,8 +16,8 @@ WARNING_THRESHOLD = 0.5
 CRITICAL_THRESHOLD = 2.0
 STALLED_SECONDS = 300
 STALLED_INTERVALS = 5
-"""A run without an update for so long, and for so many of its own update intervals, is stalled: not ready, and an
-alert."""
+"""`/-/ready` and the status page say that a run is stalled after so many seconds without an update, or after so many of
+its update intervals if that is longer. PPOTrainingStalled has the same limits in steps, so it may come later."""
 
 
 class HealthLevel(StrEnum):
@@ -98,7 +100,7 @@ class Thresholds:
         return HealthLevel.CRITICAL
 
     @property
-    def least(self) -> dict[HealthLevel, float]:
+    def lower_bounds(self) -> dict[HealthLevel, float]:
         """The smallest CV of every level, the lowest level first."""
         return {HealthLevel.HEALTHY: 0.0, HealthLevel.WARNING: self.warning, HealthLevel.CRITICAL: self.critical}
 

@@ -203,7 +203,7 @@ LAST_UPDATE_TIMESTAMP = _gauge(
 )
 UPDATE_INTERVAL = _gauge(
     "ppo_update_interval_seconds",
-    "Time between the ends of two updates, the longest of late: each update lets it fall by a tenth, down to the last "
+    "Recent maximum of the time between the ends of two updates: each update lets it fall by a tenth, down to the last "
     "interval; absent before the second update of this process.",
     lambda run: run.update_interval_seconds,
 )

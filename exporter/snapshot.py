@@ -118,8 +118,8 @@ class GradientQuality:
 class RunSnapshot:
     """One run. `signals` holds only those that are known; `last_update_timestamp_seconds` and
     `level_since_timestamp_seconds`, of the update with which the level began, are None before
-    the first update of this process, and `update_interval_seconds`, the longest of late between
-    the ends of two updates, before its second; `recent_gradient_cvs` are those of the last
+    the first update of this process, and `update_interval_seconds`, the recent maximum of the time
+    between the ends of two updates, before its second; `recent_gradient_cvs` are those of the last
     `HISTORY_UPDATES` updates, the oldest first."""
 
     run: str

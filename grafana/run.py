@@ -240,7 +240,7 @@ def _heads() -> list[dict]:
         head_lines(
             *(15, (8, 13, 8, 7), "Gradient norm per head"),
             "Mean L2 norm of each head's gradient in the last update, before clipping. Norms of heads that differ in "
-            "depth or size are not comparable as such. Good: lines keep their distance. Bad: they drift apart, or one "
+            "depth or size are not comparable as such. Good: lines run in parallel. Bad: they drift apart, or one "
             "ends: a norm of zero has no place on the logarithmic axis.",
             range_query(_of("ppo_head_gradient_norm"), "{{head}}"),
             unit="short",
@@ -344,8 +344,8 @@ def _throughput() -> list[dict]:
         ),
         lines(
             *(54, (18, 0, 6, 7), "Age of the last update"),
-            "Time since the last PPO update ended, by the trainer's clock, beside the time between two updates, the "
-            "longest of late. Good: a low saw-tooth. Bad: growing far above the time between two.",
+            "Time since the last PPO update ended, by the trainer's clock, beside the recent maximum of the time "
+            "between two updates. Good: a low saw-tooth. Bad: growing far above the time between two.",
             range_query(f"time() - {_of('ppo_last_update_timestamp_seconds')}", "age"),
             range_query(_of("ppo_update_interval_seconds"), "between two"),
             unit="s",

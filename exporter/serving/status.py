@@ -97,7 +97,7 @@ class StatusPage:
             unreachable=_unreachable,
             signals=_signals,
             families=METRIC_FAMILIES,
-            default_least=Thresholds().least.items(),
+            default_lower_bounds=Thresholds().lower_bounds.items(),
             stalled_seconds=STALLED_SECONDS,
             stalled_intervals=STALLED_INTERVALS,
             reload_seconds=RELOAD_SECONDS,
@@ -189,15 +189,15 @@ class _Chart:
     @property
     def threshold_lines(self) -> list[tuple[HealthLevel, float, str]]:
         """(level, threshold, distance from the top) of each."""
-        least = self.thresholds.least.items()
-        return [(level, cv, f"{self._y(cv) / self.height:.1%}") for level, cv in least if cv]
+        bounds = self.thresholds.lower_bounds.items()
+        return [(level, cv, f"{self._y(cv) / self.height:.1%}") for level, cv in bounds if cv]
 
     @property
     def stops(self) -> list[tuple[HealthLevel, float]]:
         """Where the colors of the line change, from the top down."""
-        least = self.thresholds.least
-        edges = [0.0, *(self._y(cv) / self.height for cv in reversed(least.values()))]
-        return [(level, edge) for level, band in zip(reversed(least), pairwise(edges), strict=True) for edge in band]
+        bounds = self.thresholds.lower_bounds
+        edges = [0.0, *(self._y(cv) / self.height for cv in reversed(bounds.values()))]
+        return [(level, edge) for level, band in zip(reversed(bounds), pairwise(edges), strict=True) for edge in band]
 
     @property
     def summary(self) -> str:

@@ -94,7 +94,7 @@ def test_a_process_that_resumes_says_since_when_it_has_seen_the_level(aggregator
     assert aggregator.snapshot.runs["r"].level_since_timestamp_seconds == 20.0
 
 
-def test_the_update_interval_is_the_longest_of_late_whatever_the_time_of_day_says(aggregator, monkeypatch):
+def test_the_update_interval_is_the_recent_maximum_whatever_the_time_of_day_says(aggregator, monkeypatch):
     now = 0.0
     monkeypatch.setattr("exporter.aggregator.time.monotonic", lambda: now)
 
