@@ -47,7 +47,8 @@ def gradient_cv_ceiling(heads: int) -> float:
 
 
 def unreachable_critical_warning(heads: int, thresholds: Thresholds = Thresholds()) -> str | None:
-    """Why the CV of `heads` heads cannot rise above the critical threshold; None if it can."""
+    """Why the CV of `heads` heads cannot rise above the critical threshold, or not even reach the warning threshold;
+    None if it can rise above both."""
     ceiling = gradient_cv_ceiling(heads)
     critical = f"critical at {thresholds.critical}"
     if heads < 2:
@@ -59,4 +60,6 @@ def unreachable_critical_warning(heads: int, thresholds: Thresholds = Thresholds
             f"{heads} heads: CV cannot exceed {ceiling:.3f}; {critical} is reached only when "
             f"{heads - 1} of them have a gradient of exactly zero"
         )
+    if ceiling < thresholds.warning:
+        critical = f"warning at {thresholds.warning} and {critical}"
     return f"{heads} heads: CV cannot exceed {ceiling:.3f}; {critical} can never be reached"

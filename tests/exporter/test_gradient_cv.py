@@ -98,6 +98,7 @@ def test_says_when_critical_cannot_be_reached():
     assert unreachable_critical_warning(5) is None
     assert unreachable_critical_warning(3, Thresholds(critical=1.5)) is None
     assert "critical at 0.8 can never be reached" in unreachable_critical_warning(1, Thresholds(critical=0.8))
+    assert "warning at 1.8 and critical at 2.0 can never be" in unreachable_critical_warning(3, Thresholds(warning=1.8))
     assert "critical at 2.7 can never be reached" in unreachable_critical_warning(7, Thresholds(critical=2.7))
 
 
