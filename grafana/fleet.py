@@ -9,9 +9,9 @@ from grafana.panels import BY_LEVEL, GREEN, RED, YELLOW, now_query, override, ru
 
 CHOSEN = 'job=~"$job", run=~"$run", instance=~"$instance"'
 LEVEL, CV = f"run:ppo_gradient_level:max{{{CHOSEN}}}", f"run:ppo_gradient_cv:max{{{CHOSEN}}}"
-# Targets that say their run, and those without it, such as pods, that have served one.
-UP = f'(up{{{CHOSEN}, run!=""}} or up{{{CHOSEN}}} and on (job, instance) job_instance:ppo_run_info:last1h)'
-# The alert tells what is stalled: it compares counters, not clocks.
+# Only targets that have served a run, as for PPOTrainerDown: other systems too have targets with a label `run`.
+UP = f"(up{{{CHOSEN}}} and on (job, instance) job_instance:ppo_run_info:last1h)"
+# By the alert: it compares counters, not clocks.
 STALLED = f'ALERTS{{{CHOSEN}, alertname="PPOTrainingStalled", alertstate="firing"}}'
 # Runs without a target of their own, such as those of a text file, are up while they are served.
 STATE = (
@@ -86,7 +86,7 @@ def _all_runs() -> dict:
     order = ("state", "run", "level", "CV", "head", *list(values)[3:], "instance", "job")
     return panels.table(
         *(10, (0, 4, 24, 11), "All runs"),
-        "One row per run, the worst first; a click on a run opens its dashboard. Good: up, stable, an update of late. "
+        "One row per run, the worst first; a click on a run opens its dashboard. Good: up, stable, a recent update. "
         "Bad: DOWN, stalled or BAD. The age of the last update is by the trainer's clock.",
         *(table_query(query if query is STATE else f"max without () ({query})") for query, _ in values.values()),
         columns={"Value": "state"} | {fields.get(name, name): name for name in order} | {"head": "dominating head"},

@@ -85,6 +85,7 @@ def history(now: float) -> Iterator[str]:
         dead, pod = {"job": "ppo", "instance": "dead:9842", "run": "dead"}, {"job": "pods", "instance": "10.0.0.1:9842"}
         yield line("up", dead, 0, at)
         yield line("up", pod, 0, at)
+        yield line("up", {"job": "builds", "instance": "10.0.0.9:80", "run": "not-of-ours"}, 0, at)
         yield line("ppo_run_info", pod | {"run": "of-a-pod"}, 1, at - 600)
         # What outlives its run, and what takes longer than a test.
         ended = {"job": "ppo", "instance": "ended:9842", "run": "ended"}
