@@ -169,6 +169,16 @@ def test_ready_from_the_first_update_until_updates_stall():
         assert ask(server.url, "/-/healthy").status == 200
 
 
+def test_a_run_whose_updates_take_minutes_is_ready_for_longer(monkeypatch):
+    aggregator = trained_aggregator(timestamp_seconds=time.time() - 760)
+    end = time.monotonic() + 360
+    with monkeypatch.context() as patch:
+        patch.setattr("exporter.aggregator.time.monotonic", lambda: end)
+        emit_ppo_update(UPDATE, run="r", handler=aggregator, timestamp_seconds=time.time() - 400)
+    with MetricsServer(aggregator, port=0) as server:
+        assert ask(server.url, "/-/ready").status == 200
+
+
 class Failing(Collector):
     """Raises until `is_failing` is taken away."""
 
