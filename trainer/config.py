@@ -211,9 +211,9 @@ class TrainerConfig:
     )
     drill: str | None = _option(
         None,
-        "KIND:HEAD:FIRST-LAST bends gradients from update FIRST to LAST, or with s behind both numbers from second FIRST "
-        "to LAST of training, KIND:HEAD:@FILE while FILE exists, to test alerts: dominate:op:20-60, "
-        "dominate:op:10s-130s; kinds: " + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
+        "bend gradients to test alerts. KIND:HEAD:FIRST-LAST does it from update FIRST to LAST (dominate:op:20-60), or "
+        "with s behind both numbers from second FIRST to LAST of training (dominate:op:10s-130s). KIND:HEAD:@FILE does "
+        "it while FILE exists. Kinds: " + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
         group=_TELEMETRY,
         local=True,
     )
