@@ -10,7 +10,7 @@ from grafana.panels import BY_LEVEL, GREEN, RED, YELLOW, now_query, override, ru
 CHOSEN = 'job=~"$job", run=~"$run", instance=~"$instance"'
 LEVEL, CV = f"run:ppo_gradient_level:max{{{CHOSEN}}}", f"run:ppo_gradient_cv:max{{{CHOSEN}}}"
 # Only targets that have served a run, as for PPOTrainerDown: other systems too have targets with a label `run`.
-UP = f"(up{{{CHOSEN}}} and on (job, instance) job_instance:ppo_run_info:last1h)"
+UP = f"(up{{{CHOSEN}}} and on (job, instance) job_instance:ppo_run_info:last6h)"
 # By the alert: it compares counters, not clocks.
 STALLED = f'ALERTS{{{CHOSEN}, alertname="PPOTrainingStalled", alertstate="firing"}}'
 # Runs without a target of their own, such as those of a text file, are up while they are served.

@@ -45,7 +45,7 @@ def test_everything_reads_the_chosen_data_source_job_run_and_instance(board):
     for title, target in queries(board):
         for selector, _ in selectors(with_values(target, run="(a)", job="(b)", instance="(c)")):
             matchers = {matcher.value for matcher in selector.matchers.matchers}
-            assert matchers >= {"(a)", "(b)", "(c)"} or selector.name == "job_instance:ppo_run_info:last1h", title
+            assert matchers >= {"(a)", "(b)", "(c)"} or selector.name == "job_instance:ppo_run_info:last6h", title
 
 
 def test_every_query_reads_metrics_that_exist_and_counters_by_their_rates():
