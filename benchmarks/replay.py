@@ -131,9 +131,9 @@ class Runs:
         names, loop = self._loop
         rounds, row = np.divmod(np.array(ticks) + run * self.length // self.number, self.length)
         values = loop[row] + rounds[:, None] * self._growth
-        is_time = [name.startswith(("ppo_", "process_start")) and "timestamp" in name for name in names]
+        is_time = ["_timestamp_seconds" in name for name in names]
         values[:, is_time] += (self.moments(run, ticks) - 1.0 - row * self.interval)[:, None]
-        values[:, [name.startswith("process_start") for name in names]] = self.start
+        values[:, [name.startswith("process_start_time") for name in names]] = self.start
         return values
 
     def answer(self, run: int, moment: float) -> bytes:

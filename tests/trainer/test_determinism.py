@@ -6,6 +6,7 @@ import sys
 import time
 import urllib.request
 from dataclasses import replace
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def end_of_run(folder: Path, *, watch: bool, hash_seed: str) -> dict:
             try:
                 urllib.request.urlopen(url, timeout=10).read()
                 scrapes += 1
-            except OSError:
+            except (OSError, HTTPException):
                 time.sleep(0.05)  # it has ended, or is about to
         process.communicate(timeout=60)
     assert process.returncode == 0 and (scrapes > 0 or not watch)
