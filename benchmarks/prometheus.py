@@ -17,7 +17,7 @@ from benchmarks.replay import Runs
 from stack.servers import Servers
 
 HOUR = 3600
-LONG = ("ppo_updates_total", "ppo_last_update_timestamp_seconds")
+LONG = ("ppo_updates_total", "ppo_last_update_timestamp_seconds", "ppo_run_info")
 LONG_HOURS = 6
 """How far back rules look at those series. At the sum of the norms, a recorded one, they look for a day."""
 

@@ -70,7 +70,7 @@ def test_ctrl_c_ends_all_processes_and_removes_all_files(start_benchmark):
     wait_until(lambda: list(folder.glob("ppo-fleet-*/tsdb/wal")), "Prometheus has started")
 
     def ended() -> bool:
-        # Python drops an interrupt that comes while it frees an object; one presses again.
+        # The first one is lost now and then; why is not known. One presses again.
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(15)
