@@ -53,7 +53,7 @@ class NotificationLog:
 
 
 def alert_lines(alert: dict[str, Any], color: bool) -> list[str]:
-    """What a person reads of one alert of a webhook: headline and, where there is one, description.
+    """What a person reads of one alert of a webhook: headline and, while it fires, description.
 
     Control characters, which labels may carry, are shown escaped.
     """
@@ -69,7 +69,8 @@ def alert_lines(alert: dict[str, Any], color: bool) -> list[str]:
         _harmless(annotations.get("summary", "")),
     ]
     lines = ["  ".join(filter(None, headline))]
-    if description := _harmless(annotations.get("description", "")):
+    # What it says was true while the alert fired.
+    if status != "RESOLVED" and (description := _harmless(annotations.get("description", ""))):
         lines.append(f"          {dim}{description}{reset}")
     return lines
 
