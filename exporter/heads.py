@@ -1,11 +1,11 @@
 """What an action head is to the measurement, and its gradient norms on the device."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,7 @@ class HeadGradientMeter:
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self._mark: tuple[Tensor, Tensor, int] | None = None
 
-    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> GradientStep | None:
+    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> None:
         """Take the norms of the gradients as they are now, or as `take_early()` saw them.
 
         A step in which no head has a gradient is left out.
@@ -153,18 +153,14 @@ class HeadGradientMeter:
         Args:
             scale: what the loss was multiplied with, a 0-dimensional tensor; norms are divided by it.
             discard: a 0-dimensional tensor; where it turns out not to be zero the step is left out.
-
-        Returns:
-            The step if it is not finite; None if it is, or where the device would have to be waited for.
         """
         taken, self._early, self._mark = self._early or self._take(), None, None
         if not taken.has_heads:
-            return None
+            return
         if scale is not None:
-            taken.divide(scale)
+            taken.numbers.div_(scale)
         # A copy: its owner may change it before it is read.
         self._commit(taken, discard=None if discard is None else discard.detach().clone())
-        return None if discard is not None or taken.is_finite() else self._step_of(taken)
 
     def measure(self) -> Tensor:
         """Take the norms of the gradients as they are now.
@@ -177,15 +173,12 @@ class HeadGradientMeter:
         self._commit(taken, total)
         return torch.linalg.vector_norm(taken.numbers, dtype=self._dtype) if total is None else total
 
-    def take_early(self, *, may_give_up: bool = True) -> GradientStep | None:
+    def take_early(self, *, may_give_up: bool = True) -> None:
         """Take the norms of the gradients as they are now for the next `record()`.
 
         Args:
             may_give_up: a step that was taken so earlier, and whose gradients were zeroed or made anew
                 instead of a step, counts if it was not finite.
-
-        Returns:
-            As `record()`.
         """
         if self._mark is not None:
             parameter, gradient, version = self._mark
@@ -197,7 +190,6 @@ class HeadGradientMeter:
             if (gradient := parameter.grad) is not None:
                 self._mark = (parameter, gradient, gradient._version)
                 break
-        return None if self._early.is_finite() else self._step_of(self._early)
 
     def give_up(self, does_count: bool = True) -> None:
         """What was taken early gets no step; it counts, if at all, only if it was not finite."""
@@ -234,13 +226,6 @@ class HeadGradientMeter:
         return PendingGradientSteps(
             self.head_names, [block for block, _ in closed], numbers[0] if len(numbers) == 1 else torch.cat(numbers)
         )
-
-    def _step_of(self, taken: "_Taken") -> GradientStep | None:
-        """The one step, if it is not finite."""
-        block = _OpenBlock(taken, False, False)
-        block.add(taken, None, None, False)
-        step = self._pending([block.close()]).last()
-        return None if math.isfinite(step.global_norm) else step
 
     def _take(self) -> "_Taken":
         if self._buffer is not None and (taken := self._buffer.take()) is not None:
@@ -282,34 +267,23 @@ class HeadGradientMeter:
         return norms, owners
 
 
-class _Taken:
+class _Taken(NamedTuple):
     """Numbers of one step on the device: norms, or a row of the buffer with the gradients themselves.
 
     Attributes:
         owners: for each norm, or row of a gradient, the index of its head.
         numbers: one-dimensional.
         buffer: the buffer of which `numbers` are the row that is to be filled, if so.
-        has_heads: whether a head has a gradient.
     """
 
-    __slots__ = ("owners", "numbers", "buffer", "has_heads", "_is_finite")
+    owners: tuple[int, ...]
+    numbers: Tensor
+    buffer: "_Buffer | None" = None
 
-    def __init__(self, owners: tuple[int, ...], numbers: Tensor, buffer: "_Buffer | None" = None) -> None:
-        self.owners = owners
-        self.numbers = numbers
-        self.buffer = buffer
-        self.has_heads = buffer is not None or any(owner != NO_HEAD for owner in owners)
-        self._is_finite: bool | None = None
-
-    def divide(self, scale: Tensor) -> None:
-        self.numbers = self.numbers.div_(scale)
-
-    def is_finite(self) -> bool:
-        """False where it may not be finite; True too where the device would have to be waited for."""
-        if self._is_finite is None:
-            numbers = self.numbers
-            self._is_finite = not numbers.is_cpu or math.isfinite(numbers.dot(numbers).item())
-        return self._is_finite
+    @property
+    def has_heads(self) -> bool:
+        """Whether a head has a gradient."""
+        return self.buffer is not None or any(owner != NO_HEAD for owner in self.owners)
 
 
 class _OpenBlock:
