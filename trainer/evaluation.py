@@ -33,7 +33,6 @@ class Episodes:
     lengths: list[int]
 
 
-@torch.inference_mode()
 def play(
     policy: ActorCritic,
     environment: TrainingEnvironment,
@@ -63,11 +62,13 @@ def play(
     done = Episodes([], [])
     observations, _ = environment.vector_env.reset(seed=seed)
     while left.any() and not played(len(done.returns)):
-        distribution, _ = policy(torch.from_numpy(np.asarray(observations, np.float32)))
-        variates = torch.rand(len(environment.heads), count, generator=generator)
-        choices = distribution.mode() if deterministic else distribution.sample(variates)
+        observations = np.asarray(observations, np.float32)
+        if deterministic:
+            choices = policy.most_probable(observations)
+        else:
+            choices = policy.act(observations, torch.rand(len(environment.heads), count, generator=generator).numpy())
         observations, rewards, terminated, truncated, _ = environment.vector_env.step(
-            environment.environment_actions(choices.numpy())
+            environment.environment_actions(choices)
         )
         returns += rewards
         lengths += ~only_resets

@@ -40,10 +40,14 @@ class StartError(Exception):
     """The run cannot start here and now: an address or a folder is not to be had."""
 
 
-def make_policy(config: TrainerConfig, environment: TrainingEnvironment) -> ActorCritic:
-    """The network that `config` trains on this environment, on the CPU, with new weights."""
+def make_policy(config: TrainerConfig, environment: TrainingEnvironment, device: str = "cpu") -> ActorCritic:
+    """The network that `config` trains on this environment, with new weights."""
     return ActorCritic(
-        environment.observation_size, environment.heads, config.hidden_size, separate_critic=config.separate_critic
+        environment.observation_size,
+        environment.heads,
+        config.hidden_size,
+        separate_critic=config.separate_critic,
+        device=device,
     )
 
 
@@ -91,7 +95,7 @@ class Training:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         try:
-            policy = make_policy(config, self.environment).to(device)
+            policy = make_policy(config, self.environment, device)
             sampling = torch.Generator(device).manual_seed(config.seed)
         except (RuntimeError, AssertionError) as error:
             raise ConfigError(f"device {config.device!r}: {str(error).splitlines()[0]}") from error
