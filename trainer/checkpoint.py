@@ -91,7 +91,7 @@ class Checkpoints:
     def _note_totals(self) -> None:
         # If this fails, the next checkpoint fails too and warns.
         with contextlib.suppress(OSError):
-            self._folder.note_totals(self._training.run_snapshot.plain())
+            self._folder.note_totals(self._training.run_snapshot)
 
     def _write(self) -> None:
         try:

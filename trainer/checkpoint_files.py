@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from exporter.snapshot import RunSnapshot
+
 FORMAT, FORMAT_VERSION = "ppo-gradient-exporter checkpoint", 1
 TOTALS = "totals.json"
 _PARTS = ("config", "updates", "agent", "collector", "torch_generator", "run")
@@ -35,6 +37,10 @@ class CheckpointError(Exception):
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint so that at every moment `path` is whole, the one before, or not there.
 
+    Args:
+        path: of the file; its folder is there.
+        state: `Training.state_dict()`.
+
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
@@ -45,6 +51,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         "torch_version": str(torch.__version__),  # it is a subclass of str
         "exporter_version": version("ppo-gradient-exporter"),
         **state,
+        "run": state["run"].plain(),
     }
     serialized = io.BytesIO()
     torch.save(content, serialized)
@@ -201,9 +208,32 @@ def totals(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
     saved = content["run"]
     try:
         noted = json.loads((path.parent / TOTALS).read_text())
-        return {**saved, **noted} if noted["run"] == saved["run"] and noted["updates"] >= saved["updates"] else saved
+        if noted["run"] != saved["run"] or noted["updates"] < saved["updates"]:
+            return saved
+        return {**saved, **noted, "gradient_quality": {**saved["gradient_quality"], **noted["gradient_quality"]}}
     except (OSError, ValueError, TypeError, KeyError):
         return saved  # totals.json is not forced to the disk: a power cut may spoil it
+
+
+def _counters(run: RunSnapshot) -> dict[str, Any]:
+    """What only counts up in a run, as `RunSnapshot.plain()` has it."""
+    quality = run.gradient_quality
+    return {
+        "run": run.run,
+        "updates": run.updates,
+        "environment_steps": run.environment_steps,
+        "episodes": run.episodes,
+        "exporter_errors": run.exporter_errors,
+        "resumes": run.resumes,
+        "update_duration_seconds": vars(run.update_duration_seconds),
+        "rollout_duration_seconds": vars(run.rollout_duration_seconds),
+        "gradient_quality": {
+            "steps_by_level": dict(quality.steps_by_level),
+            "cv_per_step": vars(quality.cv_per_step),
+            "nonfinite_steps": dict(quality.nonfinite_steps),
+            "skipped_steps": quality.skipped_steps,
+        },
+    }
 
 
 class RunFolder:
@@ -220,6 +250,7 @@ class RunFolder:
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
         self._keep = keep
+        self._totals: int | None = None
         path.mkdir(parents=True, exist_ok=True)
         self._held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -271,23 +302,23 @@ class RunFolder:
                 old.unlink(missing_ok=True)
         return path
 
-    def note_totals(self, run: Mapping[str, Any]) -> None:
-        """Write down how far the counters of `RunSnapshot.plain()` are.
+    def note_totals(self, run: RunSnapshot) -> None:
+        """Write down how far the counters are.
 
         Raises:
             OSError: it cannot be written.
         """
-        text = json.dumps({name: value for name, value in run.items() if name != "recent_gradient_cvs"}).encode()
-        file = os.open(self.path / TOTALS, os.O_WRONLY | os.O_CREAT, 0o666)
-        try:
-            # In place, for a rename takes 20 times longer and makes some file systems write to the disk. A kill cannot
-            # cut a page (4 KiB) in two. Spaces cover the end of a longer text.
-            os.pwrite(file, text.ljust(os.fstat(file).st_size), 0)
-        finally:
-            os.close(file)
+        if self._totals is None:
+            self._totals = os.open(self.path / TOTALS, os.O_WRONLY | os.O_CREAT, 0o666)
+        # In place, because a rename costs more and makes ext4 write to the disk at once. A kill cannot cut a page
+        # (4 KiB) in two. Spaces cover the end of a longer text.
+        text = json.dumps(_counters(run)).encode()
+        os.pwrite(self._totals, text.ljust(os.fstat(self._totals).st_size), 0)
 
     def close(self) -> None:
         """Release the folder, and remove it if it holds no checkpoint."""
+        if self._totals is not None:
+            os.close(self._totals)
         if not checkpoints_in(self.path):
             (self.path / TOTALS).unlink(missing_ok=True)
             with contextlib.suppress(OSError):

@@ -55,6 +55,7 @@ class Training:
         self.ranks = ranks
         self.updates = 0
         self.notes: list[str] = []
+        self._settings = settings_of_run(config)
         torch.set_num_threads(config.threads)
         initialization, sampling, shuffling = _seeds(config.seed, 3)
         device = ranks.device(config.device)
@@ -87,15 +88,15 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """All that the run's future depends on, between two updates; all ranks have to call it.
 
-        Tensors and plain values, as `trainer.checkpoint_files.save` takes them. Tensors are not copied.
+        Tensors, plain values and the snapshot, as `trainer.checkpoint_files.save` takes them. Tensors are not copied.
         """
         return {
-            "config": settings_of_run(self.config),
+            "config": self._settings,
             "updates": self.updates,
             "agent": self.agent.state_dict(),
             "collector": self.collector.state_dict(),
             "torch_generator": torch.get_rng_state(),
-            "run": self.run_snapshot.plain(),
+            "run": self.run_snapshot,
         }
 
     @property
@@ -170,8 +171,8 @@ class Training:
                 f"{self.config.env} cannot be saved: its episodes in progress are lost, new ones begin; "
                 "weights, optimizer, schedule and counters go on"
             )
-        now = settings_of_run(self.config)
-        changes = [f"{name} {value} -> {now[name]}" for name, value in state["config"].items() if now[name] != value]
+        now, before = self._settings, state["config"]
+        changes = [f"{name} {value} -> {now[name]}" for name, value in before.items() if now[name] != value]
         if changes:
             self.notes.append(f"other settings than in the checkpoint: {', '.join(changes)}")
         if self.updates >= self.config.total_updates:

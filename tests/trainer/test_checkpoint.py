@@ -9,11 +9,13 @@ import resource
 import stat
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from exporter.snapshot import RunSnapshot
 from trainer.__main__ import main
 from trainer.checkpoint_files import (
     CheckpointError,
@@ -341,10 +343,10 @@ def test_the_newest_totals_count_however_long_those_before_were(checkpoint):
     content = load(checkpoint)
     run = content["run"]
     with RunFolder(checkpoint.parent, keep=2) as folder:
-        for noted in ({**run, "updates": 10**9, "signals": {"entropy": 1 / 3}}, {**run, "updates": 7, "signals": {}}):
-            folder.note_totals(noted)
-            assert totals(checkpoint, content) == noted
-        folder.note_totals({**run, "run": "other"})
+        for updates in (10**9, 7):
+            folder.note_totals(replace(RunSnapshot.from_plain(run), updates=updates))
+            assert totals(checkpoint, content) == {**run, "updates": updates}
+        folder.note_totals(replace(RunSnapshot.from_plain(run), run="other"))
         assert totals(checkpoint, content) == run
 
 

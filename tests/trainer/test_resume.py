@@ -156,15 +156,27 @@ def test_counters_on_metrics_never_go_back_though_a_crash_costs_updates(tiny):
     for _ in range(8):
         crashed.update(StopRequest())
         checkpoints.updated()
+        if crashed.updates == 5:
+            at_checkpoint = crashed.run_snapshot
     os.close(checkpoints._folder._held)  # as the kernel does with a process that is killed
     before = crashed.run_snapshot
     training = Training(resumed(tiny))
     after = training.run_snapshot
     assert training.updates == 5
-    assert counters(replace(after, recent_gradient_cvs=before.recent_gradient_cvs)) == counters(before)
-    assert after.updates == 8
-    # The updates that the crash cost come again, and with them their CVs.
+    # The last values are those of the checkpoint: the updates that the crash cost come again.
     assert after.recent_gradient_cvs == before.recent_gradient_cvs[:5]
+    assert after.signals == at_checkpoint.signals
+    last = at_checkpoint.gradient_quality
+    quality = replace(
+        before.gradient_quality,
+        gradient_cv=last.gradient_cv,
+        gradient_norm=last.gradient_norm,
+        head_norms=last.head_norms,
+    )
+    expected = replace(
+        before, gradient_quality=quality, signals=after.signals, recent_gradient_cvs=after.recent_gradient_cvs
+    )
+    assert counters(after) == counters(expected) and after.updates == 8
     assert after.update_duration_seconds == before.update_duration_seconds
     with MetricsServer(training.aggregator, port=0) as server:
         text = urllib.request.urlopen(server.url, timeout=10).read().decode()
