@@ -38,7 +38,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint so that at every moment `path` is whole, the one before, or not there.
 
     Args:
-        path: of the file; its folder is there.
+        path: of the file, in a folder that exists.
         state: `Training.state_dict()`.
 
     Raises:
@@ -318,7 +318,8 @@ class RunFolder:
     def close(self) -> None:
         """Release the folder, and remove it if it holds no checkpoint."""
         if self._totals is not None:
-            os.close(self._totals)
+            with contextlib.suppress(OSError):
+                os.close(self._totals)
         if not checkpoints_in(self.path):
             (self.path / TOTALS).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
