@@ -25,9 +25,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from benchmarks.peers import Setting
 from exporter import HealthLevel
-from trainer.config import ConfigError, TrainerConfig, parse_config
+from trainer.config import ConfigError, TrainerConfig
 from trainer.environments import DEFAULT_ENVIRONMENT, make_environment
 from trainer.environments.host_growth import ACTION_HEADS, Op
+from trainer.parsing import parse_config
 from trainer.stop import StopRequest
 from trainer.training import Training
 
@@ -78,7 +79,7 @@ def train(config: TrainerConfig, report: Report) -> Run:
         run.steps.append(now.environment_steps)
         run.returns.append(now.signals.get("episode_return_mean", math.nan))
         run.cvs.append(now.gradient_quality.gradient_cv)
-        report(training.updates / config.updates)
+        report(training.updates / config.total_updates)
     run.seconds = time.perf_counter() - started
     steps = now.gradient_quality.steps_by_level
     run.shares = {level: steps[level] / sum(steps.values()) for level in HealthLevel}
@@ -98,7 +99,7 @@ def train_sb3(config: TrainerConfig, report: Report) -> Run:
     model = make_model(Setting(**settings | {"value_coef": config.value_coef / 2}))
     if config.vectorization != "sync":  # otherwise its own environments count their returns
         model.set_env(VecMonitor(model.get_env()))
-    run, total = Run(), config.updates * config.steps_per_update
+    run, total = Run(), config.total_updates * config.steps_per_update
 
     class Watch(BaseCallback):
         def _on_step(self) -> bool:
@@ -263,7 +264,7 @@ def main() -> int:
         if getattr(options, option) is not None and find_spec(package) is None:
             parser.error(f"--{option} needs the package {package}, which is not installed")
     try:
-        config = parse_config(trainer_arguments)
+        config, _ = parse_config(trainer_arguments)
     except ConfigError as error:
         parser.error(str(error))
     if options.against and config.env == DEFAULT_ENVIRONMENT:

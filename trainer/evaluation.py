@@ -1,4 +1,4 @@
-"""What a checkpoint is worth, and what is inside: `python -m trainer evaluate` and `python -m trainer inspect`."""
+"""`python -m trainer evaluate` plays episodes with a checkpoint; `python -m trainer inspect` says what is inside."""
 
 import argparse
 import sys
@@ -17,9 +17,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from exporter.health import cv_text
-from trainer.checkpoint import CheckpointError, checkpoints_in, resolve
-from trainer.config import ConfigError, Parser, TrainerConfig, config_of_run
+from trainer.checkpoint_files import CheckpointError, checkpoints_in, resolve
+from trainer.config import ConfigError, TrainerConfig
 from trainer.environments import TrainingEnvironment, UnsupportedEnvironment, make_environment
+from trainer.parsing import Parser, config_of_run
 from trainer.policy import ActorCritic
 from trainer.stop import StopRequest
 from trainer.training import make_policy
@@ -44,8 +45,7 @@ def play(
 ) -> Episodes:
     """Play whole episodes.
 
-    Every environment plays its own part of them, fixed beforehand: to take those that end first would count short
-    episodes too often.
+    Each environment plays a fixed number of them. Taking the first ones to end would count short episodes too often.
 
     Args:
         policy: on the CPU.
@@ -53,7 +53,7 @@ def play(
         episodes: how many, at least 1.
         seed: of the environments and of sampling.
         deterministic: take the most probable choice of every head, instead of sampling.
-        played: told of the episodes so far after each step; true ends it there.
+        played: called after each step with the number of episodes so far; true ends it.
     """
     count = environment.vector_env.num_envs
     left = episodes // count + (np.arange(count) < episodes % count)
@@ -144,12 +144,12 @@ def evaluate(arguments: Sequence[str], stop: StopRequest) -> int:
     if stop():
         print(f"stopped after {len(done.returns)} of {options.episodes} episodes", file=sys.stderr)
         return stop.exit_code
-    deviation = f"{stdev(done.returns):.3f}" if len(done.returns) > 1 else "unknown of one"
+    std = f"{stdev(done.returns):.3f}" if len(done.returns) > 1 else "unknown of one"
     print(
         f"{path}: {config.run_name} at update {content['updates']}, {config.env}, {choice} actions, seed {options.seed}"
     )
     print(
-        f"return mean {fmean(done.returns):.3f}, standard deviation {deviation}, "
+        f"return mean {fmean(done.returns):.3f}, standard deviation {std}, "
         f"from {min(done.returns):.3f} to {max(done.returns):.3f}, {len(done.returns)} episodes"
     )
     print(f"length mean {fmean(done.lengths):.1f} environment steps; {time.monotonic() - started:.1f} s")
@@ -169,7 +169,7 @@ def inspect(arguments: Sequence[str]) -> int:
         lines = _description(path, content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not a checkpoint as this version writes it: {error!r}") from error
-    # A stranger's file is not to speak to the terminal.
+    # A stranger's file must not send control characters to the terminal.
     print("\n".join(line if line.isprintable() else ascii(line) for line in lines), flush=True)
     return 0
 
@@ -180,7 +180,7 @@ def _description(path: Path, content: Mapping[str, Any]) -> list[str]:
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content["written_at_seconds"]))
     lines = [
         f"{path}: {path.stat().st_size:,} bytes, format version {content['format_version']}",
-        f"run         {config.run_name} on {config.env}, update {content['updates']} of {config.updates}",
+        f"run         {config.run_name} on {config.env}, update {content['updates']} of {config.total_updates}",
         f"written     {written}, torch {content['torch_version']}, exporter {content['exporter_version']}",
         f"counters    {run['environment_steps']} environment steps, {run['episodes']} episodes, {run['updates']} "
         f"updates, {run['resumes']} resumes, {run['gradient_quality']['skipped_steps']} gradient steps skipped",

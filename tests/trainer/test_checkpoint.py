@@ -9,13 +9,24 @@ import resource
 import stat
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from exporter.snapshot import RunSnapshot
 from trainer.__main__ import main
-from trainer.checkpoint import CheckpointError, RunFolder, checkpoints_in, latest_folder, load, resolve, save
+from trainer.checkpoint_files import (
+    CheckpointError,
+    RunFolder,
+    checkpoints_in,
+    latest_folder,
+    load,
+    resolve,
+    save,
+    totals,
+)
 from trainer.config import TrainerConfig
 from trainer.stop import StopRequest
 from trainer.training import Training
@@ -326,6 +337,17 @@ def test_a_run_without_an_update_leaves_no_folder(tmp_path):
     with RunFolder.of_new_run(tmp_path / "all", "r", keep=1):
         pass
     assert not list((tmp_path / "all").iterdir())
+
+
+def test_the_newest_totals_count_however_long_those_before_were(checkpoint):
+    content = load(checkpoint)
+    run = content["run"]
+    with RunFolder(checkpoint.parent, keep=2) as folder:
+        for updates in (10**9, 7):
+            folder.note_totals(replace(RunSnapshot.from_plain(run), updates=updates))
+            assert totals(checkpoint, content) == {**run, "updates": updates}
+        folder.note_totals(replace(RunSnapshot.from_plain(run), run="other"))
+        assert totals(checkpoint, content) == run
 
 
 def test_inspect_says_what_is_inside_and_a_broken_one_in_one_line(cli, checkpoint):
