@@ -84,7 +84,7 @@ class HostNetworks:
     ) -> None:
         self.host = torch.zeros(hosts, sum(HOST_SIZES), device=device, dtype=dtype)
         self.seeds = torch.zeros(slots, hosts, sum(SEED_SIZES), device=device, dtype=dtype)
-        self.host_adam, self.seeds_adam = Adam(self.host), Adam(self.seeds)
+        self.host_adam, self.seeds_adam = Adam(self.host, HOST_SIZES), Adam(self.seeds, SEED_SIZES)
         self.constants = torch.zeros(slots, hosts, len(_CONSTANTS), device=device, dtype=dtype)
         self._constants_of = torch.tensor(
             [[constant(b, a) for constant in _CONSTANTS.values()] for b in Blueprint for a in Alpha],
@@ -136,9 +136,11 @@ class Pass:
         # The output of a slot is keep h + (by_one + by_h h) f.
         self._keep, self._by_one, self._by_h = (new(slots, n, 1 if one_level else points) for _ in range(3))
         shape = (held, n, UNITS, points)
-        u, self._z, f, factor, self._by_f, self._by_u = (new(shape) for _ in range(6))
+        u, f, factor, self._by_f, self._by_u = (new(shape) for _ in range(5))
         gate = new(held, n, _HALF, points)
-        self._gradient, self._whole, self._by_z = (new(shape[1:]) for _ in range(3))
+        # Without a way back, the values are computed in place.
+        self._z, self._whole = (new(shape), new(shape[1:])) if has_gradient else (u, f[0])
+        self._gradient, self._by_z = (new(shape[1:]) for _ in range(2))
         self._half, self._other_half = (new(n, _HALF, points) for _ in range(2))
         self._host_gradients = new(n, WIDTH, 3), new(n, 1, WIDTH + 1)
         self._seed_gradients = new(held * n, UNITS, WIDTH + 1), new(held * n, WIDTH, UNITS)
@@ -188,12 +190,12 @@ class Pass:
         torch.mul(levels, self._interpolates, out=self._keep).neg_().add_(1)
         for s in self._slots:
             torch.bmm(s.seed_in, s.features, out=s.u)
-            torch.maximum(s.u_first, s.floor, out=s.z_first)
-            s.z_first.lerp_(torch.sin(s.u_first, out=self._half), s.sine)
+            torch.sin(s.u_first, out=self._half)
+            torch.maximum(s.u_first, s.floor, out=s.z_first).lerp_(self._half, s.sine)
             s.z_first.mul_(torch.maximum(s.u_second, s.gate_floor, out=s.gate).sigmoid_())
             torch.clamp(s.u_second, min=0, out=s.z_second).mul_(s.second_half)
             torch.bmm(s.seed_out, s.z, out=s.f)
-            torch.addcmul(s.by_one, s.by_h, s.h, out=s.factor)
+            torch.mul(s.h, s.by_h, out=s.factor).add_(s.by_one)
             torch.mul(s.factor, s.f, out=self._whole)
             torch.addcmul(self._whole, s.keep, s.h, out=s.joined)
         return torch.bmm(self._outward, self._last, out=self._logits).squeeze(1)
@@ -273,13 +275,18 @@ class Adam:
     is a running average in which the t-th gradient has the share (1 - beta) / (1 - beta**t). The first has all of
     it, so nothing need be cleared before a row begins anew.
 
+    Args:
+        weights: [..., P].
+        parts: of P, in which the gradients come.
+
     Attributes:
         mean, square: running averages of the gradients and of their squares, as `weights`.
     """
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Tensor, parts: tuple[int, ...]) -> None:
         self._weights = weights
         self.mean, self.square, self._gradient, self._scratch = (torch.zeros_like(weights) for _ in range(4))
+        self._gradients = self._gradient.split(parts, dim=-1)
         # Under the root: roots of exact zeros, which unused units have, take 20 times as long.
         self._epsilon_squared = weights.new_tensor(EPSILON**2)
 
@@ -287,19 +294,17 @@ class Adam:
         """Take a step.
 
         Args:
-            gradients: the first and the last columns of the weights' gradient.
+            gradients: of the columns of the weights, in parts.
             shares: [..., 2], of the new gradient in `mean` and `square`, from `shares_of_newest`; of each row or all.
             rate: learning rate [..., 1] of each row, or one of all.
         """
-        start = 0
-        for part in gradients:
-            end = start + part.shape[-1]
-            torch.clamp(part, -GRADIENT_LIMIT, GRADIENT_LIMIT, out=self._gradient[..., start:end])
-            start = end
+        for part, clipped in zip(gradients, self._gradients):
+            torch.clamp(part, -GRADIENT_LIMIT, GRADIENT_LIMIT, out=clipped)
         gradient = self._gradient
-        self.mean.lerp_(gradient, shares[..., :1])
+        of_mean, of_square = shares.split(1, dim=-1)
+        self.mean.lerp_(gradient, of_mean)
         squared = torch.addcmul(self._epsilon_squared, gradient, gradient, out=self._scratch)
-        self.square.lerp_(squared, shares[..., 1:])
+        self.square.lerp_(squared, of_square)
         root = torch.sqrt(self.square, out=self._scratch)
         direction = torch.div(self.mean, root, out=self._gradient)
         if isinstance(rate, Tensor):

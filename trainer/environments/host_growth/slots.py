@@ -69,7 +69,7 @@ ACTION_HEADS: dict[str, int] = {
 _SETTINGS = list(ACTION_HEADS)[1:-1]
 _BLUEPRINT, _ALPHA, _TARGET, _SPEED, _CURVE = range(len(_SETTINGS))
 
-_PRUNE_COOLDOWN = 4  # environment steps
+_COOLED = 5  # environment steps after which a pruned slot is free
 _RENT = 0.001  # per environment step, for frozen seed parameters as many as the host's own
 _OPTIMIZER_STATE = 3  # a parameter in training costs this many: itself and Adam's two moments
 _TRAINED = (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING)
@@ -80,41 +80,45 @@ _AGE, _LEVEL = len(Stage), len(Stage) + 1
 
 
 class Slots:
-    """S slots of N environments: the environment is the last axis of every tensor.
+    """S slots of N environments.
 
     Attributes:
         stage, age: [S, N] int64, age in steps in this stage.
+        settings: [S, N, 5] int64, the parts of the action between slot and op that the seed was given.
         level: [S, N], how far the seed is blended into the host, 0 to 1.
         ramp_start: [S, N], level at which the ramp began.
-        settings: [5, S, N] int64, the parts of the action between slot and op that the seed was given.
         updates: [S, N] int64, Adam steps since germination.
         germinations: [N] int64, in this episode.
-        learning_rate: [S, N], 0 where no seed is trained; of the last `apply`, as the rest.
+        learning_rate: [S, N], 0 where no seed is trained.
         hidden: [S, N], level at which a TRAINING seed is blended into its part of a minibatch.
         living: [N], living seed parameters as a part of what fits.
-        rent: [N], what they cost in this step.
+        rent: [N], what they cost in a step.
     """
 
     def __init__(self, num_envs: int, horizon: int, device: torch.device) -> None:
-        self._horizon, shape = horizon, (NUM_SLOTS, num_envs)
+        shape = NUM_SLOTS, num_envs
         integers = {"dtype": torch.int64, "device": device}
         self.stage, self.age, self.updates = (torch.zeros(shape, **integers) for _ in range(3))
-        self.settings = torch.zeros(len(_SETTINGS), *shape, **integers)
+        self.settings = torch.zeros(*shape, len(_SETTINGS), **integers)
         self.germinations = torch.zeros(num_envs, **integers)
         self.level, self.ramp_start = (torch.zeros(shape, device=device) for _ in range(2))
         self._slots = torch.arange(NUM_SLOTS, device=device).unsqueeze(1)
+        self._wait, self._holding = (torch.tensor(int(number), device=device) for number in (Op.WAIT, Stage.HOLDING))
         self._outcomes, self._reads = (table.to(device) for table in _outcome_tables())
         self._targets = torch.tensor(TARGETS, device=device)
         self._ramps = _ramp_table().to(device)
         self._looks = torch.tensor([_look(stage, kind) for stage in Stage for kind in Blueprint], device=device)
+        self._ages = torch.arange(horizon + 1, device=device) / horizon
         self.see()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that changes, by name; views with the environment as their first axis."""
+        names = ("stage", "age", "settings", "level", "ramp_start", "updates")
+        return {"germinations": self.germinations, **{name: getattr(self, name).transpose(0, 1) for name in names}}
 
     def clear(self) -> None:
         """Every slot is empty."""
-        for tensor in (
-            *(self.stage, self.age, self.updates, self.settings),
-            *(self.germinations, self.level, self.ramp_start),
-        ):
+        for tensor in self.state().values():
             tensor.zero_()
         self.see()
 
@@ -125,59 +129,59 @@ class Slots:
             actions: [N, 7] int64.
 
         Returns:
-            bool [S, N]: where a seed germinated.
+            bool [N]: where a seed germinated.
         """
-        slot, *_, op = parts = actions.t()
-        op = (slot == self._slots) * op  # [S, N]; WAIT is 0
+        slot, *_, op = actions.unbind(1)
+        op = torch.where(slot == self._slots, op, self._wait)  # [S, N]
         self.age.add_(1)
-        codes = _code(self.stage, op, self.age > _PRUNE_COOLDOWN).flatten()
-        stage, stays, stands = self._outcomes.index_select(1, codes).view(3, *self.stage.shape).unbind()
-        reads = self._reads.index_select(1, codes).view(self.settings.shape)
-        germinated, advanced = reads[_BLUEPRINT], reads[_SPEED]
-        torch.where(reads, parts[1:-1].unsqueeze(1), self.settings, out=self.settings)
+        codes = _code(self.stage, op, self.age).flatten()
+        stage, stays, germinations, trained = self._outcomes.index_select(0, codes).view(*op.shape, 4).unbind(-1)
+        reads = self._reads.index_select(0, codes).view(self.settings.shape)
+        germinated, advanced = reads[..., _BLUEPRINT], reads[..., _SPEED]
+        torch.where(reads, actions[:, 1:-1], self.settings, out=self.settings)
         torch.where(advanced, self.level, self.ramp_start, out=self.ramp_start)
         self.age.mul_(stays)
-        self.level.mul_(stands)
-        self.germinations.add_(germinated.sum(0))
-        self.updates.masked_fill_(germinated, 0)
+        self.germinations.add_(germinations.sum(0))
+        self.updates.masked_fill_(germinated, 0).add_(trained)
         self._ramp(stage)
         self.see()
-        self.updates.add_(self.learning_rate > 0)
-        return germinated
+        return germinated.any(0)
 
     def _ramp(self, stage: Tensor) -> None:
         """Move the levels of blending seeds along their curves; those at their target hold."""
-        _, _, target, speed, curve = self.settings.unbind()
+        _, _, target, speed, curve = self.settings.unbind(-1)
         blending = stage == Stage.BLENDING
-        place = torch.add(speed, curve, alpha=len(SPEEDS)).mul_(max(SPEEDS)).add_(self.age.clamp(max=max(SPEEDS) - 1))
+        place = torch.add(speed, curve, alpha=len(SPEEDS))
+        place = torch.add(self.age.clamp(max=max(SPEEDS) - 1), place, alpha=max(SPEEDS))
         covered = torch.take(self._ramps, place)
         ramp = torch.lerp(self.ramp_start, torch.take(self._targets, target), covered)
         torch.where(blending, ramp, self.level, out=self.level)
         done = blending.logical_and_(covered >= 1.0)
-        torch.add(stage, done, out=self.stage)  # HOLDING follows BLENDING
+        torch.where(done, self._holding, stage, out=self.stage)
         self.age.masked_fill_(done, 0)
 
     def see(self) -> None:
         """Look up what follows from the stages and the blueprints."""
-        codes = torch.add(self.settings[_BLUEPRINT], self.stage, alpha=len(Blueprint)).flatten()
+        codes = torch.add(self.settings[..., _BLUEPRINT], self.stage, alpha=len(Blueprint)).flatten()
         looks = self._looks.index_select(0, codes).view(*self.stage.shape, -1)
-        self._shown, self.learning_rate, trains = looks[..., :SLOT_FEATURES], looks[..., -4], looks[..., -3]
-        self.living, self.rent = looks[..., -2:].sum(0).unbind(-1)
-        self.hidden = torch.take(self._targets, self.settings[_TARGET]).mul_(trains)
+        self._shown, in_host, trains, self.learning_rate, shares = looks.split((SLOT_FEATURES, 1, 1, 1, 2), dim=-1)
+        self.living, self.rent = shares.sum(0).unbind(-1)
+        self.hidden = torch.take(self._targets, self.settings[..., _TARGET]).mul_(trains.squeeze(-1))
+        self.level.mul_(in_host.squeeze(-1))
 
     @property
     def blueprint(self) -> Tensor:
         """[S, N] int64."""
-        return self.settings[_BLUEPRINT]
+        return self.settings[..., _BLUEPRINT]
 
     @property
     def combination(self) -> Tensor:
         """`Alpha` [S, N] int64."""
-        return self.settings[_ALPHA]
+        return self.settings[..., _ALPHA]
 
     def features(self) -> Tensor:
         """What an observation shows of the slots: [N, S * SLOT_FEATURES], a new tensor."""
-        torch.div(self.age, self._horizon, out=self._shown[..., _AGE])
+        self._shown[..., _AGE] = torch.take(self._ages, self.age)
         self._shown[..., _LEVEL] = self.level
         return self._shown.transpose(0, 1).flatten(1)
 
@@ -202,37 +206,39 @@ def _ramp_table() -> Tensor:
     )
 
 
-def _code(stage: Tensor, op: Tensor, cooled: Tensor) -> Tensor:
-    """Column of the tables of outcomes."""
-    return torch.add(op, stage, alpha=len(Op)).mul_(2).add_(cooled)
+def _code(stage: Tensor, op: Tensor, age: Tensor) -> Tensor:
+    """Row of the tables of outcomes."""
+    return torch.add(age.clamp(max=_COOLED), torch.add(op, stage, alpha=len(Op)), alpha=_COOLED + 1)
 
 
 def _outcome_tables() -> tuple[Tensor, Tensor]:
-    """What an op does in a stage, by `_code`.
+    """What an op does in a stage at an age, by `_code`.
 
     Returns:
-        int64 [3, codes]: the new stage, whether it is the old one, whether the level stands (it falls where a seed
-        is pruned); bool [5, codes]: which settings the seed reads from the action.
+        int64 [codes, 4]: the new stage, and as 0 or 1 whether it is the old one, whether a seed germinates, whether it
+        is trained then; bool [codes, 5]: which settings the seed reads from the action.
     """
     outcomes, reads = [], []
     for stage in Stage:
         for op in Op:
-            for cooled in (False, True):
+            for age in range(_COOLED + 1):
                 after = _TRANSITIONS.get((stage, op), stage)
-                acts = after is not stage
-                if stage is Stage.PRUNED and cooled:
+                read = _READS.get(op, ()) if after is not stage else ()
+                if stage is Stage.PRUNED and age == _COOLED:
                     after = Stage.DORMANT
-                outcomes.append((after, after is stage, after is not Stage.PRUNED))
-                reads.append([acts and setting in _READS.get(op, ()) for setting in _SETTINGS])
-    return torch.tensor(outcomes).t().contiguous(), torch.tensor(reads).t().contiguous()
+                outcomes.append((after, after is stage, "blueprint" in read, after in _TRAINED))
+                reads.append([setting in read for setting in _SETTINGS])
+    return torch.tensor(outcomes), torch.tensor(reads)
 
 
 def _look(stage: Stage, blueprint: Blueprint) -> list[float]:
-    """What is shown of a slot with such a seed (age and level to come), learning rate, whether in TRAINING, part of
-    the parameters that fit, rent."""
+    """Of a slot with such a seed: what is shown of it (age and level to come), whether its level can be above 0,
+    whether it is in TRAINING, its learning rate, its part of the parameters that fit, its rent."""
     living = parameter_count(blueprint) if stage not in (Stage.DORMANT, Stage.PRUNED) else 0
     cost = living * (1 if stage is Stage.FOSSILIZED else _OPTIMIZER_STATE)
-    shown = [*(stage is s for s in Stage), 0, 0, *(living > 0 and blueprint is b for b in Blueprint)]
     fits = NUM_SLOTS * max(parameter_count(b) for b in Blueprint)
-    derived = [LEARNING_RATE if stage in _TRAINED else 0.0, stage is Stage.TRAINING]
-    return [float(value) for value in (*shown, *derived, living / fits, _RENT * cost / sum(HOST_SIZES))]
+    shown = [*(stage is s for s in Stage), 0, 0, *(living > 0 and blueprint is b for b in Blueprint)]
+    in_host = stage in (Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)
+    rate = LEARNING_RATE if stage in _TRAINED else 0.0
+    numbers = (*shown, in_host, stage is Stage.TRAINING, rate, living / fits, _RENT * cost / sum(HOST_SIZES))
+    return [float(number) for number in numbers]

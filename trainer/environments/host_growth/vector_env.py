@@ -88,6 +88,8 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         self._drop_path = (torch.arange(_BATCH, device=device) < _UNSEEN).float()
         self._shares = shares_of_newest(max_episode_steps, device)
         self._scales = seed_scales(device)
+        self._no_seed = torch.tensor(len(self._scales) - 1, device=device)
+        self._kept = (torch.arange(len(self._scales), device=device) == self._no_seed).float().unsqueeze(1)
         self._measured = torch.zeros(4, num_envs, device=device)  # loss and accuracy, training and validation
         self._seeds = self._rows.clone()
         # All environments are at the same step of the same episode: plain numbers, so no question to the device.
@@ -139,11 +141,11 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
             raise RuntimeError("call reset() before step()")
         if not self.as_tensors:
             actions = self._checked(actions)
-        self._germinate(actions[:, 0], self._slots.apply(actions))
+        self._germinate(actions, self._slots.apply(actions))
         self._networks.set_modules(self._slots.blueprint, self._slots.combination)
         measured = torch.cat((self._train(), self._validate())).clamp_(max=_MAX_LOSS)
         change = measured - self._measured
-        self._measured.copy_(measured)
+        self._measured = measured
         self._step += 1
         rewards = (change[_VALIDATION_LOSS] * -_IMPROVEMENT_SCALE).sub_(self._slots.rent)
         observations = self._observe(change)
@@ -210,19 +212,16 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
 
     def _state(self) -> dict[str, Tensor]:
         """What changes within an episode, in place; views with the environment as their first axis."""
-        slots, networks = self._slots, self._networks
-        last = {
-            "measured": self._measured,
-            "germinations": slots.germinations,
-            **{name: getattr(slots, name) for name in ("stage", "age", "level", "ramp_start", "settings", "updates")},
-        }
-        middle = {"seeds": networks.seeds, "seed_mean": networks.seeds_adam.mean, "seed_square": networks.seeds_adam.square}
-        first = {"host": networks.host, "host_mean": networks.host_adam.mean, "host_square": networks.host_adam.square}
+        host, seeds = self._networks.host_adam, self._networks.seeds_adam
+        of_seeds = {"seeds": self._networks.seeds, "seed_mean": seeds.mean, "seed_square": seeds.square}
         return {
             "seed": self._seeds,
-            **first,
-            **{name: tensor.movedim(1, 0) for name, tensor in middle.items()},
-            **{name: tensor.movedim(-1, 0) for name, tensor in last.items()},
+            "measured": self._measured.t(),
+            "host": self._networks.host,
+            "host_mean": host.mean,
+            "host_square": host.square,
+            **{name: tensor.transpose(0, 1) for name, tensor in of_seeds.items()},
+            **self._slots.state(),
         }
 
     def _checked(self, actions: np.ndarray) -> Tensor:
@@ -259,16 +258,14 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         logits = self._training.forward(points, self._training_levels())
         torch.cat((_score(logits * signs), self._validate()), out=self._measured).clamp_(max=_MAX_LOSS)
 
-    def _germinate(self, slot: Tensor, germinated: Tensor) -> None:
-        """Initial weights in `slot` [N] where a seed `germinated` (bool [S, N])."""
-        slots = self._slots
-        draws = (slots.germinations - 1) % SEED_DRAWS + self._rows * SEED_DRAWS
-        places = slot * self.num_envs + self._rows
-        fresh = germinated.any(0)
+    def _germinate(self, actions: Tensor, germinated: Tensor) -> None:
+        """Initial weights in the slots of `actions` where a seed `germinated` (bool [N])."""
+        places = torch.add(self._rows, actions[:, 0], alpha=self.num_envs)
+        draws = (self._slots.germinations - 1).remainder_(SEED_DRAWS).add_(self._rows, alpha=SEED_DRAWS)
         # The last row of the scales is zero; a weight that stays is multiplied by one and added to zero.
-        kinds = torch.where(fresh, torch.take(slots.blueprint, places), len(self._scales) - 1)
+        kinds = torch.where(germinated, actions[:, 1], self._no_seed)
         seeds = self._networks.seeds.flatten(0, 1)
-        weights = seeds.index_select(0, places).mul_(fresh.logical_not().unsqueeze(1))
+        weights = seeds.index_select(0, places).mul_(self._kept.index_select(0, kinds))
         weights.addcmul_(self._episodes.seeds.flatten(0, 1).index_select(0, draws), self._scales.index_select(0, kinds))
         seeds.index_copy_(0, places, weights)
 
@@ -291,7 +288,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         host, seeds = self._training.backward(points, by_logits)
         networks.host_adam.step(host, self._shares[self._step + 1], LEARNING_RATE)
         shares = self._shares.index_select(0, slots.updates.flatten()).view(*slots.updates.shape, -1)
-        networks.seeds_adam.step(seeds, shares, slots.learning_rate.unsqueeze(-1))
+        networks.seeds_adam.step(seeds, shares, slots.learning_rate)
         return _score(margins[:, _UNSEEN:])
 
     def _validate(self) -> Tensor:
