@@ -128,51 +128,40 @@ class Pass:
         self._inward, outward = _host_weights(networks.host)
         self._outward = outward
         self._outward_transposed = outward[..., :WIDTH].mT
-        self._hidden = new(n, WIDTH, points)
-        features = networks.host.new_ones(held + 1, n, WIDTH + 1, points)
-        self._features, self._first = features[:held], features[0, :, :WIDTH]
-        self._last = features[slots % (held + 1)]
+        features = networks.host.new_ones(held + has_gradient, n, WIDTH + 1, points)
+        self._features, self._first, self._last = features[:held], features[0, :, :WIDTH], features[-1]
         self._logits = new(n, 1, points)
         # The output of a slot is keep h + (by_one + by_h h) f.
         self._keep, self._by_one, self._by_h = (new(slots, n, 1 if one_level else points) for _ in range(3))
         shape = (held, n, UNITS, points)
-        u, f, factor, self._by_f, self._by_u = (new(shape) for _ in range(5))
-        gate = new(held, n, _HALF, points)
-        # Without a way back, the values are computed in place.
-        self._z, self._whole = (new(shape), new(shape[1:])) if has_gradient else (u, f[0])
+        self._u, f = new(shape), new(shape)
+        # Without a way back, everything is computed in place: what is in the cache is fast.
+        self._z, self._factor, self._whole = (new(shape), new(shape), new(shape[1:])) if has_gradient else (self._u, self._u, f[0])
+        gate, self._half, self._other_half = new(held, n, _HALF, points), *(new(n, _HALF, points) for _ in range(2))
         self._gradient, self._by_z = (new(shape[1:]) for _ in range(2))
-        self._half, self._other_half = (new(n, _HALF, points) for _ in range(2))
         self._host_gradients = new(n, WIDTH, 3), new(n, 1, WIDTH + 1)
         self._seed_gradients = new(held * n, UNITS, WIDTH + 1), new(held * n, WIDTH, UNITS)
         self._slots = []
         for slot in range(slots):
-            own = slot % held
+            own, after = slot % held, (slot + 1) % len(features)
             seed_in, seed_out = _seed_weights(networks.seeds[slot])
-            constants = (constant.view(n, 1, 1) for constant in networks.constants[slot].unbind(-1))
+            u, z = self._u[own], self._z[own]
             self._slots.append(
                 _Slot(
                     seed_in,
                     seed_out,
                     seed_in[..., :WIDTH].mT,
                     seed_out.mT,
-                    *list(constants)[:4],
+                    *[constant.view(n, 1, 1) for constant in networks.constants[slot].unbind(-1)][:4],
                     *(level[slot].unsqueeze(1) for level in (self._keep, self._by_one, self._by_h)),
-                    features[slot % (held + 1)],
-                    features[slot % (held + 1), :, :WIDTH],
-                    features[(slot + 1) % (held + 1), :, :WIDTH],
-                    u[own],
-                    u[own, :, :_HALF],
-                    u[own, :, _HALF:],
+                    features[own],
+                    features[own, :, :WIDTH],
+                    features[after, :, :WIDTH],
+                    *(u, u[:, :_HALF], u[:, _HALF:]),
                     gate[own],
-                    self._z[own],
-                    self._z[own, :, :_HALF],
-                    self._z[own, :, _HALF:],
+                    *(z, z[:, :_HALF], z[:, _HALF:]),
                     f[own],
-                    factor[own],
-                    self._by_f[own],
-                    self._by_u[own],
-                    self._by_u[own, :, :_HALF],
-                    self._by_u[own, :, _HALF:],
+                    self._factor[own],
                 )
             )
         self._multiplies, self._interpolates = (networks.constants[..., -2:].unsqueeze(-2)).unbind(-1)
@@ -184,7 +173,7 @@ class Pass:
             x: points [N, 3, B]: two coordinates and a one.
             levels: blending levels [S, N, B], or [S, N, 1] with `one_level`.
         """
-        torch.tanh(torch.bmm(self._inward, x, out=self._hidden), out=self._first)
+        torch.tanh(torch.bmm(self._inward, x, out=self._whole), out=self._first)
         torch.mul(levels, self._multiplies, out=self._by_h)
         torch.sub(levels, self._by_h, out=self._by_one)
         torch.mul(levels, self._interpolates, out=self._keep).neg_().add_(1)
@@ -215,17 +204,19 @@ class Pass:
         torch.bmm(by_logits, self._last.mT, out=outward_gradient)
         torch.mul(self._outward_transposed, by_logits, out=g)
         for s in reversed(self._slots):
-            torch.bmm(s.seed_out_transposed, torch.mul(g, s.factor, out=s.by_f), out=by_z)
+            # What is read for the last time gives its place to its gradient.
+            by_f = torch.mul(g, s.factor, out=s.factor)
+            g.mul_(s.f.mul_(s.by_h).add_(s.keep))
+            torch.bmm(s.seed_out_transposed, by_f, out=by_z)
             slope = torch.gt(s.u_first, s.floor, out=half).lerp_(torch.cos(s.u_first, out=other), s.sine)
-            torch.mul(by_z_first, slope, out=s.by_u_first).mul_(s.gate)
+            torch.mul(by_z_first, slope.mul_(s.gate), out=s.u_first)
             # z is the gated value already, and no other blueprint lets anything through 1 - gate.
-            by_gate = torch.mul(by_z_first, s.z_first, out=half)
+            by_gate = by_z_first.mul_(s.z_first)
             by_gate.addcmul_(by_gate, s.gate, value=-1)
-            torch.addcmul(by_gate, by_z_second, torch.gt(s.z_second, 0, out=other), out=s.by_u_second)
-            g.mul_(torch.addcmul(s.keep, s.by_h, s.f, out=self._whole))
-            g.baddbmm_(s.seed_in_transposed, s.by_u)
-        torch.bmm(self._by_f.flatten(0, 1), self._z.flatten(0, 1).mT, out=out_gradient)
-        torch.bmm(self._by_u.flatten(0, 1), self._features.flatten(0, 1).mT, out=in_gradient)
+            torch.addcmul(by_gate, by_z_second, torch.gt(s.z_second, 0, out=half), out=s.u_second)
+            g.baddbmm_(s.seed_in_transposed, s.u)
+        torch.bmm(self._factor.flatten(0, 1), self._z.flatten(0, 1).mT, out=out_gradient)
+        torch.bmm(self._u.flatten(0, 1), self._features.flatten(0, 1).mT, out=in_gradient)
         g.addcmul_(torch.mul(g, self._first, out=self._whole), self._first, value=-1)
         torch.bmm(g, x.mT, out=inward_gradient)
         seeds_shape = self._networks.seeds.shape[:2]
@@ -261,11 +252,7 @@ class _Slot:
     z_first: Tensor
     z_second: Tensor
     f: Tensor  # [N, D, B]
-    factor: Tensor
-    by_f: Tensor
-    by_u: Tensor
-    by_u_first: Tensor
-    by_u_second: Tensor
+    factor: Tensor  # of f in the output
 
 
 class Adam:
@@ -285,7 +272,7 @@ class Adam:
 
     def __init__(self, weights: Tensor, parts: tuple[int, ...]) -> None:
         self._weights = weights
-        self.mean, self.square, self._gradient, self._scratch = (torch.zeros_like(weights) for _ in range(4))
+        self.mean, self.square, self._gradient = (torch.zeros_like(weights) for _ in range(3))
         self._gradients = self._gradient.split(parts, dim=-1)
         # Under the root: roots of exact zeros, which unused units have, take 20 times as long.
         self._epsilon_squared = weights.new_tensor(EPSILON**2)
@@ -300,13 +287,11 @@ class Adam:
         """
         for part, clipped in zip(gradients, self._gradients):
             torch.clamp(part, -GRADIENT_LIMIT, GRADIENT_LIMIT, out=clipped)
-        gradient = self._gradient
         of_mean, of_square = shares.split(1, dim=-1)
-        self.mean.lerp_(gradient, of_mean)
-        squared = torch.addcmul(self._epsilon_squared, gradient, gradient, out=self._scratch)
-        self.square.lerp_(squared, of_square)
-        root = torch.sqrt(self.square, out=self._scratch)
-        direction = torch.div(self.mean, root, out=self._gradient)
+        scratch = self._gradient
+        self.mean.lerp_(scratch, of_mean)
+        self.square.lerp_(torch.addcmul(self._epsilon_squared, scratch, scratch, out=scratch), of_square)
+        direction = torch.div(self.mean, torch.sqrt(self.square, out=scratch), out=scratch)
         if isinstance(rate, Tensor):
             self._weights.addcmul_(direction, rate, value=-1)
         else:
