@@ -136,7 +136,9 @@ class Pass:
         shape = (held, n, UNITS, points)
         self._u, f = new(shape), new(shape)
         # Without a way back, everything is computed in place: what is in the cache is fast.
-        self._z, self._factor, self._whole = (new(shape), new(shape), new(shape[1:])) if has_gradient else (self._u, self._u, f[0])
+        self._z, self._factor, self._whole = (
+            (new(shape), new(shape), new(shape[1:])) if has_gradient else (self._u, self._u, f[0])
+        )
         gate, self._half, self._other_half = new(held, n, _HALF, points), *(new(n, _HALF, points) for _ in range(2))
         self._gradient, self._by_z = (new(shape[1:]) for _ in range(2))
         self._host_gradients = new(n, WIDTH, 3), new(n, 1, WIDTH + 1)

@@ -60,6 +60,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
     metadata = {"render_modes": [], "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
     action_heads = ACTION_HEADS
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         num_envs: int = 64,
@@ -250,7 +251,10 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         self._episodes = draw_episodes(self._seeds, self._episode)
         networks = self._networks
         networks.host.copy_(self._episodes.host)
-        for tensor in (networks.seeds, *(a for adam in (networks.host_adam, networks.seeds_adam) for a in (adam.mean, adam.square))):
+        for tensor in (
+            networks.seeds,
+            *(a for adam in (networks.host_adam, networks.seeds_adam) for a in (adam.mean, adam.square)),
+        ):
             tensor.zero_()
         self._slots.clear()
         networks.set_modules(self._slots.blueprint, self._slots.combination)
