@@ -124,7 +124,7 @@ DAMAGES = {
     foreign: "not a checkpoint of this trainer",
     text: "truncated, or no checkpoint",
     archive_of_something_else: "not a checkpoint",
-    from_the_future: "format version 99; this program reads 1",
+    from_the_future: "format version 99; this program reads 2",
     incomplete: "incomplete: agent",
     Path.unlink: "No such file",
 }
@@ -352,7 +352,7 @@ def test_the_newest_totals_count_however_long_those_before_were(checkpoint):
 
 def test_inspect_says_what_is_inside_and_a_broken_one_in_one_line(cli, checkpoint):
     out, err = cli("inspect", checkpoint.parent)
-    assert out.startswith(f"{checkpoint}: {checkpoint.stat().st_size:,} bytes, format version 1\n") and err == ""
+    assert out.startswith(f"{checkpoint}: {checkpoint.stat().st_size:,} bytes, format version 2\n") and err == ""
     for expected in (
         r"run on host-growth, update 2 of 6",
         r"32 environment steps, 0 episodes, 1 updates, 0 resumes",
