@@ -23,7 +23,7 @@ class Episodes(NamedTuple):
 
     Attributes:
         points: [N, 3, training and then validation points]: two coordinates and a one.
-        signs: [N, points]: 1 for label 1 and -1 for label 0.
+        signs: [N, points]: -1 for label 1 and 1 for label 0: times the logit, that of the wrong label.
         host: initial weights [N, host parameters].
         seeds: normal draws [N, SEED_DRAWS, seed parameters].
     """
@@ -58,7 +58,7 @@ def draw_episodes(seeds: Tensor, episode: int) -> Episodes:
     host[:, 3 * WIDTH : -1] /= math.sqrt(WIDTH)
     host[:, -1] = 0.0
     drawn = normal[:, 2 * count + host_size :][:, :seeds_size].unflatten(1, (SEED_DRAWS, -1))
-    return Episodes(points, 2 * one - 1, host, drawn.contiguous())
+    return Episodes(points, 1 - 2 * one, host, drawn.contiguous())
 
 
 def _uniforms(keys: Tensor, count: int) -> Tensor:

@@ -6,8 +6,8 @@ units along the one before it; biases are columns of the weights, which meet a r
 """
 
 import math
-from dataclasses import dataclass
 from enum import IntEnum
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ class Pass:
         self._features, self._first, self._last = features[:held], features[0, :, :WIDTH], features[-1]
         self._logits = new(n, 1, points)
         # The output of a slot is keep h + (by_one + by_h h) f.
-        self._keep, self._by_one, self._by_h = (new(slots, n, 1 if one_level else points) for _ in range(3))
+        self._keep, self._by_one, self._by_h = (new(slots, n, 1, 1 if one_level else points) for _ in range(3))
         shape = (held, n, UNITS, points)
         self._u, f = new(shape), new(shape)
         # Without a way back, everything is computed in place: what is in the cache is fast.
@@ -148,25 +148,36 @@ class Pass:
             own, after = slot % held, (slot + 1) % len(features)
             seed_in, seed_out = _seed_weights(networks.seeds[slot])
             u, z = self._u[own], self._z[own]
+            floor, sine, gate_floor, second_half, *_ = networks.constants[slot].view(n, -1, 1, 1).unbind(1)
+            # Views, made once: the first and the second half of the units apart, the features without the ones as h.
             self._slots.append(
-                _Slot(
-                    seed_in,
-                    seed_out,
-                    seed_in[..., :WIDTH].mT,
-                    seed_out.mT,
-                    *[constant.view(n, 1, 1) for constant in networks.constants[slot].unbind(-1)][:4],
-                    *(level[slot].unsqueeze(1) for level in (self._keep, self._by_one, self._by_h)),
-                    features[own],
-                    features[own, :, :WIDTH],
-                    features[after, :, :WIDTH],
-                    *(u, u[:, :_HALF], u[:, _HALF:]),
-                    gate[own],
-                    *(z, z[:, :_HALF], z[:, _HALF:]),
-                    f[own],
-                    self._factor[own],
+                SimpleNamespace(
+                    seed_in=seed_in,
+                    seed_in_transposed=seed_in[..., :WIDTH].mT,
+                    seed_out=seed_out,
+                    seed_out_transposed=seed_out.mT,
+                    floor=floor,
+                    sine=sine,
+                    gate_floor=gate_floor,
+                    second_half=second_half,
+                    keep=self._keep[slot],
+                    by_one=self._by_one[slot],
+                    by_h=self._by_h[slot],
+                    features=features[own],
+                    h=features[own, :, :WIDTH],
+                    joined=features[after, :, :WIDTH],
+                    u=u,
+                    u_first=u[:, :_HALF],
+                    u_second=u[:, _HALF:],
+                    gate=gate[own],
+                    z=z,
+                    z_first=z[:, :_HALF],
+                    z_second=z[:, _HALF:],
+                    f=f[own],
+                    factor=self._factor[own],
                 )
             )
-        self._multiplies, self._interpolates = (networks.constants[..., -2:].unsqueeze(-2)).unbind(-1)
+        self._multiplies, self._interpolates = networks.constants[..., -2:, None, None].unbind(2)
 
     def forward(self, x: Tensor, levels: Tensor) -> Tensor:
         """Logits [N, B], which the next call overwrites.
@@ -176,6 +187,7 @@ class Pass:
             levels: blending levels [S, N, B], or [S, N, 1] with `one_level`.
         """
         torch.tanh(torch.bmm(self._inward, x, out=self._whole), out=self._first)
+        levels = levels.unsqueeze(2)
         torch.mul(levels, self._multiplies, out=self._by_h)
         torch.sub(levels, self._by_h, out=self._by_one)
         torch.mul(levels, self._interpolates, out=self._keep).neg_().add_(1)
@@ -226,35 +238,6 @@ class Pass:
             (inward_gradient.flatten(1), outward_gradient.flatten(1)),
             (in_gradient.view(*seeds_shape, -1), out_gradient.view(*seeds_shape, -1)),
         )
-
-
-@dataclass
-class _Slot:
-    """Views of the weights, constants and buffers of one slot; the first and the second half of its units apart."""
-
-    seed_in: Tensor
-    seed_out: Tensor
-    seed_in_transposed: Tensor  # without the bias
-    seed_out_transposed: Tensor
-    floor: Tensor  # [N, 1, 1], as the next three
-    sine: Tensor
-    gate_floor: Tensor
-    second_half: Tensor
-    keep: Tensor  # [N, 1, B or 1], as the next two
-    by_one: Tensor
-    by_h: Tensor
-    features: Tensor  # [N, D + 1, B]
-    h: Tensor  # the same without the ones
-    joined: Tensor  # h of the next slot
-    u: Tensor  # [N, M, B], as z
-    u_first: Tensor
-    u_second: Tensor
-    gate: Tensor
-    z: Tensor
-    z_first: Tensor
-    z_second: Tensor
-    f: Tensor  # [N, D, B]
-    factor: Tensor  # of f in the output
 
 
 class Adam:

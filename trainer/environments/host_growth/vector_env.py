@@ -60,7 +60,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
     metadata = {"render_modes": [], "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
     action_heads = ACTION_HEADS
 
-    @torch.inference_mode(False)
+    @torch.inference_mode()
     def __init__(
         self,
         num_envs: int = 64,
@@ -97,8 +97,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         self._episode = self._step = 0
         self._begun = False
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @torch.inference_mode()
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Begin a new episode everywhere.
 
@@ -122,8 +121,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         self._next_episode()
         return self._given(self._observe(torch.zeros_like(self._measured))), {}
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Apply the actions, train every host, and measure it.
 
@@ -162,6 +160,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
             rewards = rewards.double()
         return *map(self._given, (observations, rewards, terminations, truncations)), infos
 
+    @torch.inference_mode(False)
     def state_dict(self) -> dict[str, Tensor]:
         """Every episode in progress, and all that its future depends on besides the actions.
 
@@ -181,8 +180,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
             **{name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self._state().items()},
         }
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @torch.inference_mode()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict()` of an environment with the same arguments; nothing changes at an error.
 
@@ -228,22 +226,26 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
     def _checked(self, actions: np.ndarray) -> Tensor:
         actions = np.asarray(actions)
         limits = self.single_action_space.nvec
-        if actions.shape != (self.num_envs, len(limits)) or not np.issubdtype(actions.dtype, np.integer):
+        if actions.shape != (self.num_envs, len(limits)) or actions.dtype.kind not in "iu":
             raise ValueError(
                 f"actions must be integers of shape ({self.num_envs}, {len(limits)}), "
                 f"got {actions.dtype} of shape {actions.shape}"
             )
-        outside = (actions < 0) | (actions >= limits)
+        actions = actions.astype(np.int64, order="C", copy=False)
+        outside = actions.view(np.uint64) >= limits.view(np.uint64)  # what is below zero is very large then
         if outside.any():
             env, part = np.argwhere(outside)[0]
             raise ValueError(
                 f"action {list(ACTION_HEADS)[part]!r} of environment {env} must be from 0 to {limits[part] - 1}, "
                 f"got {actions[env, part]}"
             )
-        return torch.as_tensor(actions, dtype=torch.int64, device=self.device)
+        return torch.from_numpy(actions).to(self.device)
 
     def _given(self, tensor: Tensor) -> Array:
-        return tensor if self.as_tensors else tensor.cpu().numpy()
+        if not self.as_tensors:
+            return tensor.cpu().numpy()
+        with torch.inference_mode(False):
+            return tensor.clone()  # an ordinary tensor
 
     def _next_episode(self) -> None:
         """Fresh task, host and empty slots."""
@@ -286,14 +288,13 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         """Take the step's Adam step; returns loss and accuracy [2, N] over the part that sees no seed in TRAINING."""
         slots, networks = self._slots, self._networks
         points, signs = self._minibatch()
-        margins = self._training.forward(points, self._training_levels()) * signs
-        # The loss is softplus(-margin).
-        by_logits = torch.sigmoid(-margins).mul_(signs).mul_(-1 / _BATCH)
+        wrong = self._training.forward(points, self._training_levels()) * signs
+        by_logits = torch.sigmoid(wrong).mul_(signs).mul_(1 / _BATCH)  # of the mean of softplus(wrong)
         host, seeds = self._training.backward(points, by_logits)
         networks.host_adam.step(host, self._shares[self._step + 1], LEARNING_RATE)
         shares = self._shares.index_select(0, slots.updates.flatten()).view(*slots.updates.shape, -1)
         networks.seeds_adam.step(seeds, shares, slots.learning_rate)
-        return _score(margins[:, _UNSEEN:])
+        return _score(wrong[:, _UNSEEN:])
 
     def _validate(self) -> Tensor:
         """Loss and accuracy [2, N] on the validation set."""
@@ -307,6 +308,6 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         return torch.cat((common.t(), self._slots.features()), dim=1)
 
 
-def _score(margins: Tensor) -> Tensor:
-    """Cross-entropy in nats and accuracy [2, N] of logits [N, B] for the right label."""
-    return torch.stack((softplus(-margins), (margins > 0).float())).mean(-1)
+def _score(wrong: Tensor) -> Tensor:
+    """Cross-entropy in nats and accuracy [2, N] of logits [N, B] for the wrong label."""
+    return torch.stack((softplus(wrong), (wrong < 0).float())).mean(-1)
