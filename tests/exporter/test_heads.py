@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from exporter import HeadGradientMeter, Rows
-from exporter.heads import after_backward
+from exporter.recording import after_backward
 from exporter.telemetry import summarize_gradient_steps
 
 
