@@ -43,6 +43,13 @@ class TrainerConfig:
         group=_RUN,
         fixed=True,
     )
+    env_kwargs: dict | None = _option(
+        None,
+        "arguments of the environment, in YAML or JSON: '{sutton_barto_reward: true}' for CartPole-v1, "
+        "'{max_episode_steps: 32}' for host-growth and most others (default: its own)",
+        group=_RUN,
+        fixed=True,
+    )
     run: str | None = _option(
         None,
         "name of the run, its label on /metrics (default: ENV-seedSEED); the longer name is for torchrun, which takes "
@@ -77,6 +84,14 @@ class TrainerConfig:
         choices=VECTORIZATIONS,
     )
     log_interval: int = _option(10, "updates per line where there is no terminal", group=_RUN, minimum=1)
+    rank_timeout: float = _option(
+        60.0,
+        "seconds that a rank waits for another one, under torchrun, before it gives up",
+        group=_RUN,
+        above=0.0,
+        maximum=86_400.0,
+        local=True,
+    )
 
     rollout_steps: int = _option(64, "steps per environment and rollout", group=_PPO, minimum=1, fixed=True)
     minibatch_size: int = _option(

@@ -114,7 +114,8 @@ def evaluate(arguments: Sequence[str], stop: StopRequest) -> int:
     config = config_of_run(path, content)
     torch.set_num_threads(config.threads)
     try:
-        environment = make_environment(config.env, min(config.num_envs, options.episodes), config.vectorization)
+        count = min(config.num_envs, options.episodes)
+        environment = make_environment(config.env, count, config.vectorization, kwargs=config.env_kwargs)
         policy = make_policy(config, environment)
         policy.load_state_dict(content["agent"]["policy"])
     except UnsupportedEnvironment as error:

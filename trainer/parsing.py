@@ -1,7 +1,9 @@
 """Reads the settings from defaults, checkpoint, YAML file and flags; every error says where the setting stands."""
 
 import argparse
+import contextlib
 import difflib
+import json
 import math
 import os
 import types
@@ -16,11 +18,22 @@ from exporter.link import check_pushgateway_url
 from trainer.config import GROUPS, LATEST, OPTIONS, ConfigError, TelemetryConfig, TrainerConfig, is_of_run
 from trainer.drill import Drill
 
+
+def _check_plain(arguments: dict) -> None:
+    """Raises ValueError for what no checkpoint could keep, such as dates, and for names that are no strings."""
+    try:
+        is_plain = json.loads(json.dumps(arguments)) == arguments
+    except (TypeError, ValueError, RecursionError):
+        is_plain = False
+    if not is_plain:
+        raise ValueError(f"must be names with plain values, as JSON has them, got {arguments!r}")
+
+
 _HINTS = {**get_type_hints(TrainerConfig), **get_type_hints(TelemetryConfig)}
 _KINDS = {name: get_args(_HINTS[name]) or (_HINTS[name],) for name in OPTIONS}
 _TYPES = {name: kinds[0] for name, kinds in _KINDS.items()}
 _OPTIONAL = {name for name, kinds in _KINDS.items() if types.NoneType in kinds}
-_PARSERS = {"drill": Drill.parse, "pushgateway": check_pushgateway_url}
+_PARSERS = {"drill": Drill.parse, "env_kwargs": _check_plain, "pushgateway": check_pushgateway_url}
 _Config = TypeVar("_Config", TrainerConfig, TelemetryConfig)
 
 
@@ -144,12 +157,28 @@ def _parser() -> argparse.ArgumentParser:
             group.add_argument(
                 *filter(None, (option.metadata.get("alias"), _flag(name))),
                 dest=name,
-                type=_TYPES[name],
+                type=_mapping if _TYPES[name] is dict else _TYPES[name],
                 choices=option.metadata.get("choices"),
-                metavar=None if "choices" in option.metadata else _TYPES[name].__name__.upper(),
+                metavar=None
+                if "choices" in option.metadata
+                else "MAPPING"
+                if _TYPES[name] is dict
+                else _TYPES[name].__name__.upper(),
                 help=text,
             )
     return parser
+
+
+def _mapping(text: str) -> dict:
+    """What a flag says in JSON or YAML; JSON first, for YAML 1.1 reads its 1e-3 as a string."""
+    value = None
+    for read in (json.loads, yaml.safe_load):
+        with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+            value = read(text)
+            break
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping such as '{{max_episode_steps: 32}}', got {text!r}")
+    return value
 
 
 def _read_file(path: Path) -> dict[str, _Setting]:
@@ -202,7 +231,7 @@ def _of_type(name: str, value: Any, place: str) -> Any:
         except (ValueError, OverflowError):
             pass
     if type(value) is not expected:
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "a mapping"}
         raise ConfigError(f"{place}: {name} must be {words[expected]}, got {value!r}")
     return value
 

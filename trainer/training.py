@@ -44,7 +44,7 @@ class Training:
 
     Attributes:
         updates: completed since the run began; a resume goes back to those of the checkpoint.
-        notes: what a person should know of a resume.
+        notes: what a person should know of the environment and of a resume.
 
     Raises:
         ConfigError: the environment, the device or the drill's head is not available, or the checkpoint does not fit.
@@ -54,12 +54,12 @@ class Training:
         self.config = config
         self.ranks = ranks
         self.updates = 0
-        self.notes: list[str] = []
         self._settings = settings_of_run(config)
         torch.set_num_threads(config.threads)
         initialization, sampling, shuffling = _seeds(config.seed, 3)
         device = ranks.device(config.device)
         self.environment = _make_environment(config, ranks, device)
+        self.notes = list(self.environment.notes)
         drill = _make_drill(config, self.environment)
         torch.manual_seed(initialization)
         try:
@@ -221,7 +221,7 @@ def train(config: TrainerConfig, telemetry: TelemetryConfig, stop: StopRequest) 
         LostRankError: another rank has failed.
         KeyboardInterrupt: a second signal came.
     """
-    ranks = Ranks.of_torchrun()
+    ranks = Ranks.of_torchrun(config.rank_timeout)
     try:
         training = Training(config, ranks)
         if ranks.is_first:
@@ -317,7 +317,9 @@ def _make_environment(config: TrainerConfig, ranks: Ranks, device: str) -> Train
     if config.num_envs % ranks.size:
         raise ConfigError(f"num-envs must be a multiple of the {ranks.size} ranks, got {config.num_envs}")
     try:
-        environment = make_environment(config.env, config.num_envs // ranks.size, config.vectorization, device)
+        environment = make_environment(
+            config.env, config.num_envs // ranks.size, config.vectorization, device, config.env_kwargs
+        )
     except UnsupportedEnvironment as error:
         raise ConfigError(str(error)) from error
     if config.rollout_steps == 1 and environment.autoreset_mode is AutoresetMode.NEXT_STEP:
