@@ -21,7 +21,7 @@ _IMPORTED_ON_FIRST_USE = {
     "heads_from": "exporter.heads",
     "row_heads": "exporter.heads",
     "space_heads": "exporter.action_spaces",
-    "watch": "exporter.monitor",
+    "watch": "exporter.one_call",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""One endpoint for all runs of a process that name the same port."""
+"""One endpoint for all runs of a process that name the same port, and those on which a run is."""
 
 import errno
 import logging
@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from exporter.aggregator import RunAggregator
-from exporter.link import MetricsServer, Registry
+from exporter.link import DEFAULT_PORT, MetricsServer, Registry, check_pushgateway_url
+from exporter.metrics import RANK_LABEL
 
 _log = logging.getLogger(__name__)
 
@@ -93,6 +94,80 @@ class SharedEndpoint:
         """Whether a run has crashed beside others of its endpoint: its series have to stay, for `up` will not tell."""
         with cls._lock:
             return any(each._key[0] is aggregator and run in each._abandoned for each in cls._open.values())
+
+
+class RunEndpoints:
+    """The endpoints that serve a run, and where its final state is pushed."""
+
+    def __init__(self, aggregator: RunAggregator, run: str) -> None:
+        self._aggregator = aggregator
+        self._run = run
+        self._endpoints: list[SharedEndpoint] = []
+        self._pushgateways: list[tuple[MetricsServer, str]] = []
+
+    def serve(
+        self,
+        port: int | None,
+        address: str,
+        *,
+        targets_dir: str | Path | None,
+        textfile_dir: str | Path | None,
+        pushgateway: str | None,
+        web_config_file: str | Path | None,
+        registry: Registry | None,
+        every_rank: bool,
+    ) -> str | None:
+        """As `GradientMonitor.serve`."""
+        if pushgateway is not None:
+            check_pushgateway_url(pushgateway)
+        labels: dict[str, str] = {}
+        preferred_port = DEFAULT_PORT if targets_dir is None else 0
+        if (rank := _rank()) is not None:
+            if every_rank:
+                local_rank = int(os.environ.get("LOCAL_RANK", rank))
+                port = port + local_rank if port else port
+                preferred_port += local_rank if preferred_port else 0
+                labels = {RANK_LABEL: str(rank)}
+            elif rank != 0:
+                return None
+        endpoint = SharedEndpoint.join(
+            self._aggregator, self._run, address, port, preferred_port, labels, web_config_file, registry
+        )
+        server, is_new = endpoint.server, endpoint not in self._endpoints
+        try:
+            if targets_dir is not None or textfile_dir is not None:
+                if not is_new:
+                    server.end(self._run)
+                server.deliver(self._run, targets_dir=targets_dir, textfile_dir=textfile_dir)
+        except BaseException:
+            if is_new:
+                endpoint.leave(self._run, crashed=False)
+            raise
+        if is_new:
+            self._endpoints.append(endpoint)
+        if pushgateway is not None and (server, pushgateway) not in self._pushgateways:
+            self._pushgateways.append((server, pushgateway))
+        return server.url
+
+    def leave(self, last_first: ExitStack, crashed: bool) -> None:
+        """Let `last_first` end the run's files, push its final state, and leave the endpoints."""
+        servers = [endpoint.server for endpoint in self._endpoints]
+        while self._endpoints:
+            last_first.callback(self._endpoints.pop().leave, self._run, crashed)
+        while self._pushgateways:
+            server, url = self._pushgateways.pop()
+            if not crashed:
+                last_first.callback(server.push, self._run, url)
+        # Before a push, on which a second Ctrl-C may be waiting.
+        for server in servers:
+            last_first.callback(server.end, self._run, crashed=crashed)
+
+
+def _rank() -> int | None:
+    """This process' rank in torch.distributed's group, if it is in one."""
+    import torch.distributed as distributed  # only whoever measures has it
+
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else None
 
 
 def _is_taken(address: str, port: int) -> bool:

@@ -1,10 +1,8 @@
 """`GradientMonitor`: the metric for a trainer that somebody has already, by an optimizer hook."""
 
 import gc
-import inspect
 import logging
 import os
-import queue
 import sys
 import threading
 import time
@@ -12,29 +10,18 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
-from exporter.endpoint import SharedEndpoint
+from exporter.endpoint import RunEndpoints, SharedEndpoint
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import HeadGradientMeter, Heads, named_heads
 from exporter.health import STALLED_SECONDS, Thresholds
-from exporter.link import (
-    DEFAULT_ADDRESS,
-    DEFAULT_PORT,
-    MetricsServer,
-    Registry,
-    at_goodbye,
-    check_pushgateway_url,
-    is_crash,
-)
-from exporter.metrics import RANK_LABEL
-from exporter.optimizers import has_closure, unwrapped
-from exporter.pending import PendingGradientSteps
+from exporter.link import DEFAULT_ADDRESS, Registry, at_goodbye, is_crash
+from exporter.optimizers import has_closure, is_one_of_several, unwrapped
 from exporter.progress import Progress
 from exporter.recording import after_backward
 from exporter.reporter import OnLevel, OnUpdate, RunReporter
@@ -77,10 +64,9 @@ class GradientMonitor:
         window_steps: gradient steps that make a window, or fewer where they take longer
             than `WINDOW_SECONDS`, until `update_completed()` is called for the first time;
             from then on a window is an update. None waits for it.
-        before_clipping: measure in hooks on the heads' parameters, right after
-            backward. Exact norms and the right head for a NaN, for one hook call per
-            parameter and backward pass; in a DistributedDataParallel model the norms are
-            those of this process, before the gradients are averaged.
+        before_clipping: measure at the end of each backward pass that reaches a head, after DistributedDataParallel
+            has averaged. Exact norms, the right head for a NaN, and gradients that are not finite count although the
+            trainer repairs them or skips the step; for one hook call per parameter and backward pass.
         global_norm: export `ppo_gradient_norm` too, over all parameters of the
             optimizer; reads every gradient once more.
         grad_scaler: the `torch.amp.GradScaler` in use; `before_clipping` needs it to unscale.
@@ -125,16 +111,13 @@ class GradientMonitor:
         self._meter: HeadGradientMeter | None = None
         self._hooks: list = []
         self._progress = Progress()
-        self._reporter = RunReporter(run, self._aggregator, on_update, on_level)
+        self._reporter = RunReporter(run, self._aggregator, global_norm, on_update, on_level, self._give_back)
         self._window_began_at: float | None = None
         self._alive_at = self._step_at = self._check_at = 0.0
         self._idle_updates = self._idle_steps = 0
-        self._arriving: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
-        self._publisher: threading.Thread | None = None
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._stepped: set[int] = set()
-        self._endpoints: list[SharedEndpoint] = []
-        self._pushgateways: list[tuple[MetricsServer, str]] = []
+        self._endpoints = RunEndpoints(self._aggregator, run)
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._thresholds = Thresholds.of(thresholds)
@@ -176,7 +159,7 @@ class GradientMonitor:
             _attached[self._aggregator, self.run] = self
             if warning := unreachable_critical_warning(len(meter.head_names), self._thresholds):
                 _log.warning("run %s: %s", self.run, warning)
-        if self._before_clipping and _is_one_of_several():
+        if self._before_clipping and is_one_of_several():
             _log.warning(
                 "run %s: gradients are measured at the end of the backward pass: after the averaging of "
                 "DistributedDataParallel, but before one by hand. With that, leave before_clipping out, and call "
@@ -224,11 +207,7 @@ class GradientMonitor:
             self._hooks = []
             self._close_window(is_last=True)
             self._meter = None
-            publisher, self._publisher = self._publisher, None
-            if publisher is not None:
-                self._arriving.put(None)
-        if publisher is not None:
-            publisher.join()
+        self._reporter.wait()
 
     def close(self) -> None:
         """Detach, leave the endpoint (which closes with its last monitor), and take the run's series off it.
@@ -243,16 +222,7 @@ class GradientMonitor:
         # What is interrupted is not done again by another call, and does not keep the rest from being done.
         with ExitStack() as last_first:
             last_first.callback(self._unregister, crashed)
-            servers = [endpoint.server for endpoint in self._endpoints]
-            while self._endpoints:
-                last_first.callback(self._endpoints.pop().leave, self.run, crashed)
-            while self._pushgateways:
-                server, url = self._pushgateways.pop()
-                if not crashed:
-                    last_first.callback(server.push, self.run, url)
-            # Before a push, on which a second Ctrl-C may be waiting.
-            for server in servers:
-                last_first.callback(server.end, self.run, crashed=crashed)
+            self._endpoints.leave(last_first, crashed)
             self.detach()
 
     def _unregister(self, crashed: bool) -> None:
@@ -310,37 +280,16 @@ class GradientMonitor:
             ValueError: `pushgateway` is no such URL, the web configuration file is wrong, or the endpoint is shared
                 with a monitor that gave it another one, or another registry.
         """
-        if pushgateway is not None:
-            check_pushgateway_url(pushgateway)
-        labels: dict[str, str] = {}
-        preferred_port = DEFAULT_PORT if targets_dir is None else 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank = torch.distributed.get_rank()
-            if every_rank:
-                local_rank = int(os.environ.get("LOCAL_RANK", rank))
-                port = port + local_rank if port else port
-                preferred_port += local_rank if preferred_port else 0
-                labels = {RANK_LABEL: str(rank)}
-            elif rank != 0:
-                return None
-        endpoint = SharedEndpoint.join(
-            self._aggregator, self.run, address, port, preferred_port, labels, web_config_file, registry
+        return self._endpoints.serve(
+            port,
+            address,
+            targets_dir=targets_dir,
+            textfile_dir=textfile_dir,
+            pushgateway=pushgateway,
+            web_config_file=web_config_file,
+            registry=registry,
+            every_rank=every_rank,
         )
-        server, is_new = endpoint.server, endpoint not in self._endpoints
-        try:
-            if targets_dir is not None or textfile_dir is not None:
-                if not is_new:
-                    server.end(self.run)
-                server.deliver(self.run, targets_dir=targets_dir, textfile_dir=textfile_dir)
-        except BaseException:
-            if is_new:
-                endpoint.leave(self.run, crashed=False)
-            raise
-        if is_new:
-            self._endpoints.append(endpoint)
-        if pushgateway is not None and (server, pushgateway) not in self._pushgateways:
-            self._pushgateways.append((server, pushgateway))
-        return server.url
 
     def record(self, **values: float | None) -> None:
         """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
@@ -457,7 +406,7 @@ class GradientMonitor:
         if now >= self._check_at:
             self._check_at = now + (_CHECK_SECONDS if self._meter.parameters[0].is_cpu else _DEVICE_CHECK_SECONDS)
             if (pending := self._meter.unchecked()) is not None:
-                self._hand_over(pending, None)
+                self._reporter.hand_over(pending)
         if now - self._alive_at >= WINDOW_SECONDS:
             self._alive_at = now
             self._aggregator.note_progress(self.run, time.time())
@@ -473,78 +422,20 @@ class GradientMonitor:
         self._alive_at = time.monotonic()
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}
         try:
-            self._hand_over(self._meter.start_collecting(), progress, is_last)
+            pending = self._meter.start_collecting()
+            self._reporter.hand_over(pending, progress, self._meter.trainable_heads(), must_wait=is_last)
         except Exception as error:
             self._reporter.failed(error)
 
-    def _hand_over(
-        self, pending: PendingGradientSteps, progress: dict[str, object] | None, is_last: bool = False
-    ) -> None:
-        """Publish a window, or without `progress` look into one that goes on."""
-        heads = self._meter.trainable_heads()
-        if self._publisher is None and (is_last or pending.is_ready):
-            return self._publish(pending, progress, heads)
-        # Training must not wait for the device, nor a window for the next gradient step.
-        if self._publisher is None:
-            self._publisher = threading.Thread(target=self._publish_arriving, name="ppo-monitor", daemon=True)
-            self._publisher.start()
-        self._arriving.put((pending, progress, heads))
-
-    def _publish_arriving(self) -> None:
-        while (window := self._arriving.get()) is not None:
-            try:
-                self._publish(*window)
-            except Exception as error:
-                self._reporter.failed(error)
-
-    def _publish(self, pending: PendingGradientSteps, progress: dict[str, object] | None, heads: Sequence[str]) -> None:
-        if progress is None:
-            self._reporter.early(pending)
-        elif not self._reporter.window(pending, progress, self._global_norm, heads):
-            # All overflowed: what they counted goes to the next window.
-            with self._lock:
-                self._progress.give_back(progress)
+    def _give_back(self, progress: Mapping[str, object]) -> None:
+        with self._lock:
+            self._progress.give_back(progress)
 
     def _blind(self, reason: str) -> None:
         try:
             self._reporter.blind(reason)
         except Exception as error:
             self._reporter.failed(error)
-
-
-_SERVING = inspect.signature(GradientMonitor.serve).parameters.keys() - {"self"}
-
-
-def watch(optimizer: Optimizer | Sequence[Optimizer], heads: Heads, run: str, **options: Any) -> GradientMonitor:
-    """An attached and served monitor, in one call; also a context manager.
-
-        with exporter.watch(optimizer, exporter.space_heads(model.actor, env.action_space), run="walker-17"): ...
-
-    Args:
-        optimizer: one, or several over which heads are spread, as for `GradientMonitor.attach`.
-        heads: as for `GradientMonitor`.
-        run: name of the run, its label on `/metrics`.
-        options: any of `GradientMonitor` and of `GradientMonitor.serve`. Gradients are measured before clipping,
-            unless `before_clipping` is false or several processes train together.
-
-    Raises:
-        OSError, RuntimeError, TypeError, ValueError: as `GradientMonitor`, its `attach` and its `serve`.
-    """
-    serving = {name: options.pop(name) for name in _SERVING & options.keys()}
-    options.setdefault("before_clipping", not _is_one_of_several())
-    monitor = GradientMonitor(heads, run, **options).attach(optimizer)
-    try:
-        monitor.serve(**serving)
-    except BaseException:
-        monitor.close()
-        raise
-    return monitor
-
-
-def _is_one_of_several() -> bool:
-    """Whether this process trains together with others."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 _attached: dict[tuple[RunAggregator, str], GradientMonitor] = {}

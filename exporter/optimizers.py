@@ -1,7 +1,8 @@
-"""The torch optimizers behind what a trainer calls its optimizer."""
+"""The torch optimizers behind what a trainer calls its optimizer, and the processes that share them."""
 
 from collections.abc import Iterable
 
+import torch
 from torch.optim import Optimizer
 
 # Where wrappers keep the optimizer that steps: Accelerate and others, tianshou, SAM, schedule-free.
@@ -40,3 +41,9 @@ def _require(optimizer: object) -> Optimizer:
 def has_closure(args: tuple, kwargs: dict) -> bool:
     """Whether `optimizer.step` was given a closure; `args` begins with the optimizer itself."""
     return kwargs.get("closure") is not None or len(args) > 1 and args[1] is not None
+
+
+def is_one_of_several() -> bool:
+    """Whether this process trains together with others."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -11,6 +11,8 @@ from torch.func import functional_call, grad
 
 from exporter import GradientMonitor, HealthLevel, RunAggregator
 from exporter.health import STALLED_SECONDS
+from exporter.serving.state import State
+from exporter.serving.status import StatusPage
 
 HEADS = ("left", "middle", "right")
 
@@ -91,6 +93,20 @@ def test_a_trunk_that_is_not_finite_is_said_where_it_is_measured(heads, aggregat
     optimizer.step()
     assert "the gradient of what belongs to no head is NaN or infinite at gradient step 1" in caplog.text
     assert run_of(aggregator).gradient_quality.gradient_cv == math.inf
+
+
+def test_a_run_before_its_first_window_is_not_shown_as_stable(heads, aggregator):
+    def page() -> str:
+        state = State({})
+        state.take(aggregator.snapshot.plain(), {})
+        return StatusPage(state).answer()[2].decode()
+
+    optimizer = sgd(heads)
+    GradientMonitor(heads, "r", window_steps=None, before_clipping=True, aggregator=aggregator).attach(optimizer)
+    assert "No update yet" in page() and ">CV:0.000 stable<" not in page()
+    backward(heads, bad="left")
+    optimizer.step()
+    assert ">CV:inf BAD<" in page() and "No update yet</" not in page().split("<figure>")[0]
 
 
 def repairing(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
