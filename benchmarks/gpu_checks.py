@@ -20,7 +20,7 @@ from exporter import GradientMonitor, HeadGradientMeter, RunAggregator
 from trainer.config import TrainerConfig
 from trainer.distributed import Ranks
 from trainer.environments.host_growth import ACTION_HEADS, HostGrowthVectorEnv
-from trainer.policy import ActorCritic, flat_parameters
+from trainer.policy import ActorCritic
 from trainer.stop import StopRequest
 from trainer.training import Training
 
@@ -143,10 +143,10 @@ def check_same_weights(device: torch.device, seconds: float) -> bool:
     ours, theirs = trainings
     theirs.agent.policy.load_state_dict(ours.agent.policy.state_dict())
     rollout = ours.collector.collect(NEVER)
-    there = replace(rollout, **{n: v.to(device) for n, v in vars(rollout).items() if isinstance(v, Tensor)})
+    moved = {name: part.to(device) for name, part in vars(rollout).items() if isinstance(part, Tensor)}
+    there = replace(rollout, **moved | {"valid": rollout.valid})
     metrics = [t.agent.update(r, learning_rate=1e-3) for t, r in ((ours, rollout), (theirs, there))]
-    weights = zip(ours.agent.policy.parameters(), theirs.agent.policy.parameters(), strict=True)
-    error = max(float((a.detach() - b.detach().cpu()).abs().max()) for a, b in weights)
+    error = float((ours.agent.policy.flat - theirs.agent.policy.flat.cpu()).abs().max())
     cvs = [each["gradient_cv"] for each in metrics]
     table(["", "largest difference", "at most"], [
         ["a weight", f"{error:.1e}", "1.0e-04"],
@@ -289,10 +289,9 @@ def check_cost_in_trainer(device: torch.device, seconds: float) -> bool:
 
 def meter_seconds(device: torch.device) -> float:
     """Of measuring a gradient step in the trainer, its part of a window included, beyond the norm of all gradients."""
-    policy = ActorCritic(64, ACTION_HEADS, 128).to(device)
-    flat = flat_parameters(policy)
-    flat.grad.normal_()
-    meter = HeadGradientMeter(policy.head_rows, policy.parameters(), flat=flat)
+    policy = ActorCritic(64, ACTION_HEADS, 128, device=device)
+    policy.flat.grad.normal_()
+    meter = HeadGradientMeter(policy.head_rows, flat=policy.flat)
 
     def window() -> None:
         for _ in range(WINDOW):
@@ -301,7 +300,7 @@ def meter_seconds(device: torch.device) -> float:
 
     def norms() -> None:
         for _ in range(WINDOW):
-            torch.linalg.vector_norm(flat.grad)
+            torch.linalg.vector_norm(policy.flat.grad)
 
     return (timed(device, window, 20) - timed(device, norms, 20)) / WINDOW
 
