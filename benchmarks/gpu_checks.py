@@ -143,9 +143,8 @@ def check_same_weights(device: torch.device, seconds: float) -> bool:
     ours, theirs = trainings
     theirs.agent.policy.load_state_dict(ours.agent.policy.state_dict())
     rollout = ours.collector.collect(NEVER)
-    there = replace(
-        rollout, **{n: v.to(device) for n, v in vars(rollout).items() if isinstance(v, Tensor) and n != "valid"}
-    )
+    moved = {name: part.to(device) for name, part in vars(rollout).items() if isinstance(part, Tensor)}
+    there = replace(rollout, **moved | {"valid": rollout.valid})
     metrics = [t.agent.update(r, learning_rate=1e-3) for t, r in ((ours, rollout), (theirs, there))]
     error = float((ours.agent.policy.flat - theirs.agent.policy.flat.cpu()).abs().max())
     cvs = [each["gradient_cv"] for each in metrics]

@@ -88,7 +88,6 @@ def train_sb3(config: TrainerConfig) -> Run:
 
     from benchmarks.peers.sb3 import make_model
 
-    torch.set_num_threads(config.threads)
     settings = {setting.name: getattr(config, setting.name) for setting in fields(Setting)}
     # Its value loss is the mean squared error, ours half of it.
     changed = {"value_clip_range": None, "value_coef": config.value_coef / 2}
@@ -144,6 +143,7 @@ def main() -> int:
     who, seed, *flags = sys.argv[1:]
     try:
         config, _ = parse_config([*flags, "--seed", seed])
+        torch.set_num_threads(config.threads)
         started = time.perf_counter()
         run = TRAINERS[who](config)
     except ConfigError as error:

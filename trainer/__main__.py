@@ -77,4 +77,8 @@ def _drop_unwritable_output() -> None:
 if __name__ == "__main__":
     code = main()
     _drop_unwritable_output()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Rarely, a thread of gloo that still releases a tensor while Python shuts down aborts the process, and torchrun
+        # reports a failed rank: https://github.com/pytorch/pytorch/issues/190489. All is written by now.
+        os._exit(code)
     sys.exit(code)

@@ -1,6 +1,9 @@
 """The processes that train one run together, as torchrun starts them."""
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -8,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_PR_SET_PDEATHSIG = 1  # from Linux' prctl.h
 
 
 class Ranks:
@@ -24,21 +29,29 @@ class Ranks:
         self.rank = rank
         self.size = size
         self._is_connected = False
+        self._launcher = os.getppid()
 
     @classmethod
     def of_torchrun(cls, timeout_seconds: float = 60.0) -> "Ranks":
         """The ranks that torchrun started, connected; this process alone where it did not.
 
         gloo carries what lies on CPUs and NCCL what lies on GPUs. A rank that waits for another one for
-        longer than the timeout fails.
+        longer than the timeout fails. On Linux a rank gets SIGTERM when torchrun dies.
         """
         if not dist.is_torchelastic_launched():
             return cls()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
         ranks = cls(dist.get_rank(), dist.get_world_size())
         ranks._is_connected = True
         return ranks
+
+    @property
+    def has_lost_launcher(self) -> bool:
+        """Whether torchrun has died since it started this rank."""
+        return self._is_connected and os.getppid() != self._launcher
 
     @property
     def is_first(self) -> bool:

@@ -32,7 +32,7 @@ from trainer.stop import StopRequest
 
 
 class LostRankError(Exception):
-    """Another rank of the run has failed, and this one cannot go on without it."""
+    """Another rank of the run has failed, or torchrun has, and this one cannot go on without it."""
 
 
 class Training:
@@ -218,7 +218,7 @@ def train(config: TrainerConfig, telemetry: TelemetryConfig, stop: StopRequest) 
         ConfigError: the run cannot start as configured.
         StartError: the port is taken, or the target file or checkpoints cannot be written.
         NonFiniteGradientError: a gradient was not finite and `on_nonfinite` is `raise`.
-        LostRankError: another rank has failed.
+        LostRankError: another rank has failed, or torchrun.
         KeyboardInterrupt: a second signal came.
     """
     ranks = Ranks.of_torchrun(config.rank_timeout)
@@ -285,6 +285,8 @@ def _lead(training: Training, telemetry: TelemetryConfig, stop: StopRequest) -> 
                     checkpoints.updated()
                     display.updated(update)
             checkpoints.finish()
+            if training.ranks.has_lost_launcher:
+                raise LostRankError("torchrun has died, and its ranks do not go on without it")
             how = "finished" if training.updates >= config.total_updates else "stopped with another rank"
         finally:
             # After an error it is no clean end: torchrun sends SIGTERM to all ranks when one of them fails.

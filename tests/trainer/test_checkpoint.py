@@ -358,7 +358,7 @@ def test_inspect_says_what_is_inside_and_a_broken_one_in_one_line(cli, checkpoin
         r"32 environment steps, 0 episodes, 1 updates, 0 resumes",
         r"\* num_envs: 4\n",
         r"  epochs: 4\n",
-        r"agent\.policy\.\S+ float32 \[8, 8\]",
+        r"agent\.policy\.hidden_weight float32 \[1, 8, 8\]",
         r"collector\.environment\.host float32 \[4, 49\]",
         r"beside it +update-00000001\.pt",
     ):

@@ -5,47 +5,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 
-import pytest
 import torch
-from test_resume import REPOSITORY, TINY, cvs, tensors, trained
+from test_resume import REPOSITORY, tensors
 
-from exporter import GradientMonitor, RunAggregator
-from exporter.heads import Rows
 from trainer.checkpoint_files import checkpoints_in, load
-from trainer.training import Training
-
-
-def rows_of_flat_parameter(training: Training) -> dict[str, list[Rows]]:
-    """The action heads in the one parameter that the trainer's optimizer has."""
-    (flat,) = training.agent._optimizer.param_groups[0]["params"]
-    heads = {}
-    for head, parts in training.agent.policy.head_rows.items():
-        starts = [part.parameter.storage_offset() + part.start * part.parameter[0].numel() for part in parts]
-        sizes = [(part.stop - part.start) * part.parameter[0].numel() for part in parts]
-        heads[head] = [Rows(flat, start, start + size) for start, size in zip(starts, sizes)]
-    return heads
-
-
-@pytest.mark.parametrize("env", ["host-growth", "CartPole-v1"])
-def test_the_cv_series_is_the_same_with_and_without_a_monitor(env):
-    config = replace(TINY, env=env)
-    plain, watched = Training(config), Training(config)
-    aggregator, runs, seen = RunAggregator(), [], []
-    with GradientMonitor(rows_of_flat_parameter(watched), "watched", aggregator=aggregator) as monitor:
-        monitor.attach(watched.agent._optimizer)
-        for _ in range(6):
-            runs += trained(watched, 1)
-            monitor.update_completed()
-            seen.append(aggregator.snapshot.runs["watched"].gradient_quality.gradient_cv)
-    expected = trained(plain, 6)
-    assert [run.plain()["gradient_quality"] for run in runs] == [run.plain()["gradient_quality"] for run in expected]
-    for ours, theirs in zip(tensors(watched.state_dict()), tensors(plain.state_dict()), strict=True):
-        assert torch.equal(ours, theirs)
-    assert seen == pytest.approx(cvs(expected))  # it did watch
 
 
 def end_of_run(folder: Path, *, watch: bool, hash_seed: str) -> dict:

@@ -114,6 +114,16 @@ def test_tensors_in_and_out_are_the_same_numbers():
         expected = np.array(expected)
 
 
+def test_with_tensors_no_step_asks_the_device_for_a_number():
+    """On torch's device `meta`, whose tensors hold no numbers: to ask for one, or to leave the device, is an error."""
+    env = HostGrowthVectorEnv(2, max_episode_steps=2, device="meta", as_tensors=True)
+    returned = [env.reset(seed=0)[0]]
+    for _ in range(3):
+        *step, infos = env.step(torch.ones(2, len(ACTION_HEADS), dtype=torch.int64, device="meta"))
+        returned += [*step, *infos.values()]
+    assert {tensor.device.type for tensor in returned} == {"meta"}
+
+
 def test_what_was_returned_stays_as_it_was():
     env = HostGrowthVectorEnv(2, max_episode_steps=4, as_tensors=True)
     first = env.reset(seed=0)[0]
@@ -343,7 +353,7 @@ def test_adam_agrees_with_torch_for_rows_that_began_at_different_times():
 
 
 def test_growing_pays_and_acting_at_random_does_not():
-    """Mean return over 32 episodes of three seeds: a sensible schedule, against waiting and random actions."""
+    """Mean return over 32 episodes of two seeds: a sensible schedule, against waiting and random actions."""
 
     def grow(env, observations, random):
         stage = stages(observations)[:, 0]
@@ -368,7 +378,7 @@ def test_growing_pays_and_acting_at_random_does_not():
             total += rewards
         return total.mean()
 
-    for seed in (0, 1000, 2000):
+    for seed in (0, 1000):
         grown = mean_return(grow, seed)
         assert grown > mean_return(wait, seed) + 1.0
         assert grown > mean_return(at_random, seed) + 1.0

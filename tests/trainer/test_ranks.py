@@ -106,24 +106,18 @@ def test_a_dead_rank_ends_the_job_names_itself_and_leaves_a_target_and_a_checkpo
             assert [rank for rank, _ in seconds] == ["0", "1"]
             assert float(seconds[0][1]) < float(seconds[1][1]) / 2  # rank 0 waits, and that is not its own time
             assert len(re.findall(r"^ppo_gradient_cv{", text, re.MULTILINE)) == 1
-            second = next(
-                int(pid)
-                for pid in os.listdir("/proc")
-                if pid.isdigit()
-                and b"RANK=1\0" in _environment(pid)
-                and b"GROUP_RANK" in _environment(pid)
-                and f"{tmp_path}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-            )
-            os.kill(second, signal.SIGKILL)
+            os.kill(ranks_in(tmp_path)[1], signal.SIGKILL)
             assert job.wait(60) != 0
         finally:
-            job.terminate()  # a torchrun that is killed leaves its ranks behind
+            job.terminate()
             job.wait(60)
     said = output.read_text()
     assert "rank 0 cannot go on without the others" in said
     assert re.search(r"rank +: 1 .*\n +exitcode +: -9", said)  # torchrun's report
     assert re.search(r"^demo: failed after update \d+", said, re.MULTILINE)
-    assert [json.loads(path.read_text())[0]["labels"]["run"] for path in (tmp_path / "targets").glob("*.json")] == ["demo"]
+    assert [json.loads(path.read_text())[0]["labels"]["run"] for path in (tmp_path / "targets").glob("*.json")] == [
+        "demo"
+    ]
     last = max(int(path.stem.split("-")[1]) for path in (tmp_path / "demo").glob("update-*.pt"))
     (seen,) = updates_of(
         train(1, tmp_path, "--resume", "--env", "uneven:Uneven-v0", "--total-timesteps", str(128 * (last + 1)))
@@ -131,11 +125,36 @@ def test_a_dead_rank_ends_the_job_names_itself_and_leaves_a_target_and_a_checkpo
     assert seen[0] == last + 1
 
 
-def _environment(pid: str) -> bytes:
-    try:
-        return b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return b""
+def ranks_in(folder: Path) -> dict[int, int]:
+    """Process ids of the ranks that use `folder`, by rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(folder).encode() in (process / "cmdline").read_bytes():
+                rank = re.search(rb"\0RANK=(\d+)\0", (process / "environ").read_bytes())
+                if rank and process.name != str(os.getpid()):
+                    found[int(rank[1])] = int(process.name)
+        except OSError:
+            pass  # it has ended
+    return found
+
+
+def test_ranks_whose_torchrun_was_killed_end_with_a_checkpoint_and_leave_the_target(tmp_path):
+    flags = ("--run-name", "demo", "--total-timesteps", "10000000", "--checkpoint-every", "1000000")
+    output = tmp_path / "log"
+    with output.open("w") as log:
+        job = subprocess.Popen(command(2, tmp_path, *flags), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: re.search(r"^update ", output.read_text(), re.MULTILINE), "an update")
+            assert len(ranks_in(tmp_path)) == 2
+        finally:
+            job.kill()
+            job.wait(60)
+    wait_until(lambda: not ranks_in(tmp_path), "the end of the ranks")
+    assert "torchrun has died, and its ranks do not go on without it" in output.read_text()
+    last = int(re.search(r"^demo: failed after update (\d+)", output.read_text(), re.MULTILINE)[1])
+    assert (tmp_path / "demo" / f"update-{last:08}.pt").exists()
+    assert len(list((tmp_path / "targets").glob("*.json"))) == 1
 
 
 def test_environments_that_ranks_cannot_share_evenly_are_refused(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from trainer.environments import training_environment
+from trainer.environments.host_growth import HostGrowthVectorEnv
 from trainer.evaluation import play
 from trainer.policy import ActorCritic
 from trainer.rollout import RolloutCollector, generalized_advantages
@@ -135,3 +136,21 @@ def test_gae_agrees_with_its_definition_as_a_sum_of_discounted_errors():
                 if ends[step, env]:
                     break
             assert advantages[start, env].item() == pytest.approx(total.item())
+
+
+def test_an_environment_of_tensors_gives_the_rollouts_that_it_gives_in_arrays():
+    """Over the end of an episode; on the CPU, where both can be had."""
+    rollouts = []
+    for as_tensors in (False, True):
+        environment = training_environment("host-growth", HostGrowthVectorEnv(3, as_tensors=as_tensors))
+        torch.manual_seed(0)
+        policy = ActorCritic(environment.observation_size, environment.heads, 16)
+        generator = torch.Generator().manual_seed(0)
+        options = {"steps": 40, "gamma": GAMMA, "gae_lambda": LAMBDA, "seed": 1, "generator": generator}
+        collector = RolloutCollector(environment, policy, **options)
+        rollouts.append([collector.collect(), collector.collect(), list(collector.recent_returns)])
+    for arrays, tensors in zip(*(each[:2] for each in rollouts), strict=True):
+        assert arrays.episodes == tensors.episodes and arrays.environment_steps == tensors.environment_steps == 120
+        for name in ("observations", "actions", "log_probs", "advantages", "returns", "valid"):
+            torch.testing.assert_close(getattr(arrays, name), getattr(tensors, name))
+    assert len(rollouts[0][2]) == 3 and rollouts[0][2] == pytest.approx(rollouts[1][2])

@@ -66,7 +66,7 @@ class TrainingEnvironment:
         return _actions(space, iter(choices.T))
 
     def reset_ended(self, observations: np.ndarray, ended: np.ndarray) -> np.ndarray:
-        """`observations` [num_envs, observation_size] to go on from: new episodes where one `ended`, in DISABLED mode."""
+        """`observations` [num_envs, observation_size] to go on from in DISABLED mode: new where one `ended`."""
         if not ended.any():
             return observations
         first, _ = self.vector_env.reset(options={"reset_mask": ended.copy()})

@@ -56,7 +56,7 @@ def draw_episodes(seeds: Tensor, episode: int) -> Episodes:
     host = normal[:, 2 * count : 2 * count + host_size].clone()
     host[:, 2 : 3 * WIDTH : 3] *= 0.5
     host[:, 3 * WIDTH : -1] /= math.sqrt(WIDTH)
-    host[:, -1] = 0.0
+    host[:, -1].zero_()
     drawn = normal[:, 2 * count + host_size :][:, :seeds_size].unflatten(1, (SEED_DRAWS, -1))
     return Episodes(points, 1 - 2 * one, host, drawn.contiguous())
 
