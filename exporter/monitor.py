@@ -23,7 +23,7 @@ from exporter.health import STALLED_SECONDS, Thresholds
 from exporter.link import DEFAULT_ADDRESS, Registry, at_goodbye, is_crash
 from exporter.optimizers import has_closure, is_one_of_several, unwrapped
 from exporter.progress import Progress
-from exporter.recording import after_backward
+from exporter.recording import after_backward, hidden_from_compiler
 from exporter.reporter import OnLevel, OnUpdate, RunReporter
 
 DEFAULT_WINDOW_STEPS = 64
@@ -110,6 +110,7 @@ class GradientMonitor:
         self._grad_scaler = grad_scaler
         self._meter: HeadGradientMeter | None = None
         self._hooks: list = []
+        self._sees_closures = False
         self._progress = Progress()
         self._reporter = RunReporter(run, self._aggregator, global_norm, on_update, on_level, self._give_back)
         self._window_began_at: float | None = None
@@ -167,12 +168,7 @@ class GradientMonitor:
                 self.run,
             )
         self._meter, self._step_at = meter, time.monotonic()
-        # A compiled training step must not trace into them.
-        for each in optimizers:
-            self._hooks += [
-                each.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-                each.register_step_post_hook(torch.compiler.disable(self._after_step)),
-            ]
+        self._hooks = [each.register_step_pre_hook(hidden_from_compiler(self._before_step)) for each in optimizers]
         if self._before_clipping:
             self._hooks += after_backward(meter.parameters, self._after_backward)
         return self
@@ -204,7 +200,7 @@ class GradientMonitor:
         with self._lock:
             for hook in self._hooks:
                 hook.remove()
-            self._hooks = []
+            self._hooks, self._sees_closures = [], False
             self._close_window(is_last=True)
             self._meter = None
         self._reporter.wait()
@@ -351,6 +347,10 @@ class GradientMonitor:
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         if not has_closure(args, kwargs):
             self._observe(optimizer)
+        elif not self._sees_closures:
+            self._sees_closures = True
+            after = hidden_from_compiler(self._after_step)
+            self._hooks += [each().register_step_post_hook(after) for each in self._optimizers if each() is not None]
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         # A closure runs the backward pass within the step; what it has left behind is measured after it.

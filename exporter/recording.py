@@ -155,7 +155,7 @@ def after_backward(parameters: Iterable[Tensor], call: Callable[[], None]) -> li
     current_pass = torch._C._current_graph_task_id
     # Behind what is queued until the end of the pass, as DistributedDataParallel does with the last bucket. A compiled
     # training step must not trace into these functions.
-    at_end = partial(queue_callback, torch.compiler.disable(call))
+    at_end = partial(queue_callback, hidden_from_compiler(call))
     seen = -1
 
     def reached(parameter: Tensor) -> None:
@@ -164,10 +164,30 @@ def after_backward(parameters: Iterable[Tensor], call: Callable[[], None]) -> li
             seen = now
             queue_callback(at_end)
 
-    reached = torch.compiler.disable(reached)
+    reached = hidden_from_compiler(reached)
     # What is frozen may be unfrozen later; integers never have a gradient, nor what inference mode has made.
     able = [p for p in parameters if (p.is_floating_point() or p.is_complex()) and not p.is_inference()]
     return [_hooked(parameter, reached) for parameter in able]
+
+
+def hidden_from_compiler(hook: Callable[..., None]) -> Callable[..., None]:
+    """`hook` for a training step that may be compiled, which must not trace into it.
+
+    `torch.compiler.disable` costs more than the rest of a hook, so it is asked only while something is compiled.
+    """
+    hidden = torch.compiler.disable(hook)
+    try:
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback as compiler
+    except ImportError:
+        return hidden
+
+    def call(*args: object) -> None:
+        if compiler() is None:
+            hook(*args)
+        else:
+            hidden(*args)
+
+    return torch.compiler.disable(call, recursive=False)
 
 
 def _hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
