@@ -423,7 +423,7 @@ class GradientMonitor:
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}
         try:
             pending = self._meter.start_collecting()
-            self._reporter.hand_over(pending, progress, self._meter.trainable_heads(), must_wait=is_last)
+            self._reporter.hand_over(pending, progress, self._meter.trainable_heads, must_wait=is_last)
         except Exception as error:
             self._reporter.failed(error)
 

@@ -112,6 +112,12 @@ class PendingGradientSteps:
         """Steps that were not finite and that the optimizer never took."""
         return sum(block.given_up for block in self._steps())
 
+    @property
+    def absent_heads(self) -> list[str]:
+        """Heads that had a gradient in none of the steps."""
+        present = {name for block in self._steps() for name in block.names}
+        return [name for name in self._head_names if name not in present]
+
     def result(self) -> list[GradientStep]:
         """The steps, in order."""
         return [
@@ -144,17 +150,16 @@ class PendingGradientSteps:
         return self._arrived
 
     def _steps_of(self, layout: Layout, given_up: list[bool], numbers: Tensor) -> _Steps:
-        columns, contributing = _columns(layout.owners, len(self._head_names))
+        heads = len(self._head_names)
+        columns, contributing = _columns(layout.owners, heads)
         width = len(columns)
-        counts = [True] * len(given_up)
-        if layout.has_discard:
-            counts = [flag == 0.0 for flag in numbers[:, -1].tolist()]
-        squares = numbers[:, :width].square()
-        # index_add_ keeps a NaN in the column of its own head; a matrix product would spread it.
-        per_head = squares.new_zeros(len(squares), len(self._head_names) + 1).index_add_(1, columns, squares)
-        totals = (numbers[:, width] if layout.has_total else per_head.sum(1).sqrt_()).tolist()
-        per_head = per_head if len(contributing) == per_head.shape[1] - 1 else per_head[:, contributing]
-        norms = per_head[:, : len(contributing)].sqrt().tolist()
+        squares = (numbers if width == layout.width else numbers[:, :width]).square()
+        # index_add_ keeps a NaN in the column of its own head; a matrix product would spread it. What follows is less
+        # work than starting more kernels would be.
+        rows = squares.new_zeros(len(squares), heads + 1).index_add_(1, columns, squares).tolist()
+        totals = numbers[:, width].tolist() if layout.has_total else [math.sqrt(sum(row)) for row in rows]
+        norms = [[math.sqrt(row[index]) for index in contributing] for row in rows]
+        counts = [flag == 0.0 for flag in numbers[:, -1].tolist()] if layout.has_discard else [True] * len(rows)
         if any(given_up):
             counts = [does and not (flag and math.isfinite(t)) for does, flag, t in zip(counts, given_up, totals)]
         if not all(counts):

@@ -59,7 +59,7 @@ class RunReporter:
         self,
         pending: PendingGradientSteps,
         progress: Mapping[str, object] | None = None,
-        heads: Collection[str] = (),
+        trainable_heads: Callable[[], Collection[str]] = tuple,
         *,
         must_wait: bool = False,
     ) -> None:
@@ -68,16 +68,16 @@ class RunReporter:
         Args:
             pending: its steps.
             progress: what the trainer says of it.
-            heads: those that may have a gradient.
+            trainable_heads: those that should have a gradient.
             must_wait: publish it before this returns, unless others have to be published before.
         """
         if self._publisher is None and (must_wait or pending.is_ready):
-            return self._publish(pending, progress, heads)
+            return self._publish(pending, progress, trainable_heads)
         # Training must not wait for the device, nor a window for the next gradient step.
         if self._publisher is None:
             self._publisher = threading.Thread(target=self._publish_arriving, name="ppo-monitor", daemon=True)
             self._publisher.start()
-        self._arriving.put((pending, progress, heads))
+        self._arriving.put((pending, progress, trainable_heads))
 
     def wait(self) -> None:
         """Until all is published that was handed over."""
@@ -118,7 +118,10 @@ class RunReporter:
                 self.failed(error)
 
     def _publish(
-        self, pending: PendingGradientSteps, progress: Mapping[str, object] | None, heads: Collection[str]
+        self,
+        pending: PendingGradientSteps,
+        progress: Mapping[str, object] | None,
+        trainable_heads: Callable[[], Collection[str]],
     ) -> None:
         if progress is None:
             return self._look_into(pending)
@@ -136,7 +139,7 @@ class RunReporter:
             metrics["gradient_norm"] = None
         skipped = pending.given_up_steps
         emit_ppo_update(metrics, run=self._run, handler=self._aggregator, skipped_gradient_steps=skipped, **progress)
-        self._look_for_absent(heads, counts.keys())
+        self._look_for_absent(pending, trainable_heads)
         if self._on_update is not None and (run := self._aggregator.snapshot.runs.get(self._run)) is not None:
             self._on_update(run)
         self._tell_level()
@@ -164,9 +167,11 @@ class RunReporter:
         number = pending.first_step + index + 1
         _log.error("run %s: the gradient of %s is NaN or infinite at gradient step %d", self._run, where, number)
 
-    def _look_for_absent(self, heads: Collection[str], present: Collection[str]) -> None:
-        for head in heads:
-            self._absent[head] = 0 if head in present else self._absent[head] + 1
+    def _look_for_absent(self, pending: PendingGradientSteps, trainable_heads: Callable[[], Collection[str]]) -> None:
+        absent = pending.absent_heads
+        absent = [head for head in trainable_heads() if head in absent] if absent else []
+        self._absent = Counter({head: self._absent[head] + 1 for head in absent})
+        for head in absent:
             if self._absent[head] == _ABSENT_WINDOWS:
                 self._aggregator.count_error(self._run)
                 _log.error(
