@@ -251,11 +251,13 @@ class PPOAgent:
         error = seen.outputs - targets
         by_output, squared_error = error, error * error
         if hp.value_clip_range is not None:
-            change = (seen.outputs - old_outputs).clamp_(-hp.value_clip_range, hp.value_clip_range)
-            clipped_error = change.add_(old_outputs).sub_(targets)
+            change = seen.outputs - old_outputs
+            clipped_change = change.clamp(-hp.value_clip_range, hp.value_clip_range)
+            clipped_error = clipped_change + old_outputs - targets
             squared_clipped_error = clipped_error * clipped_error
-            # Where the clipped error is larger, the change is outside the range and has no gradient.
-            by_output = torch.where(squared_clipped_error > squared_error, 0.0, error)
+            # Inside the range the clipped error may be larger too, by rounding; only outside there is no gradient.
+            is_flat = (clipped_change != change) & (squared_clipped_error > squared_error)
+            by_output = torch.where(is_flat, 0.0, error)
             squared_error = torch.maximum(squared_error, squared_clipped_error)
         statistics[1] = squared_error
 
