@@ -28,7 +28,6 @@ from torch.distributions import Categorical
 
 from benchmarks.machine import machine
 from exporter import GradientMonitor, HeadGradientMeter, RunAggregator, emit_ppo_update, gradient_cv
-from exporter.telemetry import summarize_gradient_steps
 from trainer.environments.host_growth import ACTION_HEADS
 
 STEPS_PER_UPDATE = 32
@@ -135,7 +134,7 @@ def in_our_trainer(workload: Workload) -> Iterator[Callable[[], None]]:
         optimizer.step()
         done += 1
         if done % STEPS_PER_UPDATE == 0:
-            emit_ppo_update(summarize_gradient_steps(meter.collect()), run="r", handler=aggregator)
+            emit_ppo_update(meter.start_collecting().summary(), run="r", handler=aggregator)
 
     yield step
     del optimizer.grad_scale, optimizer.found_inf

@@ -1,13 +1,19 @@
-"""One endpoint for all runs of a process that name the same port."""
+"""One endpoint for all runs of a process that name the same port, and those on which a run is."""
 
+import errno
+import logging
 import os
+import socket
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 from exporter.aggregator import RunAggregator
-from exporter.link import MetricsServer, Registry
+from exporter.link import DEFAULT_PORT, MetricsServer, Registry, check_pushgateway_url
+from exporter.metrics import RANK_LABEL
+
+_log = logging.getLogger(__name__)
 
 
 class SharedEndpoint:
@@ -22,6 +28,7 @@ class SharedEndpoint:
     def __init__(self, server: MetricsServer, key: tuple[RunAggregator, str, int]) -> None:
         self.server = server
         self._key = key
+        self._is_default = False
         self._runs: set[str] = set()
         self._abandoned: set[str] = set()
 
@@ -31,24 +38,36 @@ class SharedEndpoint:
         aggregator: RunAggregator,
         run: str,
         address: str,
-        port: int,
+        port: int | None,
+        preferred_port: int,
         labels: Mapping[str, str],
         web_config_file: str | Path | None,
         registry: Registry | None,
     ) -> "SharedEndpoint":
         """The endpoint of this process at that port, with `run` on it.
 
+        Without a port all share one, at the preferred port, or at a free one if that is 0 or taken.
+
         Raises:
             OSError: the address cannot be bound.
             ValueError: the web configuration file is wrong, or the endpoint has another one, or another registry.
         """
         with cls._lock:
-            endpoint = cls._open.get((aggregator, address, port))
-            if endpoint is None:
-                server = MetricsServer(
-                    aggregator, address, port, labels, web_config_file=web_config_file, registry=registry
+            endpoint = cls._open.get((aggregator, address, preferred_port if port is None else port))
+            if endpoint is None and port is None:
+                endpoint = next(
+                    (e for key, e in cls._open.items() if key[:2] == (aggregator, address) and e._is_default), None
                 )
+            if endpoint is None:
+                free = port is None and preferred_port and _is_taken(address, preferred_port)
+                number = (0 if free else preferred_port) if port is None else port
+                server = MetricsServer(
+                    aggregator, address, number, labels, web_config_file=web_config_file, registry=registry
+                )
+                if free:
+                    _log.warning("port %d is taken; run %s is served at %s", preferred_port, run, server.url)
                 endpoint = cls(server, (aggregator, address, server.port))
+                endpoint._is_default = port is None
                 cls._open[endpoint._key] = endpoint
             elif web_config_file is not None and Path(web_config_file).absolute() != endpoint.server.web_config_file:
                 raise ValueError(f"{endpoint.server.url} is served already, with another web_config_file or none")
@@ -75,6 +94,91 @@ class SharedEndpoint:
         """Whether a run has crashed beside others of its endpoint: its series have to stay, for `up` will not tell."""
         with cls._lock:
             return any(each._key[0] is aggregator and run in each._abandoned for each in cls._open.values())
+
+
+class RunEndpoints:
+    """The endpoints that serve a run, and where its final state is pushed."""
+
+    def __init__(self, aggregator: RunAggregator, run: str) -> None:
+        self._aggregator = aggregator
+        self._run = run
+        self._endpoints: list[SharedEndpoint] = []
+        self._pushgateways: list[tuple[MetricsServer, str]] = []
+
+    def serve(
+        self,
+        port: int | None,
+        address: str,
+        *,
+        targets_dir: str | Path | None,
+        textfile_dir: str | Path | None,
+        pushgateway: str | None,
+        web_config_file: str | Path | None,
+        registry: Registry | None,
+        every_rank: bool,
+    ) -> str | None:
+        """As `GradientMonitor.serve`."""
+        if pushgateway is not None:
+            check_pushgateway_url(pushgateway)
+        labels: dict[str, str] = {}
+        preferred_port = DEFAULT_PORT if targets_dir is None else 0
+        if (rank := _rank()) is not None:
+            if every_rank:
+                local_rank = int(os.environ.get("LOCAL_RANK", rank))
+                port = port + local_rank if port else port
+                preferred_port += local_rank if preferred_port else 0
+                labels = {RANK_LABEL: str(rank)}
+            elif rank != 0:
+                return None
+        endpoint = SharedEndpoint.join(
+            self._aggregator, self._run, address, port, preferred_port, labels, web_config_file, registry
+        )
+        server, is_new = endpoint.server, endpoint not in self._endpoints
+        try:
+            if targets_dir is not None or textfile_dir is not None:
+                if not is_new:
+                    server.end(self._run)
+                server.deliver(self._run, targets_dir=targets_dir, textfile_dir=textfile_dir)
+        except BaseException:
+            if is_new:
+                endpoint.leave(self._run, crashed=False)
+            raise
+        if is_new:
+            self._endpoints.append(endpoint)
+        if pushgateway is not None and (server, pushgateway) not in self._pushgateways:
+            self._pushgateways.append((server, pushgateway))
+        return server.url
+
+    def leave(self, last_first: ExitStack, crashed: bool) -> None:
+        """Let `last_first` end the run's files, push its final state, and leave the endpoints."""
+        servers = [endpoint.server for endpoint in self._endpoints]
+        while self._endpoints:
+            last_first.callback(self._endpoints.pop().leave, self._run, crashed)
+        while self._pushgateways:
+            server, url = self._pushgateways.pop()
+            if not crashed:
+                last_first.callback(server.push, self._run, url)
+        # Before a push, on which a second Ctrl-C may be waiting.
+        for server in servers:
+            last_first.callback(server.end, self._run, crashed=crashed)
+
+
+def _rank() -> int | None:
+    """This process' rank in torch.distributed's group, if it is in one."""
+    import torch.distributed as distributed  # only whoever measures has it
+
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else None
+
+
+def _is_taken(address: str, port: int) -> bool:
+    """Whether somebody listens there; anything else that is wrong with it shows when it is bound."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _begin_anew() -> None:

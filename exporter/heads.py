@@ -1,5 +1,6 @@
 """What an action head is to the measurement, and its gradient norms on the device."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,14 +16,28 @@ from exporter.telemetry import GradientStep
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start:stop` of a layer that several heads share, in its weight or its bias."""
+    """Rows `start:stop` of a layer that several heads share, in its weight or its bias.
+
+    `axis` is that along which they are counted; all others have to be of length 1, unless it is the first.
+    """
 
     parameter: Tensor
     start: int
     stop: int
+    axis: int = 0
 
 
 Head = nn.Module | Iterable[Tensor | Rows]
+Heads = Mapping[str, Head] | nn.ModuleDict | Iterable[Head]
+
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")
+
+
+def named_heads(heads: Heads) -> dict[str, Head]:
+    """Heads by name; those of a list are `head_0`, `head_1`, ..."""
+    if hasattr(heads, "items"):
+        return dict(heads.items())
+    return {f"head_{index}": head for index, head in enumerate(heads)}
 
 
 def row_heads(layer: nn.Module, sizes: Mapping[str, int]) -> dict[str, list[Rows]]:
@@ -46,7 +61,8 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
     r"""Heads by the names of their modules, such as `heads_from(model, r"heads\.(\w+)")`.
 
     Args:
-        model: whose `named_modules()` are searched.
+        model: whose `named_modules()` are searched; the `module.` of DistributedDataParallel and the `_orig_mod.` of
+            `torch.compile` may be left out of the names.
         pattern: regular expression that a module's whole name must match. Its first
             group that matches is the head's name, the module's own name where there is
             none; modules with the same name make one head.
@@ -57,7 +73,7 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
     expression = re.compile(pattern)
     heads: dict[str, dict[Tensor, None]] = {}
     for name, module in model.named_modules():
-        if match := expression.fullmatch(name):
+        if match := expression.fullmatch(name) or expression.fullmatch(_WRAPPERS.sub("", name)):
             head = next((group for group in match.groups() if group), name)
             heads.setdefault(head, {}).update(dict.fromkeys(module.parameters()))
     if not heads:
@@ -121,6 +137,7 @@ class HeadGradientMeter:
                 whole.setdefault(parameter, NO_HEAD)
 
         self._whole = list(whole)
+        self._rows = rows
         self._shared = list(rows)
         self.parameters = (*self._whole, *self._shared)
         self._owners = [[owner] for owner in whole.values()] + list(rows.values())
@@ -132,13 +149,14 @@ class HeadGradientMeter:
         self._buffer = Buffer.of(dict(zip(self.parameters, self._owners)), self._dtype)
         self._open: OpenBlock | None = None
         self._closed: list[tuple[Block, Tensor]] = []
-        self.recorded = 0
+        self._checked = 0  # of the closed blocks
+        self.recorded = self._recorded_ever = 0
         self._early: Taken | None = None
         # Tells whether gradients were accumulated further: a small one that is kept until it is stepped on.
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self._mark: tuple[Tensor, Tensor, int] | None = None
 
-    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> None:
+    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> bool:
         """Take the norms of the gradients as they are now, or as `take_early()` saw them.
 
         A step in which no head has a gradient is left out.
@@ -146,14 +164,18 @@ class HeadGradientMeter:
         Args:
             scale: what the loss was multiplied with, a 0-dimensional tensor; norms are divided by it.
             discard: a 0-dimensional tensor; where it turns out not to be zero the step is left out.
+
+        Returns:
+            Whether a head has a gradient.
         """
         taken, self._early, self._mark = self._early or self._take(), None, None
         if not taken.has_heads:
-            return
+            return False
         if scale is not None:
             taken.numbers.div_(scale)
         # A copy: its owner may change it before it is read.
         self._commit(taken, discard=None if discard is None else discard.detach().clone())
+        return True
 
     def measure(self) -> Tensor:
         """Take the norms of the gradients as they are now.
@@ -166,13 +188,17 @@ class HeadGradientMeter:
         self._commit(taken, total)
         return torch.linalg.vector_norm(taken.numbers, dtype=self._dtype) if total is None else total
 
-    def take_early(self, *, may_give_up: bool = True) -> None:
+    def take_early(self, *, may_give_up: bool = True) -> bool:
         """Take the norms of the gradients as they are now for the next `record()`.
 
         Args:
             may_give_up: a step that was taken so earlier, and whose gradients were zeroed or made anew
                 instead of a step, counts if it was not finite.
+
+        Returns:
+            Whether there was such a step, which is recorded now.
         """
+        recorded = self.recorded
         if self._mark is not None:
             parameter, gradient, version = self._mark
             # A backward pass that adds to it makes one version.
@@ -183,12 +209,18 @@ class HeadGradientMeter:
             if (gradient := parameter.grad) is not None:
                 self._mark = (parameter, gradient, gradient._version)
                 break
+        return self.recorded > recorded
 
     def give_up(self, does_count: bool = True) -> None:
         """What was taken early gets no step; it counts, if at all, only if it was not finite."""
         early, self._early, self._mark = self._early, None, None
         if does_count and early is not None and early.has_heads:
             self._commit(early, given_up=True)
+
+    def trainable_heads(self) -> list[str]:
+        """Heads of which a parameter requires a gradient."""
+        owners = {o for parameter, own in zip(self.parameters, self._owners) if parameter.requires_grad for o in own}
+        return [name for index, name in enumerate(self.head_names) if index in owners]
 
     def require_owned(self, owned: Iterable[Tensor]) -> None:
         """Check that an optimizer's parameters include every head's.
@@ -211,13 +243,31 @@ class HeadGradientMeter:
         self._close_block()
         if self._buffer is not None and self._early is None:
             self._buffer.filled = 0
-        closed, self._closed, self.recorded = self._closed, [], 0
+        closed, self._closed, self._checked, self.recorded = self._closed, [], 0, 0
         return self._pending(closed)
 
-    def _pending(self, closed: list[tuple[Block, Tensor]]) -> PendingGradientSteps:
-        numbers = [numbers.flatten() for _, numbers in closed] or [torch.zeros(0, device=self.parameters[0].device)]
+    def unchecked(self) -> PendingGradientSteps | None:
+        """Recorded steps that may not be finite, and were not here before; they will be collected as well.
+
+        None where they are known to be finite without waiting for the device.
+        """
+        numbers = [numbers for _, numbers in self._closed[self._checked :]]
+        if self._open is not None:
+            numbers.append(self._open.raw())
+        if all(each.is_cpu and math.isfinite(torch.dot(each.flatten(), each.flatten()).item()) for each in numbers):
+            self._checked = len(self._closed)
+            return None
+        self._close_block()
+        blocks, self._checked = self._closed[self._checked :], len(self._closed)
+        return self._pending(blocks)
+
+    def _pending(self, blocks: list[tuple[Block, Tensor]]) -> PendingGradientSteps:
+        numbers = [numbers.flatten() for _, numbers in blocks] or [torch.zeros(0, device=self.parameters[0].device)]
         return PendingGradientSteps(
-            self.head_names, [block for block, _ in closed], numbers[0] if len(numbers) == 1 else torch.cat(numbers)
+            self.head_names,
+            [block for block, _ in blocks],
+            numbers[0] if len(numbers) == 1 else torch.cat(numbers),
+            self._recorded_ever - sum(len(block.given_up) for block, _ in blocks),
         )
 
     def _take(self) -> Taken:
@@ -235,6 +285,7 @@ class HeadGradientMeter:
             self._open = OpenBlock(taken, total is not None, discard is not None)
         self._open.add(taken, total, discard, given_up)
         self.recorded += 1
+        self._recorded_ever += 1
         if taken.buffer is not None and taken.buffer.advance():
             self._close_block()
 
@@ -246,16 +297,17 @@ class HeadGradientMeter:
     def _norms(self) -> tuple[list[Tensor], tuple[int, ...]]:
         """Norms of what has a gradient, and the heads that they belong to."""
         whole = [gradient for parameter in self._whole if (gradient := parameter.grad) is not None]
-        shared = [gradient for parameter in self._shared if (gradient := parameter.grad) is not None]
+        shared = [
+            (parameter.grad, len(self._rows[parameter])) for parameter in self._shared if parameter.grad is not None
+        ]
         owners = self._all_owners
         if len(whole) + len(shared) < len(self.parameters):
             has = [parameter.grad is not None for parameter in self.parameters]
             owners = tuple(owner for owners, it_has in zip(self._owners, has) if it_has for owner in owners)
         whole = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in whole]
         norms = list(torch._foreach_norm(whole, dtype=self._dtype)) if whole else []
-        for gradient in shared:
-            rows = gradient.to_dense() if gradient.is_sparse else gradient
-            rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+        for gradient, count in shared:
+            rows = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(count, -1)
             norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=self._dtype))
         return norms, owners
 
@@ -282,7 +334,10 @@ def _parts(name: str, head: Head) -> list[Tensor | Rows]:
 
 
 def _claim_rows(rows: dict[Tensor, list[int]], part: Rows, head: int, names: tuple[str, ...]) -> None:
-    owners = rows.setdefault(part.parameter, [NO_HEAD] * len(part.parameter))
+    parameter, count = part.parameter, part.parameter.shape[part.axis]
+    if part.axis and count != parameter.numel():
+        raise ValueError(f"head {names[head]!r} takes rows along axis {part.axis} of shape {list(parameter.shape)}")
+    owners = rows.setdefault(parameter, [NO_HEAD] * count)
     if not 0 <= part.start < part.stop <= len(owners):
         raise ValueError(f"head {names[head]!r} takes rows {part.start}:{part.stop} of a layer that has {len(owners)}")
     for row in range(part.start, part.stop):

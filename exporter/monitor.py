@@ -1,18 +1,14 @@
 """`GradientMonitor`: the metric for a trainer that somebody has already, by an optimizer hook."""
 
-import difflib
 import gc
 import logging
 import os
-import queue
 import sys
 import threading
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -20,34 +16,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
-from exporter.endpoint import SharedEndpoint
+from exporter.endpoint import RunEndpoints, SharedEndpoint
 from exporter.gradient_cv import unreachable_critical_warning
-from exporter.heads import Head, HeadGradientMeter
-from exporter.health import Thresholds
-from exporter.link import (
-    DEFAULT_ADDRESS,
-    DEFAULT_PORT,
-    MetricsServer,
-    Registry,
-    at_goodbye,
-    check_pushgateway_url,
-    is_crash,
-)
-from exporter.metrics import RANK_LABEL
-from exporter.pending import PendingGradientSteps
+from exporter.heads import HeadGradientMeter, Heads, named_heads
+from exporter.health import STALLED_SECONDS, Thresholds
+from exporter.link import DEFAULT_ADDRESS, Registry, at_goodbye, is_crash
+from exporter.optimizers import has_closure, is_one_of_several, unwrapped
+from exporter.progress import Progress
 from exporter.recording import after_backward
-from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update
+from exporter.reporter import OnLevel, OnUpdate, RunReporter
 
 DEFAULT_WINDOW_STEPS = 64
 WINDOW_SECONDS = 30.0
 """A window of `window_steps` also ends at the first gradient step after this time."""
+_CHECK_SECONDS = 0.1
+"""A gradient that is not finite is said so soon, or at its step if that takes longer; on a device, where that costs
+some kernels, after the time below."""
+_DEVICE_CHECK_SECONDS = 1.0
+_IDLE_UPDATES = 3
 _MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
 
 _log = logging.getLogger(__name__)
-_MEASURED = set(GradientMetrics.__annotations__) | {"run", "skipped_gradient_steps", "timestamp_seconds"}
-_RECORDABLE = [f.name for f in fields(PPOUpdatePayload) if f.name not in _MEASURED]
-_INCREMENTS = {"environment_steps", "episodes"}
-_ONCE = {"update_duration_seconds", "rollout_duration_seconds"}
 
 # Monitors of one process share it unless they are given another: one endpoint for all of them.
 _process_aggregator = RunAggregator()
@@ -69,22 +58,25 @@ class GradientMonitor:
     in one head is in all of them: `before_clipping` tells which head it was.
 
     Args:
-        heads: head name -> module, parameters, or `Rows` of a layer that heads share;
-            see also `heads_from` and `row_heads`.
+        heads: head name -> module, parameters, or `Rows` of a layer that heads share; or a list of them. See also
+            `heads_from`, `space_heads` and `row_heads`.
         run: name of the run, its label on `/metrics`.
         window_steps: gradient steps that make a window, or fewer where they take longer
             than `WINDOW_SECONDS`, until `update_completed()` is called for the first time;
             from then on a window is an update. None waits for it.
-        before_clipping: measure in hooks on the heads' parameters, right after
-            backward. Exact norms and the right head for a NaN, for one hook call per
-            parameter and backward pass; in a DistributedDataParallel model the norms are
-            those of this process, before the gradients are averaged.
+        before_clipping: measure at the end of each backward pass that reaches a head, after DistributedDataParallel
+            has averaged. Exact norms, the right head for a NaN, and gradients that are not finite count although the
+            trainer repairs them or skips the step; for one hook call per parameter and backward pass.
         global_norm: export `ppo_gradient_norm` too, over all parameters of the
             optimizer; reads every gradient once more.
         grad_scaler: the `torch.amp.GradScaler` in use; `before_clipping` needs it to unscale.
         thresholds: CVs from which the run's level is warning and critical, `Thresholds` or a pair;
             label, status page, rules and dashboards follow them.
         info: labels of `ppo_run_info`, such as environment and seed.
+        on_update: called with the run's `RunSnapshot` after every window, for loggers of your own; its `scalars()` has
+            CV, shares, norms and signals by name.
+        on_level: called with the new `HealthLevel` and the `RunSnapshot` when the run's level has changed. Both are
+            called by the training thread, or on CUDA by one of the monitor's; an error in them is logged and counted.
         aggregator: where updates go; by default one that all monitors of the process share.
 
     Raises:
@@ -94,7 +86,7 @@ class GradientMonitor:
 
     def __init__(
         self,
-        heads: Mapping[str, Head],
+        heads: Heads,
         run: str,
         *,
         window_steps: int | None = DEFAULT_WINDOW_STEPS,
@@ -103,12 +95,14 @@ class GradientMonitor:
         grad_scaler: torch.amp.GradScaler | None = None,
         thresholds: Thresholds | Sequence[float] = Thresholds(),
         info: Mapping[str, str] | None = None,
+        on_update: OnUpdate | None = None,
+        on_level: OnLevel | None = None,
         aggregator: RunAggregator | None = None,
     ) -> None:
         if window_steps is not None and window_steps < 1:
             raise ValueError(f"window_steps must be at least 1 or None, got {window_steps}")
         self.run = run
-        self.heads = dict(heads)
+        self.heads = named_heads(heads)
         self._aggregator = aggregator or _process_aggregator
         self._window_steps = window_steps
         self._before_clipping = before_clipping
@@ -116,24 +110,24 @@ class GradientMonitor:
         self._grad_scaler = grad_scaler
         self._meter: HeadGradientMeter | None = None
         self._hooks: list = []
-        self._signals: dict[str, float] = {}
-        self._increments: Counter[str] = Counter()
+        self._progress = Progress()
+        self._reporter = RunReporter(run, self._aggregator, global_norm, on_update, on_level, self._give_back)
         self._window_began_at: float | None = None
-        self._alive_at = 0.0
-        self._arriving: queue.SimpleQueue[tuple[PendingGradientSteps, dict[str, object]] | None] = queue.SimpleQueue()
-        self._publisher: threading.Thread | None = None
-        self._optimizer: Callable[[], Optimizer | None] = lambda: None
-        self._endpoints: list[SharedEndpoint] = []
-        self._pushgateways: list[tuple[MetricsServer, str]] = []
+        self._alive_at = self._step_at = self._check_at = 0.0
+        self._idle_updates = self._idle_steps = 0
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._stepped: set[int] = set()
+        self._endpoints = RunEndpoints(self._aggregator, run)
         self._lock = threading.RLock()
         self._pid = os.getpid()
-        self._has_logged_error = False
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
         self._is_registered = False
 
-    def attach(self, optimizer: Optimizer) -> "GradientMonitor":
-        """Observe every step of `optimizer`; wrappers such as Accelerate's are looked through.
+    def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
+        """Observe every step of `optimizer`, also through Accelerate's and other wrappers.
+
+        Of several optimizers, over which heads are spread, a gradient step is when all of them have stepped.
 
         Raises:
             RuntimeError: the monitor is attached already.
@@ -145,11 +139,8 @@ class GradientMonitor:
         """
         if self._hooks:
             raise RuntimeError(f"monitor of run {self.run!r} is attached already; detach() it first")
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizers = unwrapped(optimizer)
+        owned = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
         # An iterator of parameters can be walked once only; a detached monitor may be attached again.
         self.heads = {
             name: list(head) if not isinstance(head, (torch.nn.Module, Tensor)) and hasattr(head, "__iter__") else head
@@ -158,34 +149,50 @@ class GradientMonitor:
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
         for other in list(_attached.values()):
-            if other._optimizer() is None:
+            if not other._is_needed():
                 other.detach()  # it would keep the parameters of a model that has gone
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizers = [weakref.ref(each) for each in optimizers]
         if not self._is_registered:
-            self._replace_earlier(optimizer)
+            self._replace_earlier(optimizers)
             self._aggregator.register_run(self.run, meter.head_names, self._info, self._thresholds)
             self._is_registered = True
             _attached[self._aggregator, self.run] = self
             if warning := unreachable_critical_warning(len(meter.head_names), self._thresholds):
                 _log.warning("run %s: %s", self.run, warning)
-        self._meter = meter
+        if self._before_clipping and is_one_of_several():
+            _log.warning(
+                "run %s: gradients are measured at the end of the backward pass: after the averaging of "
+                "DistributedDataParallel, but before one by hand. With that, leave before_clipping out, and call "
+                "gradients_ready() after it",
+                self.run,
+            )
+        self._meter, self._step_at = meter, time.monotonic()
         # A compiled training step must not trace into them.
-        self._hooks = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
-        ]
+        for each in optimizers:
+            self._hooks += [
+                each.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+                each.register_step_post_hook(torch.compiler.disable(self._after_step)),
+            ]
         if self._before_clipping:
             self._hooks += after_backward(meter.parameters, self._after_backward)
         return self
 
-    def _replace_earlier(self, optimizer: Optimizer) -> None:
+    def _is_needed(self) -> bool:
+        """Whether there are still optimizers that it observes."""
+        return any(optimizer() is not None for optimizer in self._optimizers)
+
+    def _replace_earlier(self, optimizers: Iterable[Optimizer]) -> None:
         """Close an earlier monitor of this run that nobody needs any more, as when a notebook's cell runs again."""
         earlier = _attached.get((self._aggregator, self.run))
         if earlier is None:
             return
-        if earlier._optimizer() not in (None, optimizer):
+
+        def is_of_others() -> bool:
+            return bool({optimizer() for optimizer in earlier._optimizers} - {None, *optimizers})
+
+        if is_of_others():
             gc.collect()
-        if earlier._hooks and earlier._optimizer() not in (None, optimizer) and not hasattr(sys, "ps1"):
+        if earlier._hooks and is_of_others() and not hasattr(sys, "ps1"):
             raise ValueError(
                 f"run {self.run!r} is measured by another monitor already: close() that one, or give this one another "
                 "name; runs of one process need distinct names"
@@ -200,11 +207,7 @@ class GradientMonitor:
             self._hooks = []
             self._close_window(is_last=True)
             self._meter = None
-            publisher, self._publisher = self._publisher, None
-            if publisher is not None:
-                self._arriving.put(None)
-        if publisher is not None:
-            publisher.join()
+        self._reporter.wait()
 
     def close(self) -> None:
         """Detach, leave the endpoint (which closes with its last monitor), and take the run's series off it.
@@ -219,16 +222,7 @@ class GradientMonitor:
         # What is interrupted is not done again by another call, and does not keep the rest from being done.
         with ExitStack() as last_first:
             last_first.callback(self._unregister, crashed)
-            servers = [endpoint.server for endpoint in self._endpoints]
-            while self._endpoints:
-                last_first.callback(self._endpoints.pop().leave, self.run, crashed)
-            while self._pushgateways:
-                server, url = self._pushgateways.pop()
-                if not crashed:
-                    last_first.callback(server.push, self.run, url)
-            # Before a push, on which a second Ctrl-C may be waiting.
-            for server in servers:
-                last_first.callback(server.end, self.run, crashed=crashed)
+            self._endpoints.leave(last_first, crashed)
             self.detach()
 
     def _unregister(self, crashed: bool) -> None:
@@ -250,7 +244,7 @@ class GradientMonitor:
 
     def serve(
         self,
-        port: int = DEFAULT_PORT,
+        port: int | None = None,
         address: str = DEFAULT_ADDRESS,
         *,
         targets_dir: str | Path | None = None,
@@ -268,6 +262,8 @@ class GradientMonitor:
         does, at `port` + its local rank and with a label `rank`.
 
         Args:
+            port: by default 9842, or a free one where another process has that, or where `targets_dir` tells
+                Prometheus the port; monitors of a process that name none share one.
             targets_dir: write a target file for Prometheus' file service discovery there. It is removed by
                 `close()`, but stays when the monitor is left by an exception: somebody should be told.
             textfile_dir: keep the run in a file there too, for node_exporter's textfile collector; removed like the
@@ -284,32 +280,16 @@ class GradientMonitor:
             ValueError: `pushgateway` is no such URL, the web configuration file is wrong, or the endpoint is shared
                 with a monitor that gave it another one, or another registry.
         """
-        if pushgateway is not None:
-            check_pushgateway_url(pushgateway)
-        labels: dict[str, str] = {}
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank = torch.distributed.get_rank()
-            if every_rank:
-                port += int(os.environ.get("LOCAL_RANK", rank)) if port else 0
-                labels = {RANK_LABEL: str(rank)}
-            elif rank != 0:
-                return None
-        endpoint = SharedEndpoint.join(self._aggregator, self.run, address, port, labels, web_config_file, registry)
-        server, is_new = endpoint.server, endpoint not in self._endpoints
-        try:
-            if targets_dir is not None or textfile_dir is not None:
-                if not is_new:
-                    server.end(self.run)
-                server.deliver(self.run, targets_dir=targets_dir, textfile_dir=textfile_dir)
-        except BaseException:
-            if is_new:
-                endpoint.leave(self.run, crashed=False)
-            raise
-        if is_new:
-            self._endpoints.append(endpoint)
-        if pushgateway is not None and (server, pushgateway) not in self._pushgateways:
-            self._pushgateways.append((server, pushgateway))
-        return server.url
+        return self._endpoints.serve(
+            port,
+            address,
+            targets_dir=targets_dir,
+            textfile_dir=textfile_dir,
+            pushgateway=pushgateway,
+            web_config_file=web_config_file,
+            registry=registry,
+            every_rank=every_rank,
+        )
 
     def record(self, **values: float | None) -> None:
         """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
@@ -321,15 +301,38 @@ class GradientMonitor:
             TypeError: there is no signal of that name, or the value is no number.
             ValueError: the value is out of its range, a negative count say.
         """
-        checked = {name: _checked(name, value) for name, value in values.items()}
         with self._lock:
-            for name, value in checked.items():
-                if name in _INCREMENTS:
-                    self._increments[name] += value or 0
-                elif value is None:
-                    self._signals.pop(name, None)
-                else:
-                    self._signals[name] = value
+            self._progress.record(values)
+            if "environment_steps" in values and self._hooks:
+                idle = time.monotonic() - self._step_at
+                if idle > STALLED_SECONDS:
+                    self._blind(f"no gradient step was seen in {idle:.0f} s, though environments were stepped")
+
+    def gradients_ready(self) -> None:
+        """Measure the gradients of the next step as they are now, for a trainer that averages them by hand.
+
+        To be called after that and before clipping.
+        """
+        with self._lock:
+            if self._meter is not None:
+                self._meter.give_up(does_count=False)  # what was seen before the averaging is the same step
+            self._after_backward()
+
+    @contextmanager
+    def update(self, **values: float | None) -> Iterator["GradientMonitor"]:
+        """`with monitor.update(environment_steps=2048) as update:` a PPO update, timed; at its end it is completed.
+
+        An update that ends with an exception is none.
+
+        Args:
+            values: as for `update_completed()`.
+
+        Raises:
+            TypeError, ValueError: as `record()`.
+        """
+        started = time.monotonic()
+        yield self
+        self.update_completed(**{"update_duration_seconds": time.monotonic() - started, **values})
 
     def update_completed(self, **values: float | None) -> None:
         """A PPO update has ended: publish its window, with `values` as for `record()`.
@@ -340,15 +343,18 @@ class GradientMonitor:
         with self._lock:
             self.record(**values)
             self._window_steps = None
+            self._idle_updates = 0 if self._window_began_at is not None else self._idle_updates + 1
+            if self._idle_updates >= _IDLE_UPDATES and self._hooks:
+                self._blind(f"no gradient step was seen in {self._idle_updates} updates")
             self._close_window()
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if not _has_closure(args, kwargs):
+        if not has_closure(args, kwargs):
             self._observe(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         # A closure runs the backward pass within the step; what it has left behind is measured after it.
-        if _has_closure(args, kwargs):
+        if has_closure(args, kwargs):
             self._observe(optimizer)
 
     def _observe(self, optimizer: Optimizer) -> None:
@@ -356,25 +362,35 @@ class GradientMonitor:
             with self._lock:
                 if self._meter is None:
                     return  # another thread has detached it meanwhile
+                if len(self._optimizers) > 1:
+                    self._stepped.add(id(optimizer))
+                    if len(self._stepped) < len(self._optimizers):
+                        return
+                    self._stepped.clear()
                 scale = getattr(optimizer, "grad_scale", None)
                 if self._before_clipping and self._grad_scaler is not None:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
                 # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
                 # step, and so this hook, is not called. Either way such a step is none.
-                self._meter.record(scale, getattr(optimizer, "found_inf", None))
-                self._step_recorded()
+                if self._meter.record(scale, getattr(optimizer, "found_inf", None)):
+                    self._idle_steps = 0
+                    self._step_recorded()
+                    return
+                self._idle_steps += 1
+                if self._idle_steps % DEFAULT_WINDOW_STEPS == 0:
+                    self._blind(f"no head had a gradient in {self._idle_steps} gradient steps")
         except Exception as error:
-            self._failed(error)
+            self._reporter.failed(error)
 
     def _after_backward(self) -> None:
         try:
             with self._lock:
                 if self._meter is not None:
                     # What a GradScaler gives up has overflowed, and is no step.
-                    self._meter.take_early(may_give_up=self._grad_scaler is None)
-                    self._step_recorded()
+                    if self._meter.take_early(may_give_up=self._grad_scaler is None):
+                        self._step_recorded()
         except Exception as error:
-            self._failed(error)
+            self._reporter.failed(error)
 
     def _step_recorded(self) -> None:
         recorded = self._meter.recorded
@@ -383,10 +399,15 @@ class GradientMonitor:
         now = time.monotonic()
         if self._window_began_at is None:
             self._window_began_at = now
+        self._step_at = now
         is_long = self._window_steps is not None and now - self._window_began_at >= WINDOW_SECONDS
         if is_long or recorded >= (self._window_steps or _MOST_WINDOW_STEPS):
-            self._close_window()
-        elif now - self._alive_at >= WINDOW_SECONDS:
+            return self._close_window()
+        if now >= self._check_at:
+            self._check_at = now + (_CHECK_SECONDS if self._meter.parameters[0].is_cpu else _DEVICE_CHECK_SECONDS)
+            if (pending := self._meter.unchecked()) is not None:
+                self._reporter.hand_over(pending)
+        if now - self._alive_at >= WINDOW_SECONDS:
             self._alive_at = now
             self._aggregator.note_progress(self.run, time.time())
 
@@ -399,70 +420,22 @@ class GradientMonitor:
             return  # without a gradient step there is nothing to call healthy
         self._window_began_at = None
         self._alive_at = time.monotonic()
-        progress = {**self._signals, **self._increments, "timestamp_seconds": time.time()}
-        self._increments = Counter()
-        for name in _ONCE:
-            self._signals.pop(name, None)
+        progress = {**self._progress.take(), "timestamp_seconds": time.time()}
         try:
             pending = self._meter.start_collecting()
-            if self._publisher is None and (is_last or pending.is_ready):
-                return self._publish(pending, progress)
-            # Training must not wait for the device, nor a window for the next gradient step.
-            if self._publisher is None:
-                self._publisher = threading.Thread(target=self._publish_arriving, name="ppo-monitor", daemon=True)
-                self._publisher.start()
-            self._arriving.put((pending, progress))
+            self._reporter.hand_over(pending, progress, self._meter.trainable_heads(), must_wait=is_last)
         except Exception as error:
-            self._failed(error)
+            self._reporter.failed(error)
 
-    def _publish_arriving(self) -> None:
-        while (window := self._arriving.get()) is not None:
-            try:
-                self._publish(*window)
-            except Exception as error:
-                self._failed(error)
+    def _give_back(self, progress: Mapping[str, object]) -> None:
+        with self._lock:
+            self._progress.give_back(progress)
 
-    def _publish(self, pending: PendingGradientSteps, progress: dict[str, object]) -> None:
-        metrics = pending.summary()
-        if not metrics["gradient_cv_per_step"]:  # all overflowed: what they counted goes to the next window
-            with self._lock:
-                self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
-            return
-        if not self._global_norm:
-            metrics["gradient_norm"] = None
-        progress["skipped_gradient_steps"] = pending.given_up_steps
-        emit_ppo_update(metrics, run=self.run, handler=self._aggregator, **progress)
-
-    def _failed(self, error: Exception) -> None:
-        self._aggregator.count_error(self.run)
-        if not self._has_logged_error:
-            self._has_logged_error = True
-            _log.error(
-                "run %s: gradients could not be measured; training goes on, further errors are only counted",
-                self.run,
-                exc_info=error,
-            )
-
-
-def _has_closure(args: tuple, kwargs: dict) -> bool:
-    """Whether `optimizer.step` was given a closure; `args` begins with the optimizer itself."""
-    return kwargs.get("closure") is not None or len(args) > 1 and args[1] is not None
-
-
-def _checked(name: str, value: object) -> float | int | None:
-    """`value` as the payload takes it."""
-    if name not in _RECORDABLE:
-        nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(_RECORDABLE)}"
-        raise TypeError(f"no signal {name!r}{hint}")
-    if value is None:
-        return None
-    try:
-        number = int(value) if name in _INCREMENTS else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a number, got {value!r}") from error
-    PPOUpdatePayload(run="checked", **{name: number})
-    return number
+    def _blind(self, reason: str) -> None:
+        try:
+            self._reporter.blind(reason)
+        except Exception as error:
+            self._reporter.failed(error)
 
 
 _attached: dict[tuple[RunAggregator, str], GradientMonitor] = {}

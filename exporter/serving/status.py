@@ -106,6 +106,7 @@ class StatusPage:
 
 
 _DIM = "dim"
+_UNKNOWN = "without an update"
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,20 @@ class _Headline:
     @classmethod
     def of(cls, run: RunSnapshot, now: float) -> "_Headline":
         quality = run.gradient_quality
-        if run.last_update_timestamp_seconds is None:
+        # A gradient that is not finite, or no measured step, may be known before the first update.
+        if run.last_update_timestamp_seconds is None and math.isfinite(quality.gradient_cv):
             text = "No update since the resume" if run.resumes else "No update yet"
-            return cls(text, "without an update", _DIM, (0, 0.0))
-        if now - run.last_update_timestamp_seconds > run.stalled_after_seconds:
+            return cls(text, _UNKNOWN, _DIM, (0, 0.0))
+        if now - (run.last_update_timestamp_seconds or now) > run.stalled_after_seconds:
             return cls("stalled", "stalled", "red", (3, quality.gradient_cv))
         rank = {HealthLevel.HEALTHY: 1, HealthLevel.WARNING: 2, HealthLevel.CRITICAL: 4}[quality.health]
         text = cv_text(quality.gradient_cv, quality.thresholds)
         return cls(text, quality.health.word, quality.health.color, (rank, quality.gradient_cv))
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether there is nothing to say of the run's level."""
+        return self.word == _UNKNOWN
 
     @property
     def is_news(self) -> bool:

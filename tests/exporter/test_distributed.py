@@ -25,10 +25,15 @@ def test_every_rank_measures_the_reduced_gradient_and_rank_0_serves_or_each_at_i
         subprocess.Popen(
             [sys.executable, RANK, tmp_path / f"{rank}.json"],
             env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
-    assert [process.wait(90) for process in processes] == [0, 0]
+    errors = [process.communicate(timeout=90)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    # An averaging by hand would come after what is measured before clipping.
+    assert all(text.count("run early: gradients are measured at the end of the backward pass") == 1 for text in errors)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["cv"] == second["cv"] > 0
     assert first["cv"] == pytest.approx(first["expected_cv"], rel=1e-5)
