@@ -46,7 +46,7 @@ def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
         observations,
         actions,
         log_probs + 0.2 * noise,
-        values + 0.5 * value_noise,
+        values + 0.15 * value_noise,
         advantages,
         returns,
         valid,
