@@ -1,5 +1,7 @@
 """Stable-Baselines3: a callback that measures an on-policy algorithm and serves it with SB3's own logger values."""
 
+import logging
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -31,20 +33,25 @@ _SIGNALS = {
     "train/learning_rate": "learning_rate",
 }
 _ENTROPY_LOSS = "train/entropy_loss"
+_log = logging.getLogger(__name__)
 
 
 def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict[str, list[Rows]]:
     """Action heads of an actor-critic policy: rows of its one `action_net`, in the action space's order.
 
+    A part of the action with a single choice is no head; it is left out, and the log says so.
+
     Args:
         policy: `model.policy`. `Discrete` is one head, `MultiDiscrete` one per
-            entry of `nvec`, `MultiBinary` one per bit.
-        names: the heads' names; by default `action_0`, `action_1`, ..., or `action` for `Discrete`.
+            entry of `nvec`, `MultiBinary` one per bit, `Box` one per dimension: its row of the
+            mean, with its entry of `log_std` where the policy has one for each dimension.
+        names: one for every part of the action, those with a single choice included; by default
+            `action_0`, `action_1`, ..., or `action` for `Discrete`.
 
     Raises:
-        TypeError: the policy has no `action_net`, or its action space has no discrete heads.
-        ValueError: `names` has the wrong length or a name twice, or the rows of
-            `action_net` are not those of the action space.
+        TypeError: the policy has no `action_net`, or its action space is another one.
+        ValueError: `names` has the wrong length or a name twice, the rows of
+            `action_net` are not those of the action space, or nothing has two choices.
     """
     space = policy.action_space
     match space:
@@ -52,12 +59,12 @@ def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict
             sizes = [int(space.n)]
         case spaces.MultiDiscrete():
             sizes = [int(size) for size in space.nvec.flat]
-        case spaces.MultiBinary():
+        case spaces.MultiBinary() | spaces.Box():
             sizes = [1] * int(np.prod(space.shape))
         case _:
             raise TypeError(
                 f"no action heads in a {type(space).__name__} action space; "
-                "supported are Discrete, MultiDiscrete and MultiBinary"
+                "supported are Discrete, MultiDiscrete, MultiBinary and Box"
             )
     layer = getattr(policy, "action_net", None)
     if not isinstance(layer, torch.nn.Module):
@@ -68,7 +75,18 @@ def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict
         raise ValueError(f"the {type(space).__name__} action space has {len(sizes)} heads, but the names are {names!r}")
     elif len(set(names)) < len(names):
         raise ValueError(f"heads need distinct names, got {list(names)!r}")
-    return row_heads(layer, dict(zip(names, sizes)))
+    heads = row_heads(layer, dict(zip(names, sizes)))
+    log_std = getattr(policy, "log_std", None)
+    if isinstance(space, spaces.Box) and isinstance(log_std, torch.nn.Parameter) and log_std.shape == (len(sizes),):
+        for index, head in enumerate(heads.values()):
+            head.append(Rows(log_std, index, index + 1))
+    # A bit or a dimension is one row and a choice all the same.
+    single = [] if isinstance(space, (spaces.MultiBinary, spaces.Box)) else [n for n, s in zip(names, sizes) if s == 1]
+    if len(single) == len(sizes):
+        raise ValueError(f"nothing to measure: every part of the action space {space} has a single choice")
+    if single:
+        _log.info("left out of the action heads, for they have a single choice: %s", ", ".join(single))
+    return {name: head for name, head in heads.items() if name not in single}
 
 
 class PrometheusCallback(BaseCallback):
@@ -82,12 +100,13 @@ class PrometheusCallback(BaseCallback):
     loss, for one, is the mean squared error without its coefficient.
 
     The endpoint is there for one `learn()`: at its end the run, its target file and
-    the endpoint go, and a later `learn()` starts from zero. With `keep_serving` they
-    stay, and `learn()` of the same model with the same callback goes on counting,
-    until `close()`. After an exception or Ctrl-C in `learn()` they stay as well,
-    because SB3 does not tell callbacks: what was measured can still be read, and
-    the alert on a stalled run fires unless the next `learn()` of this run in this thread
-    takes them over, `close()` ends them, or the script ends.
+    the endpoint go, and a later `learn()` starts from zero. After a `learn()` with
+    `reset_num_timesteps=False`, one of several, they stay, and `learn()` of the same model
+    with the same callback goes on counting, until `close()` or the end of the script.
+    After an exception or Ctrl-C in `learn()` they stay as well, because SB3 does not tell
+    callbacks: what was measured can still be read, and the alert on a stalled run fires
+    unless the next `learn()` of this run in this thread takes them over, `close()` ends
+    them, or the script ends.
 
     Args:
         run: name of the run; by default the environment's id and the model's seed, or the time without one.
@@ -97,7 +116,7 @@ class PrometheusCallback(BaseCallback):
         info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
         thresholds: as for `GradientMonitor`.
         before_clipping, global_norm: as for `GradientMonitor`. SB3 always clips, so norms are taken before by default.
-        keep_serving: leave the endpoint open when `learn()` is over.
+        keep_serving: leave the endpoint open when `learn()` is over, or not; by default as `learn()` was called.
         aggregator: as for `GradientMonitor`.
         verbose: 1 prints the URL.
 
@@ -130,7 +149,7 @@ class PrometheusCallback(BaseCallback):
         thresholds: Thresholds | Sequence[float] = Thresholds(),
         before_clipping: bool = True,
         global_norm: bool = False,
-        keep_serving: bool = False,
+        keep_serving: bool | None = None,
         aggregator: RunAggregator | None = None,
         verbose: int = 0,
     ) -> None:
@@ -154,6 +173,7 @@ class PrometheusCallback(BaseCallback):
         self._global_norm = global_norm
         self._keep_serving = keep_serving
         self._aggregator = aggregator
+        self._stays_open: bool | None = keep_serving
         self._thread: int | None = None  # that is in learn(), or was when an exception ended it
         self._measured_policy: BasePolicy | None = None
         self._counted_timesteps = 0
@@ -193,6 +213,9 @@ class PrometheusCallback(BaseCallback):
             self.close()
             self._open()
         self._thread = threading.get_ident()
+        self._stays_open = self._keep_serving
+        if self._stays_open is None:
+            self._stays_open = not self.locals.get("reset_num_timesteps", True)
         self._counted_timesteps = self.model.num_timesteps
         self._update_started = None
 
@@ -253,7 +276,7 @@ class PrometheusCallback(BaseCallback):
         if self.monitor is None:
             return
         self.monitor.detach()
-        if not self._keep_serving:
+        if not self._stays_open:
             self.close()
 
     def _export_update(self) -> None:
@@ -280,9 +303,12 @@ class PrometheusCallback(BaseCallback):
 
 
 def _environment_name(env: VecEnv) -> str | None:
-    """Id of the environment, its class where it has none; None where it runs in other processes."""
-    environments = getattr(env.unwrapped, "envs", None)
-    if not environments:
+    """Id of the environment, its class where it has none; None where it says neither."""
+    # Its text and not its `spec`: a worker process ends when it has to send a spec that cannot be pickled, and one
+    # that contains a lambda cannot.
+    try:
+        text = str(env.env_method("__str__", indices=0)[0])
+    except Exception:  # from a vector environment that is not made of Gymnasium's; a name is no reason not to train
         return None
-    environment = environments[0].unwrapped
-    return environment.spec.id if environment.spec is not None else type(environment).__name__
+    found = re.search(r"<(\w+)(?:<([^<>]+)>| instance)>+$", text)
+    return found and (found[2] or found[1])
