@@ -3,7 +3,6 @@
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -152,7 +151,7 @@ class RunAggregator:
 def _after_update(before: RunSnapshot, payload: PPOUpdatePayload, interval_seconds: float | None) -> RunSnapshot:
     quality = before.gradient_quality
     level = quality.thresholds.level
-    steps = Counter(map(level, payload.gradient_cv_per_step))
+    steps = quality.thresholds.steps_by_level(payload.gradient_cv_per_step)
     since = before.level_since_timestamp_seconds
     if since is None or level(payload.gradient_cv) is not quality.health:
         since = payload.timestamp_seconds

@@ -1,15 +1,17 @@
 """What an action head is to the measurement, and its gradient norms on the device."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
-from typing import NamedTuple
+from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from exporter.pending import NO_HEAD, Block, Layout, PendingGradientSteps
 from exporter.telemetry import GradientStep
 
 
@@ -24,10 +26,9 @@ class Rows:
 
 Head = nn.Module | Iterable[Tensor | Rows]
 
-_NO_HEAD = -1
 # Up to here copying gradients costs less than starting one kernel per parameter; 64 KiB a step in float32.
 _SMALL_ELEMENTS = 16384
-_COPIED_STEPS = 128  # after so many, copies are reduced to norms, so that a long window stays small
+_BUFFERED_STEPS = 32
 
 
 def row_heads(layer: nn.Module, sizes: Mapping[str, int]) -> dict[str, list[Rows]]:
@@ -77,30 +78,35 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
 class HeadGradientMeter:
     """L2 gradient norms of action heads, from one pass over the gradients.
 
-    `record()` runs between backward and optimizer step and only queues work on
-    the device; `measure()` does the same and returns the global norm that
-    clipping needs. `collect()` transfers what was recorded, all steps at once.
-    What is stored are norms of whole parameters and of single rows of shared
-    layers; they are put together per head when they are collected.
+    `record()` runs between backward and optimizer step; `measure()` does the same and
+    returns the global norm that clipping needs. Both only queue work on the device.
+    `collect()` transfers what was recorded, all steps at once. What is stored are norms
+    of whole parameters and of rows; they are put together per head when they are collected.
 
     Args:
         heads: name -> module, parameters, or `Rows` of layers that heads share.
         other_parameters: what else the optimizer steps; counts in the global norm only.
+        flat: a parameter of which all others are views, as their gradients are of its
+            gradient. The global norm is then that of `flat.grad`.
 
     Attributes:
         head_names: in the order of `heads`.
-        parameters: every parameter that is measured.
+        parameters: every parameter that is measured by itself.
+        recorded: steps since they were collected last.
 
     Raises:
-        ValueError: a head has no parameters, two heads share one, rows are out of
-            range, or the parameters cannot be measured (sharded, or on several devices).
+        ValueError: a head has no parameters, two heads share one, rows are out of range, or the
+            parameters cannot be measured (sharded, on several devices, or no views of `flat`).
         TypeError: a head is made of something else.
     """
 
-    def __init__(self, heads: Mapping[str, Head], other_parameters: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, heads: Mapping[str, Head], other_parameters: Iterable[Tensor] = (), *, flat: Tensor | None = None
+    ) -> None:
         if not heads:
             raise ValueError("there are no heads to measure")
         self.head_names = tuple(heads)
+        self._flat = flat
         whole: dict[Tensor, int] = {}
         rows: dict[Tensor, list[int]] = {}
         for index, (name, head) in enumerate(heads.items()):
@@ -116,9 +122,9 @@ class HeadGradientMeter:
                 raise ValueError(
                     f"head {self.head_names[whole[parameter]]!r} takes all of a layer of which other heads take rows"
                 )
-        for parameter in other_parameters:
+        for parameter in other_parameters if flat is None else ():
             if parameter not in rows:
-                whole.setdefault(parameter, _NO_HEAD)
+                whole.setdefault(parameter, NO_HEAD)
 
         self._whole = list(whole)
         self._shared = list(rows)
@@ -129,35 +135,75 @@ class HeadGradientMeter:
         # Half-precision norms lose digits, and those of float16 overflow at 65504.
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters)
         self._dtype = torch.float32 if half else None
-        _require_measurable(self.parameters)
-        self._steps: list[_Step] = []
-        self._is_small = not rows and sum(parameter.numel() for parameter in whole) <= _SMALL_ELEMENTS
-        # Parameters of one head stand next to each other: (owner, elements) of each such block.
-        self._blocks = [
-            (owner, sum(parameter.numel() for parameter, _ in block))
-            for owner, block in groupby(whole.items(), lambda item: item[1])
-        ]
-        # Norm, address and version of each gradient that a backward pass has made since the last step.
-        self._early: dict[Tensor, tuple[Tensor, int, int]] = {}
-        self._backward_pass = -1
+        _require_measurable(self.parameters, flat)
+        self._buffer = _Buffer.of(dict(zip(self.parameters, self._owners)), self._dtype)
+        self._open: _OpenBlock | None = None
+        self._closed: list[tuple[Block, Tensor]] = []
+        self.recorded = 0
+        self._early: _Taken | None = None
+        # Tells whether gradients were accumulated further: a small one that is kept until it is stepped on.
+        self._smallest_first = sorted(self.parameters, key=Tensor.numel)
+        self._mark: tuple[Tensor, Tensor, int] | None = None
 
-    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> None:
-        """Take the norms of the gradients as they are now, or as `record_after_backward()` saw them.
+    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> GradientStep | None:
+        """Take the norms of the gradients as they are now, or as `take_early()` saw them.
+
+        A step in which no head has a gradient is left out.
 
         Args:
             scale: what the loss was multiplied with, a 0-dimensional tensor; norms are divided by it.
             discard: a 0-dimensional tensor; where it turns out not to be zero the step is left out.
+
+        Returns:
+            The step if it is not finite; None if it is, or where the device would have to be waited for.
         """
-        gradients = self._small_gradients()
-        norms, present = ([gradients], None) if gradients is not None else self._norms()
-        if scale is not None and norms:
-            norms = list(torch._foreach_div(norms, scale))
-        if discard is not None:
-            # A copy: its owner may change it before it is read.
-            norms.append(discard.detach().clone())
-        self._steps.append(_Step(norms, present, discard is not None, gradients is not None))
-        if gradients is not None and len(self._steps) % _COPIED_STEPS == 0:
-            self._steps = self._with_norms(self._steps)
+        taken, self._early, self._mark = self._early or self._take(), None, None
+        if not taken.has_heads:
+            return None
+        if scale is not None:
+            taken.divide(scale)
+        # A copy: its owner may change it before it is read.
+        self._commit(taken, discard=None if discard is None else discard.detach().clone())
+        return None if discard is not None or taken.is_finite() else self._step_of(taken)
+
+    def measure(self) -> Tensor:
+        """Take the norms of the gradients as they are now.
+
+        Returns:
+            Global L2 norm over all parameters, a 0-dimensional tensor on their device.
+        """
+        taken = self._take()
+        total = None if self._flat is None else torch.linalg.vector_norm(self._flat.grad, dtype=self._dtype)
+        self._commit(taken, total)
+        return torch.linalg.vector_norm(taken.numbers, dtype=self._dtype) if total is None else total
+
+    def take_early(self, *, may_give_up: bool = True) -> GradientStep | None:
+        """Take the norms of the gradients as they are now for the next `record()`.
+
+        Args:
+            may_give_up: a step that was taken so earlier, and whose gradients were zeroed or made anew
+                instead of a step, counts if it was not finite.
+
+        Returns:
+            As `record()`.
+        """
+        if self._mark is not None:
+            parameter, gradient, version = self._mark
+            # A backward pass that adds to it makes one version.
+            if parameter.grad is not gradient or gradient._version - version > 1:
+                self.give_up(may_give_up)
+        self._early = self._take()
+        for parameter in self._smallest_first:
+            if (gradient := parameter.grad) is not None:
+                self._mark = (parameter, gradient, gradient._version)
+                break
+        return None if self._early.is_finite() else self._step_of(self._early)
+
+    def give_up(self, does_count: bool = True) -> None:
+        """What was taken early gets no step; it counts, if at all, only if it was not finite."""
+        early, self._early, self._mark = self._early, None, None
+        if does_count and early is not None and early.has_heads:
+            self._commit(early, given_up=True)
 
     def require_owned(self, owned: Iterable[Tensor]) -> None:
         """Check that an optimizer's parameters include every head's.
@@ -168,212 +214,232 @@ class HeadGradientMeter:
         known = set(owned)
         for parameter, owners in zip(self.parameters, self._owners):
             if parameter not in known:
-                name = next((self.head_names[owner] for owner in owners if owner != _NO_HEAD), None)
+                name = next((self.head_names[owner] for owner in owners if owner != NO_HEAD), None)
                 raise ValueError(f"the optimizer does not own a parameter of head {name!r}")
-
-    def record_after_backward(self, on_error: Callable[[Exception], None]) -> list[RemovableHandle]:
-        """Take each parameter's norm as soon as its gradient is accumulated, before anything clips it.
-
-        Those of a step that was given up are forgotten in the next backward pass that
-        reaches a parameter. A step without one takes them for its own if gradients were
-        zeroed in place, which looks like clipping. A change through `.data` goes unnoticed.
-
-        Args:
-            on_error: told of what goes wrong in a hook, which must not end the backward pass.
-
-        Returns:
-            Handles that end it.
-        """
-
-        def take(parameter: Tensor) -> None:
-            try:
-                self._take_early(parameter)
-            except Exception as error:
-                on_error(error)
-
-        take = torch.compiler.disable(take)  # a compiled training step must not trace into it
-        # What is frozen may be unfrozen later; integers never have a gradient, nor what inference mode has made.
-        able = [p for p in self.parameters if (p.is_floating_point() or p.is_complex()) and not p.is_inference()]
-        return [_hooked(parameter, take) for parameter in able]
-
-    def measure(self) -> Tensor:
-        """Take the norms of the gradients as they are now.
-
-        Returns:
-            Global L2 norm over all parameters, a 0-dimensional tensor on their device.
-        """
-        norms, present = self._norms()
-        joined = _joined(norms, self.parameters[0].device)
-        self._steps.append(_Step([joined], present))
-        return torch.linalg.vector_norm(joined)
 
     def collect(self) -> list[GradientStep]:
         """One record per step since the last call, in order; one transfer for all of them."""
         return self.start_collecting().result()
 
-    def start_collecting(self) -> "PendingGradientSteps":
+    def start_collecting(self) -> PendingGradientSteps:
         """Like `collect()`, without waiting for the device."""
-        steps, self._steps = self._steps, []
-        steps = self._with_norms(steps)
-        on_device = _joined([norm for step in steps for norm in step.norms], self.parameters[0].device)
-        layouts = [(self._owners_of(step), step.may_be_discarded) for step in steps]
-        return PendingGradientSteps(self.head_names, layouts, on_device)
+        self._close_block()
+        if self._buffer is not None and self._early is None:
+            self._buffer.filled = 0
+        closed, self._closed, self.recorded = self._closed, [], 0
+        return self._pending(closed)
 
-    def _owners_of(self, step: "_Step") -> tuple[int, ...]:
-        """The head of each of the step's norms."""
-        if step.owners is not None:
-            return step.owners
-        if step.present is None:
-            return self._all_owners
-        return tuple(owner for owners, has in zip(self._owners, step.present) if has for owner in owners)
+    def _pending(self, closed: list[tuple[Block, Tensor]]) -> PendingGradientSteps:
+        numbers = [numbers.flatten() for _, numbers in closed] or [torch.zeros(0, device=self.parameters[0].device)]
+        return PendingGradientSteps(
+            self.head_names, [block for block, _ in closed], numbers[0] if len(numbers) == 1 else torch.cat(numbers)
+        )
 
-    def _small_gradients(self) -> Tensor | None:
-        """A copy of all gradients in one vector, where that is cheaper now than their norms."""
-        if not self._is_small or self._early:
-            return None
-        gradients = [parameter.grad for parameter in self._whole]
-        for gradient in gradients:
-            if gradient is None or gradient.requires_grad:
-                return None
-        flat = torch._utils._flatten_dense_tensors(gradients)
-        return flat.clone() if len(gradients) == 1 else flat  # of a single one it is a view
+    def _step_of(self, taken: "_Taken") -> GradientStep | None:
+        """The one step, if it is not finite."""
+        block = _OpenBlock(taken, False, False)
+        block.add(taken, None, None, False)
+        step = self._pending([block.close()]).last()
+        return None if math.isfinite(step.global_norm) else step
 
-    def _with_norms(self, steps: list["_Step"]) -> list["_Step"]:
-        """The same steps, with a norm per head in place of gradients that were copied; one kernel per head."""
-        copied = [step.norms[0] for step in steps if step.holds_gradients]
-        if not copied:
-            return steps
-        parts = torch.stack(copied).split([elements for _, elements in self._blocks], dim=1)
-        owners = tuple(owner for owner, _ in self._blocks)
-        rows = iter(torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=self._dtype) for part in parts], 1))
-        return [
-            step._replace(norms=[next(rows), *step.norms[1:]], holds_gradients=False, owners=owners)
-            if step.holds_gradients
-            else step
-            for step in steps
-        ]
+    def _take(self) -> "_Taken":
+        if self._buffer is not None and (taken := self._buffer.take()) is not None:
+            return taken
+        with torch.no_grad():  # gradients of a double backward
+            norms, owners = self._norms()
+            return _Taken(owners, _joined(norms, self.parameters[0].device))
 
-    def _take_early(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        self._early[parameter] = (self._norm(parameter), gradient.data_ptr(), gradient._version)
-        if self._backward_pass == (now := torch._C._current_graph_task_id()):
-            return
-        self._backward_pass = now
-        # What is as the last pass left it is accumulated further; anything else is no longer what was measured.
-        for other, (_, address, version) in list(self._early.items()):
-            gradient = other.grad
-            if gradient is None:
-                del self._early[other]
-            elif gradient.data_ptr() != address or gradient._version != version:
-                self._take_early(other)
-
-    def _norms(self) -> tuple[list[Tensor], tuple[bool, ...] | None]:
-        """Norms of what has a gradient; for every parameter whether it has one, None if all have."""
-        if self._early:
-            early, self._early = self._early, {}
-            present = tuple(parameter.grad is not None for parameter in self.parameters)
-            # A gradient that no backward pass has touched since the last step, a zero one say, is taken as it is.
-            norms = [early[p][0] if p in early else self._norm(p) for p, has in zip(self.parameters, present) if has]
-            return norms, None if all(present) else present
-        gradients = [parameter.grad for parameter in self._whole]
-        shared = self._shared
-        present = None
-        for gradient in (*gradients, *[parameter.grad for parameter in shared]) if shared else gradients:
-            if gradient is None:
-                present = tuple(parameter.grad is not None for parameter in self.parameters)
-                gradients = [gradient for gradient in gradients if gradient is not None]
-                shared = [parameter for parameter in shared if parameter.grad is not None]
-                break
-        norms = list(torch._foreach_norm(gradients, dtype=self._dtype)) if gradients else []
-        norms.extend(map(self._norm, shared))
-        if any(norm.requires_grad for norm in norms):  # gradients of a double backward
-            norms = [norm.detach() for norm in norms]
-        return norms, present
-
-    def _norm(self, parameter: Tensor) -> Tensor:
-        """Norm of the gradient of a parameter, or of each row of a layer that heads share."""
-        gradient = parameter.grad
-        if gradient.requires_grad:  # of a double backward
-            gradient = gradient.detach()
-        if parameter not in self._is_shared:
-            return torch.linalg.vector_norm(gradient, dtype=self._dtype)
-        rows = gradient.flatten(1) if gradient.dim() > 1 else gradient.unsqueeze(1)
-        return torch.linalg.vector_norm(rows, dim=1, dtype=self._dtype)
-
-
-class _Step(NamedTuple):
-    """Norms of one step on the device: one tensor per parameter that has a gradient, or all in one.
-
-    `present`: for every parameter whether it has a gradient, None if all have. The
-    last norm is no norm but the discard flag if the step `may_be_discarded`; the first
-    one is the gradients themselves, in one vector, if it `holds_gradients`. `owners`:
-    the head of each norm, where it is not that of the parameters.
-    """
-
-    norms: list[Tensor]
-    present: tuple[bool, ...] | None
-    may_be_discarded: bool = False
-    holds_gradients: bool = False
-    owners: tuple[int, ...] | None = None
-
-
-class PendingGradientSteps:
-    """Recorded steps on their way from the device to the host.
-
-    On CUDA the copy goes to pinned memory in the stream of the training step, and
-    `is_ready` asks an event; nothing waits before `result()`.
-    """
-
-    def __init__(
-        self,
-        head_names: tuple[str, ...],
-        layouts: list[tuple[tuple[int, ...], bool]],
-        norms: Tensor,
+    def _commit(
+        self, taken: "_Taken", total: Tensor | None = None, discard: Tensor | None = None, given_up: bool = False
     ) -> None:
-        self._head_names = head_names
-        self._layouts = layouts
-        self._event = None
-        if norms.is_cuda:
-            self._norms = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True)
-            self._norms.copy_(norms, non_blocking=True)
-            self._event = torch.cuda.Event()
-            # The norms' device need not be the current one.
-            self._event.record(torch.cuda.current_stream(norms.device))
+        if self._open is None or not self._open.takes(taken, total, discard):
+            self._close_block()
+            self._open = _OpenBlock(taken, total is not None, discard is not None)
+        self._open.add(taken, total, discard, given_up)
+        self.recorded += 1
+        if taken.buffer is not None and taken.buffer.advance():
+            self._close_block()
+
+    def _close_block(self) -> None:
+        if self._open is not None:
+            self._closed.append(self._open.close())
+            self._open = None
+
+    def _norms(self) -> tuple[list[Tensor], tuple[int, ...]]:
+        """Norms of what has a gradient, and the heads that they belong to."""
+        whole = [gradient for parameter in self._whole if (gradient := parameter.grad) is not None]
+        shared = [gradient for parameter in self._shared if (gradient := parameter.grad) is not None]
+        owners = self._all_owners
+        if len(whole) + len(shared) < len(self.parameters):
+            has = [parameter.grad is not None for parameter in self.parameters]
+            owners = tuple(owner for owners, it_has in zip(self._owners, has) if it_has for owner in owners)
+        whole = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in whole]
+        norms = list(torch._foreach_norm(whole, dtype=self._dtype)) if whole else []
+        for gradient in shared:
+            rows = gradient.to_dense() if gradient.is_sparse else gradient
+            rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+            norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=self._dtype))
+        return norms, owners
+
+
+class _Taken:
+    """Numbers of one step on the device: norms, or a row of the buffer with the gradients themselves.
+
+    Attributes:
+        owners: for each norm, or row of a gradient, the index of its head.
+        numbers: one-dimensional.
+        buffer: the buffer of which `numbers` are the row that is to be filled, if so.
+        has_heads: whether a head has a gradient.
+    """
+
+    __slots__ = ("owners", "numbers", "buffer", "has_heads", "_is_finite")
+
+    def __init__(self, owners: tuple[int, ...], numbers: Tensor, buffer: "_Buffer | None" = None) -> None:
+        self.owners = owners
+        self.numbers = numbers
+        self.buffer = buffer
+        self.has_heads = buffer is not None or any(owner != NO_HEAD for owner in owners)
+        self._is_finite: bool | None = None
+
+    def divide(self, scale: Tensor) -> None:
+        self.numbers = self.numbers.div_(scale)
+
+    def is_finite(self) -> bool:
+        """False where it may not be finite; True too where the device would have to be waited for."""
+        if self._is_finite is None:
+            numbers = self.numbers
+            self._is_finite = not numbers.is_cpu or math.isfinite(numbers.dot(numbers).item())
+        return self._is_finite
+
+
+class _OpenBlock:
+    """Neighbouring steps whose numbers are of one kind."""
+
+    def __init__(self, first: _Taken, has_total: bool, has_discard: bool) -> None:
+        self._layout = Layout(first.owners, has_total, has_discard)
+        self._buffer = first.buffer
+        self._start = first.buffer.filled if first.buffer is not None else 0
+        self._vectors: list[Tensor] = []
+        self._totals: list[Tensor] = []
+        self._discards: list[Tensor] = []
+        self._given_up: list[bool] = []
+
+    def takes(self, taken: _Taken, total: Tensor | None, discard: Tensor | None) -> bool:
+        """Whether a step is of the same kind."""
+        owners, has_total, has_discard = self._layout
+        return (
+            taken.buffer is self._buffer
+            and (taken.owners is owners or taken.owners == owners)
+            and (total is not None) == has_total
+            and (discard is not None) == has_discard
+        )
+
+    def add(self, taken: _Taken, total: Tensor | None, discard: Tensor | None, given_up: bool) -> None:
+        if self._buffer is None:
+            self._vectors.append(taken.numbers)
+        if total is not None:
+            self._totals.append(total)
+        if discard is not None:
+            self._discards.append(discard)
+        self._given_up.append(given_up)
+
+    def close(self) -> tuple[Block, Tensor]:
+        """The steps, and their numbers [steps, width of the layout]."""
+        if self._buffer is None:
+            numbers = torch.stack(self._vectors)
         else:
-            self._norms = norms.to("cpu")
+            numbers = self._buffer.norms(self._start, len(self._given_up))
+        extra = [torch.stack(column).unsqueeze(1) for column in (self._totals, self._discards) if column]
+        return Block(self._layout, tuple(self._given_up)), torch.cat([numbers, *extra], 1) if extra else numbers
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether `result()` would return at once."""
-        return self._event is None or self._event.query()
 
-    def result(self) -> list[GradientStep]:
-        """The steps, in order; waits for the device if they are not ready."""
-        if self._event is not None:
-            self._event.synchronize()
-        heads = len(self._head_names)
-        steps: list[GradientStep] = []
-        squares = self._norms.double().square()
-        start = 0
-        # Neighbours of one layout are put together at once: usually that is all of them.
-        for (owners, may_be_discarded), group in groupby(self._layouts):
-            count = len(list(group))
-            columns = [owner if owner != _NO_HEAD else heads for owner in owners]
-            width = len(columns) + may_be_discarded
-            block = squares[start : start + count * width].view(count, width)
-            start += block.numel()
-            if may_be_discarded:
-                block = block[block[:, -1] == 0.0, :-1]
-            # index_add_ keeps a NaN in the column of its own head; a matrix product would spread it.
-            per_head = block.new_zeros(len(block), heads + 1)
-            per_head.index_add_(1, torch.tensor(columns, dtype=torch.long), block)
-            contributing = sorted(set(columns) - {heads})
-            names = [self._head_names[index] for index in contributing]
-            steps.extend(
-                GradientStep(dict(zip(names, norms)), global_norm)
-                for norms, global_norm in zip(per_head[:, contributing].sqrt().tolist(), block.sum(1).sqrt().tolist())
-            )
-        return steps
+class _Buffer:
+    """Gradients of steps that are copied, for where they are small that costs less than their norms one by one.
+
+    Gradients of one shape but for their first axis are one copy. Norms are taken of many steps at once.
+    """
+
+    def __init__(self, owners: Mapping[Tensor, Sequence[int]], dtype: torch.dtype | None) -> None:
+        of_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in owners:
+            of_shape.setdefault(parameter.shape[1:], []).append(parameter)
+        self._groups = list(of_shape.values())
+        self._dtype = dtype
+        self._owners = tuple(
+            owner
+            for group in self._groups
+            for parameter in group
+            for owner in (owners[parameter] if len(owners[parameter]) > 1 else owners[parameter] * len(parameter))
+        )
+        sizes = [sum(parameter.numel() for parameter in group) for group in self._groups]
+        first = self._groups[0][0]
+        self._gradients = torch.empty(_BUFFERED_STEPS, sum(sizes), dtype=first.dtype, device=first.device)
+        # [steps, rows, elements of a row] of each group, and where a step's gradients are copied to.
+        self._rows = [
+            part.unflatten(1, (sum(map(len, group)), -1))
+            for part, group in zip(self._gradients.split(sizes, 1), self._groups)
+        ]
+        shapes = [torch.Size((-1, *shape)) for shape in of_shape]
+        self._places = [
+            (step, [part.view(shape) for part, shape in zip(step.split(sizes), shapes)]) for step in self._gradients
+        ]
+        self.filled = 0
+
+    @classmethod
+    def of(cls, owners: Mapping[Tensor, Sequence[int]], dtype: torch.dtype | None) -> "_Buffer | None":
+        """A buffer for gradients of these parameters, or None where norms are better."""
+        small = sum(parameter.numel() for parameter in owners) <= _SMALL_ELEMENTS
+        plain = all(parameter.dim() and parameter.numel() and parameter.is_floating_point() for parameter in owners)
+        alike = len({parameter.dtype for parameter in owners}) == 1
+        return cls(owners, dtype) if small and plain and alike else None
+
+    def take(self) -> _Taken | None:
+        """Copy the gradients as they are now into the next row; None where that cannot be done."""
+        step, places = self._places[self.filled]
+        try:
+            for group, place in zip(self._groups, places):
+                torch.cat([parameter.grad for parameter in group], out=place)
+        except (RuntimeError, TypeError):
+            return None  # one is missing, sparse, or part of a graph
+        return _Taken(self._owners, step, self)
+
+    def advance(self) -> bool:
+        """Keep the row that was filled last. Returns whether it was the last one."""
+        self.filled = (self.filled + 1) % _BUFFERED_STEPS
+        return self.filled == 0
+
+    def norms(self, start: int, steps: int) -> Tensor:
+        """Norms [steps, rows of all gradients]."""
+        norms = [torch.linalg.vector_norm(rows[start : start + steps], dim=2, dtype=self._dtype) for rows in self._rows]
+        return torch.cat(norms, 1)
+
+
+def after_backward(parameters: Iterable[Tensor], call: Callable[[], None]) -> list[RemovableHandle]:
+    """Call something at the end of each backward pass that has reached one of `parameters`.
+
+    Whatever else waits for the end of the pass comes first: DistributedDataParallel has averaged
+    the gradients by then.
+
+    Returns:
+        Handles that end it.
+    """
+    queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+    current_pass = torch._C._current_graph_task_id
+    # Behind what is queued until the end of the pass, as DistributedDataParallel does with the last bucket. A compiled
+    # training step must not trace into these functions.
+    at_end = partial(queue_callback, torch.compiler.disable(call))
+    seen = -1
+
+    def reached(parameter: Tensor) -> None:
+        nonlocal seen
+        if seen != (now := current_pass()):
+            seen = now
+            queue_callback(at_end)
+
+    reached = torch.compiler.disable(reached)
+    # What is frozen may be unfrozen later; integers never have a gradient, nor what inference mode has made.
+    able = [p for p in parameters if (p.is_floating_point() or p.is_complex()) and not p.is_inference()]
+    return [_hooked(parameter, reached) for parameter in able]
 
 
 def _joined(norms: list[Tensor], device: torch.device) -> Tensor:
@@ -406,16 +472,16 @@ def _parts(name: str, head: Head) -> list[Tensor | Rows]:
 
 
 def _claim_rows(rows: dict[Tensor, list[int]], part: Rows, head: int, names: tuple[str, ...]) -> None:
-    owners = rows.setdefault(part.parameter, [_NO_HEAD] * len(part.parameter))
+    owners = rows.setdefault(part.parameter, [NO_HEAD] * len(part.parameter))
     if not 0 <= part.start < part.stop <= len(owners):
         raise ValueError(f"head {names[head]!r} takes rows {part.start}:{part.stop} of a layer that has {len(owners)}")
     for row in range(part.start, part.stop):
-        if owners[row] != _NO_HEAD:
+        if owners[row] != NO_HEAD:
             raise ValueError(f"heads {names[owners[row]]!r} and {names[head]!r} share row {row} of a layer")
         owners[row] = head
 
 
-def _require_measurable(parameters: tuple[Tensor, ...]) -> None:
+def _require_measurable(parameters: tuple[Tensor, ...], flat: Tensor | None) -> None:
     devices = sorted({str(parameter.device) for parameter in parameters})
     if len(devices) > 1:
         raise ValueError(f"parameters lie on several devices ({', '.join(devices)}); a monitor measures one")
@@ -426,3 +492,7 @@ def _require_measurable(parameters: tuple[Tensor, ...]) -> None:
                 f"a parameter is a {type(parameter).__name__} that is sharded over processes (DTensor, FSDP); "
                 "its gradient norm cannot be measured here"
             )
+    if flat is not None:
+        storage = flat.untyped_storage().data_ptr()
+        if any(parameter.untyped_storage().data_ptr() != storage for parameter in parameters):
+            raise ValueError("flat must be a parameter of which all heads' parameters are views")

@@ -7,7 +7,7 @@ the thresholds from here. Other documents that name these numbers are not checke
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from numbers import Real
@@ -98,6 +98,16 @@ class Thresholds:
         if cv < self.critical:
             return HealthLevel.WARNING
         return HealthLevel.CRITICAL
+
+    def steps_by_level(self, cvs: Collection[float]) -> dict[HealthLevel, int]:
+        """How many of `cvs` are at each level."""
+        healthy = sum(cv < self.warning for cv in cvs)
+        below_critical = sum(cv < self.critical for cv in cvs)
+        return {
+            HealthLevel.HEALTHY: healthy,
+            HealthLevel.WARNING: below_critical - healthy,
+            HealthLevel.CRITICAL: len(cvs) - below_critical,
+        }
 
     @property
     def lower_bounds(self) -> dict[HealthLevel, float]:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from exporter.aggregator import RunAggregator
 from exporter.endpoint import SharedEndpoint
 from exporter.gradient_cv import unreachable_critical_warning
-from exporter.heads import Head, HeadGradientMeter, PendingGradientSteps
+from exporter.heads import Head, HeadGradientMeter, after_backward
 from exporter.health import Thresholds
 from exporter.link import (
     DEFAULT_ADDRESS,
@@ -34,7 +34,8 @@ from exporter.link import (
     is_crash,
 )
 from exporter.metrics import RANK_LABEL
-from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update, summarize_gradient_steps
+from exporter.pending import PendingGradientSteps
+from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update
 
 DEFAULT_WINDOW_STEPS = 64
 WINDOW_SECONDS = 30.0
@@ -114,10 +115,10 @@ class GradientMonitor:
         self._grad_scaler = grad_scaler
         self._meter: HeadGradientMeter | None = None
         self._hooks: list = []
-        self._steps_in_window = 0
         self._signals: dict[str, float] = {}
         self._increments: Counter[str] = Counter()
-        self._window_began_at = self._alive_at = 0.0
+        self._window_began_at: float | None = None
+        self._alive_at = 0.0
         self._arriving: queue.SimpleQueue[tuple[PendingGradientSteps, dict[str, object]] | None] = queue.SimpleQueue()
         self._publisher: threading.Thread | None = None
         self._optimizer: Callable[[], Optimizer | None] = lambda: None
@@ -173,7 +174,7 @@ class GradientMonitor:
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
         if self._before_clipping:
-            self._hooks += meter.record_after_backward(self._failed)
+            self._hooks += after_backward(meter.parameters, self._after_backward)
         return self
 
     def _replace_earlier(self, optimizer: Optimizer) -> None:
@@ -360,23 +361,42 @@ class GradientMonitor:
                 # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
                 # step, and so this hook, is not called. Either way such a step is none.
                 self._meter.record(scale, getattr(optimizer, "found_inf", None))
-                now = time.monotonic()
-                if not self._steps_in_window:
-                    self._window_began_at = now
-                self._steps_in_window += 1
-                is_long = self._window_steps is not None and now - self._window_began_at >= WINDOW_SECONDS
-                if is_long or self._steps_in_window >= (self._window_steps or _MOST_WINDOW_STEPS):
-                    self._close_window()
-                elif now - self._alive_at >= WINDOW_SECONDS:
-                    self._alive_at = now
-                    self._aggregator.note_progress(self.run, time.time())
+                self._step_recorded()
         except Exception as error:
             self._failed(error)
 
+    def _after_backward(self) -> None:
+        try:
+            with self._lock:
+                if self._meter is not None:
+                    # What a GradScaler gives up has overflowed, and is no step.
+                    self._meter.take_early(may_give_up=self._grad_scaler is None)
+                    self._step_recorded()
+        except Exception as error:
+            self._failed(error)
+
+    def _step_recorded(self) -> None:
+        recorded = self._meter.recorded
+        if not recorded:
+            return
+        now = time.monotonic()
+        if self._window_began_at is None:
+            self._window_began_at = now
+        is_long = self._window_steps is not None and now - self._window_began_at >= WINDOW_SECONDS
+        if is_long or recorded >= (self._window_steps or _MOST_WINDOW_STEPS):
+            self._close_window()
+        elif now - self._alive_at >= WINDOW_SECONDS:
+            self._alive_at = now
+            self._aggregator.note_progress(self.run, time.time())
+
     def _close_window(self, is_last: bool = False) -> None:
-        if self._meter is None or not self._steps_in_window:
+        if self._meter is None:
+            return
+        if is_last:
+            self._meter.give_up(self._grad_scaler is None)
+        if not self._meter.recorded:
             return  # without a gradient step there is nothing to call healthy
-        self._steps_in_window = 0
+        self._window_began_at = None
         self._alive_at = time.monotonic()
         progress = {**self._signals, **self._increments, "timestamp_seconds": time.time()}
         self._increments = Counter()
@@ -402,15 +422,14 @@ class GradientMonitor:
                 self._failed(error)
 
     def _publish(self, pending: PendingGradientSteps, progress: dict[str, object]) -> None:
-        # A step in which no head had a gradient says nothing of their balance.
-        steps = [step for step in pending.result() if step.head_norms]
-        if not steps:  # or all overflowed: what they counted goes to the next window
+        metrics = pending.summary()
+        if not metrics["gradient_cv_per_step"]:  # all overflowed: what they counted goes to the next window
             with self._lock:
                 self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
             return
-        metrics = summarize_gradient_steps(steps)
         if not self._global_norm:
             metrics["gradient_norm"] = None
+        progress["skipped_gradient_steps"] = pending.given_up_steps
         emit_ppo_update(metrics, run=self.run, handler=self._aggregator, **progress)
 
     def _failed(self, error: Exception) -> None:

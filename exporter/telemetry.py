@@ -69,24 +69,41 @@ def summarize_gradient_steps(steps: Sequence[GradientStep]) -> GradientMetrics:
     A head's mean runs over the steps in which it took part with a finite norm; it is
     NaN or infinite only if none of them was finite.
     """
-    cvs = tuple(step.cv for step in steps)
     norms_of: dict[str, list[float]] = {}
     for step in steps:
         for head, norm in step.head_norms.items():
             norms_of.setdefault(head, []).append(norm)
+    return summary_of_steps(
+        [step.cv for step in steps],
+        [step.global_norm for step in steps],
+        norms_of,
+        max((len(step.head_norms) for step in steps), default=0),
+    )
+
+
+def summary_of_steps(
+    cvs: Sequence[float], global_norms: Sequence[float], norms_of: Mapping[str, Sequence[float]], heads: int
+) -> GradientMetrics:
+    """`summarize_gradient_steps()` of columns.
+
+    Args:
+        cvs: CV of every step; +Inf where it is not finite.
+        global_norms: of every step.
+        norms_of: head -> its norms in the steps in which it had a gradient.
+        heads: heads that had a gradient, most of any step.
+    """
+    finite_of, nonfinite = norms_of, dict.fromkeys(norms_of, 0)
+    if not all(map(math.isfinite, cvs)):
+        finite_of = {head: list(filter(math.isfinite, norms)) for head, norms in norms_of.items()}
+        nonfinite = {head: len(norms) - len(finite_of[head]) for head, norms in norms_of.items()}
     return GradientMetrics(
         gradient_cv=_mean(cvs) if cvs else 0.0,
-        gradient_cv_per_step=cvs,
-        contributing_heads=max((len(step.head_norms) for step in steps), default=0),
-        head_gradient_norms={
-            # One NaN would hide the norms of all other steps; the CV and the counter tell of it.
-            head: _mean([norm for norm in norms if math.isfinite(norm)] or norms)
-            for head, norms in norms_of.items()
-        },
-        nonfinite_gradient_steps={
-            head: sum(not math.isfinite(norm) for norm in norms) for head, norms in norms_of.items()
-        },
-        gradient_norm=_mean([step.global_norm for step in steps]) if steps else None,
+        gradient_cv_per_step=tuple(cvs),
+        contributing_heads=heads,
+        # One NaN would hide the norms of all other steps; the CV and the counter tell of it.
+        head_gradient_norms={head: _mean(finite_of[head] or norms) for head, norms in norms_of.items()},
+        nonfinite_gradient_steps=nonfinite,
+        gradient_norm=_mean(global_norms) if global_norms else None,
     )
 
 
@@ -221,6 +238,8 @@ def require_timestamp(name: str, value: object) -> float:
 
 
 def _require_number(name: str, value: object) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's scalars are real numbers too
         raise TypeError(f"{name} must be a number, got {value!r}")
     return _as_float(name, value)

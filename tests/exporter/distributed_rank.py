@@ -54,12 +54,17 @@ parallel = DistributedDataParallel(plain)
 optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
 aggregator = RunAggregator()
 monitor = GradientMonitor(dict(plain.heads.items()), "pair", window_steps=1, aggregator=aggregator).attach(optimizer)
+early = GradientMonitor(
+    dict(plain.heads.items()), "early", window_steps=1, before_clipping=True, aggregator=aggregator
+).attach(optimizer)
 url = monitor.serve(two_free_ports())
 url_of_rank = monitor.serve(two_free_ports(), every_rank=True)
 
 batches = [torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
 parallel(batches[rank]).backward()
+nn.utils.clip_grad_norm_(parallel.parameters(), 1e-3)
 optimizer.step()
+early.detach()
 
 torch.manual_seed(0)
 reference = Sum()
@@ -89,6 +94,8 @@ Path(sys.argv[1]).write_text(
         {
             "cv": aggregator.snapshot.runs["pair"].gradient_quality.gradient_cv,
             "expected_cv": gradient_cv(norms),
+            "norms_before_clipping": list(aggregator.snapshot.runs["early"].gradient_quality.head_norms.values()),
+            "expected_norms": norms,
             "labels": labels_at(url) if url else None,
             "labels_of_rank": labels_at(url_of_rank),
             "port_of_rank": int(url_of_rank.split(":")[2].split("/")[0]),

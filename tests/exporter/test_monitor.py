@@ -17,8 +17,8 @@ import torch
 from conftest import wait_until
 from torch import nn
 
-from exporter import GradientMonitor, RunAggregator, Thresholds, gradient_cv, heads_from, row_heads
-from exporter.heads import PendingGradientSteps
+from exporter import GradientMonitor, Rows, RunAggregator, Thresholds, gradient_cv, heads_from, row_heads
+from exporter.pending import PendingGradientSteps
 from exporter.monitor import WINDOW_SECONDS
 
 HEADS = ("left", "middle", "right", "up", "down")
@@ -163,9 +163,9 @@ def test_a_window_is_published_when_it_has_come_from_the_device(policy, monkeypa
 
         is_ready = property(lambda self: self.arrival.is_set())
 
-        def result(self):
+        def summary(self):
             assert self.arrival.wait(30)
-            return super().result()
+            return super().summary()
 
     class Listening(RunAggregator):
         def handle_ppo_update(self, payload) -> None:
@@ -486,24 +486,39 @@ def test_an_unknown_signal_is_refused_with_the_nearest_one(policy, aggregator):
     assert aggregator.snapshot.runs["walker-17"].episodes == 0
 
 
-@pytest.mark.parametrize("before_clipping", [False, True])
-def test_an_error_inside_never_stops_training(aggregator, caplog, before_clipping):
-    """Sparse gradients are a kind that cannot be measured."""
-    embedding, layer = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2)
-    optimizer = torch.optim.SGD([*embedding.parameters(), *layer.parameters()], lr=0.1)
-    heads = {"sparse": embedding, "dense": layer}
-    monitor = GradientMonitor(heads, "r", window_steps=2, before_clipping=before_clipping, aggregator=aggregator)
-    monitor.attach(optimizer)
-    before = embedding.weight.detach().clone()
+def test_an_error_inside_never_stops_training(policy, caplog):
+    class Full(RunAggregator):
+        def handle_ppo_update(self, payload) -> None:
+            raise OSError("no space left on device")
+
+    aggregator, optimizer = Full(), adam(policy)
+    monitor_of(policy, aggregator, window_steps=2).attach(optimizer)
+    before = policy.trunk.weight.detach().clone()
     with caplog.at_level(logging.ERROR):
-        for _ in range(5):
-            optimizer.zero_grad()
-            layer(embedding(torch.arange(4))).square().mean().backward()
-            optimizer.step()
-    assert not torch.equal(before, embedding.weight)
-    # Twice a step where it is tried twice: after backward, and at the step.
-    assert aggregator.snapshot.runs["r"].exporter_errors == 5 * (1 + before_clipping)
+        train(policy, optimizer, 10)
+    assert not torch.equal(before, policy.trunk.weight)
+    assert aggregator.snapshot.runs["walker-17"].exporter_errors == 5
     assert caplog.text.count("training goes on") == 1
+
+
+@pytest.mark.parametrize("before_clipping", [False, True])
+def test_sparse_gradients_are_measured(aggregator, before_clipping):
+    torch.manual_seed(0)
+    embedding, fused, layer = nn.Embedding(10, 4, sparse=True), nn.Embedding(6, 4, sparse=True), nn.Linear(4, 2)
+    heads = {"sparse": embedding, "dense": layer, "above": [Rows(fused.weight, 0, 2)], "below": [Rows(fused.weight, 2, 6)]}
+    optimizer = torch.optim.SGD([*embedding.parameters(), *fused.parameters(), *layer.parameters()], lr=0.1)
+    GradientMonitor(heads, "r", window_steps=1, before_clipping=before_clipping, aggregator=aggregator).attach(optimizer)
+    # Twice the same index: its two gradients have to be added up before they are squared.
+    layer(embedding(torch.tensor([1, 2, 2])) + fused(torch.tensor([0, 3, 3]))).square().mean().backward()
+    rows = fused.weight.grad.to_dense()
+    expected = {
+        "sparse": embedding.weight.grad.to_dense().norm().item(),
+        "dense": layer.weight.grad.norm().hypot(layer.bias.grad.norm()).item(),
+        "above": rows[:2].norm().item(),
+        "below": rows[2:].norm().item(),
+    }
+    optimizer.step()
+    assert quality(aggregator, "r").head_norms == pytest.approx(expected, rel=1e-6)
 
 
 def test_too_few_heads_are_pointed_out(policy, aggregator, caplog):

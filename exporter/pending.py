@@ -1,0 +1,181 @@
+"""Recorded gradient steps on their way from the device, and what a window of them comes to."""
+
+import math
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from exporter.gradient_cv import MEAN_FLOOR
+from exporter.telemetry import GradientMetrics, GradientStep, summary_of_steps
+
+NO_HEAD = -1
+
+
+class Layout(NamedTuple):
+    """What the numbers of a recorded step are, in this order.
+
+    Attributes:
+        owners: for each norm the index of its head, `NO_HEAD` for what belongs to none.
+        has_total: then comes a global norm of its own; else it is that of all norms together.
+        has_discard: then a flag; where it is not 0 the step is left out.
+    """
+
+    owners: tuple[int, ...]
+    has_total: bool
+    has_discard: bool
+
+    @property
+    def width(self) -> int:
+        return len(self.owners) + self.has_total + self.has_discard
+
+
+class Block(NamedTuple):
+    """Neighbouring steps of one layout.
+
+    Attributes:
+        layout: of each of them.
+        given_up: for each step whether the optimizer never took it; it counts only if it was not finite.
+    """
+
+    layout: Layout
+    given_up: tuple[bool, ...]
+
+
+class _Steps(NamedTuple):
+    """Steps of one layout on the host, doubles: norms [steps, heads with a gradient] and global norms [steps]."""
+
+    names: list[str]
+    norms: Tensor
+    totals: list[float]
+    given_up: int
+
+    def cvs(self) -> list[float]:
+        """`gradient_cv()` of every step at once; +Inf where the step is not finite."""
+        if len(self.names) < 2:
+            return [0.0 if math.isfinite(total) else math.inf for total in self.totals]
+        # Dividing by the largest norm keeps the squares from over- or underflowing; where all are zero the CV is 0.
+        largest = self.norms.amax(1, keepdim=True).clamp_(min=1e-300)
+        std, mean = torch.std_mean(self.norms / largest, dim=1)
+        cvs = std / torch.maximum(mean, MEAN_FLOOR / largest.squeeze(1))
+        return [
+            cv if math.isfinite(cv) and math.isfinite(total) else math.inf
+            for cv, total in zip(cvs.tolist(), self.totals)
+        ]
+
+
+class PendingGradientSteps:
+    """Recorded steps on their way from the device to the host.
+
+    On CUDA the copy goes to pinned memory in the stream of the training step, and
+    `is_ready` asks an event; nothing waits before a result is asked for.
+
+    Args:
+        head_names: names of the heads, by index.
+        blocks: layouts of the steps, in order.
+        numbers: what was recorded, all steps one after the other, on the device.
+    """
+
+    def __init__(self, head_names: tuple[str, ...], blocks: list[Block], numbers: Tensor) -> None:
+        self._head_names = head_names
+        self._blocks = blocks
+        self._arrived: list[_Steps] | None = None
+        self._event = None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            # The norms' device need not be the current one.
+            self._event.record(torch.cuda.current_stream(numbers.device))
+        else:
+            self._numbers = numbers.to("cpu")
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a result would be there at once."""
+        return self._event is None or self._event.query()
+
+    def summary(self) -> GradientMetrics:
+        """Means over all steps, as `summarize_gradient_steps(self.result())`, without an object a step.
+
+        Like all results it waits for the device if the steps are not ready.
+        """
+        cvs: list[float] = []
+        totals: list[float] = []
+        norms_of: dict[str, list[float]] = {}
+        steps = self._steps()
+        for block in steps:
+            cvs += block.cvs()
+            totals += block.totals
+            for name, norms in zip(block.names, block.norms.t().tolist()):
+                norms_of.setdefault(name, []).extend(norms)
+        return summary_of_steps(cvs, totals, norms_of, max((len(block.names) for block in steps), default=0))
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Steps whose global norm is not finite."""
+        return sum(not math.isfinite(total) for block in self._steps() for total in block.totals)
+
+    @property
+    def given_up_steps(self) -> int:
+        """Steps that were not finite and that the optimizer never took."""
+        return sum(block.given_up for block in self._steps())
+
+    def result(self) -> list[GradientStep]:
+        """The steps, in order."""
+        return [
+            GradientStep(dict(zip(block.names, norms)), total)
+            for block in self._steps()
+            for norms, total in zip(block.norms.tolist(), block.totals)
+        ]
+
+    def last(self) -> GradientStep:
+        """The last step.
+
+        Raises:
+            IndexError: there is none.
+        """
+        block = self._steps()[-1]
+        return GradientStep(dict(zip(block.names, block.norms[-1].tolist())), block.totals[-1])
+
+    def _steps(self) -> list[_Steps]:
+        """All steps that count, neighbours of one layout together: usually that is all of them."""
+        if self._arrived is None:
+            if self._event is not None:
+                self._event.synchronize()
+            numbers, start, arrived = self._numbers.double(), 0, []
+            for layout, blocks in groupby(self._blocks, lambda block: block.layout):
+                given_up = [flag for block in blocks for flag in block.given_up]
+                stop = start + len(given_up) * layout.width
+                arrived.append(self._steps_of(layout, given_up, numbers[start:stop].view(-1, layout.width)))
+                start = stop
+            self._arrived = [block for block in arrived if block.totals]
+        return self._arrived
+
+    def _steps_of(self, layout: Layout, given_up: list[bool], numbers: Tensor) -> _Steps:
+        columns, contributing = _columns(layout.owners, len(self._head_names))
+        width = len(columns)
+        if layout.has_discard:
+            taken = numbers[:, -1] == 0.0
+            given_up = [flag for flag, is_taken in zip(given_up, taken.tolist()) if is_taken]
+            numbers = numbers[taken]
+        squares = numbers[:, :width].square()
+        totals = (numbers[:, width] if layout.has_total else squares.sum(1).sqrt_()).tolist()
+        if any(given_up):
+            counts = [not flag or not math.isfinite(total) for flag, total in zip(given_up, totals)]
+            totals = [total for total, does_count in zip(totals, counts) if does_count]
+            given_up = [flag for flag, does_count in zip(given_up, counts) if does_count]
+            squares = squares[torch.tensor(counts)]
+        # index_add_ keeps a NaN in the column of its own head; a matrix product would spread it.
+        per_head = squares.new_zeros(len(squares), len(self._head_names) + 1).index_add_(1, columns, squares)
+        norms = (per_head[:, :-1] if len(contributing) == len(self._head_names) else per_head[:, contributing]).sqrt()
+        return _Steps([self._head_names[index] for index in contributing], norms, totals, sum(given_up))
+
+
+@lru_cache(maxsize=256)
+def _columns(owners: tuple[int, ...], heads: int) -> tuple[Tensor, list[int]]:
+    """The column of each norm, the last one for those of no head; and the heads that have a norm."""
+    columns = [owner if owner != NO_HEAD else heads for owner in owners]
+    return torch.tensor(columns, dtype=torch.long), sorted(set(columns) - {heads})
