@@ -330,7 +330,7 @@ def _send_results(*, algorithm: Algorithm, result: Mapping[str, Any], **_: Any) 
     for module_id, values in result.get("learners", {}).items():
         if module_id != _ALL_MODULES:
             results[module_id] = {ours: float(values[key]) for key, ours in _MODULE_RESULTS.items() if key in values}
-    for module_id, value in sampled.get("module_episode_return_mean", {}).items():
+    for module_id, value in sampled.get("module_episode_returns_mean", {}).items():
         if value == value:
             results.setdefault(module_id, {})["episode_return_mean"] = float(value)
     # Nobody waits; calls to a learner are carried out in order.

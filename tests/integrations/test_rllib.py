@@ -1,6 +1,5 @@
 """RLlib's own PPO with its learners measured, in this process and in others, read over TCP."""
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -99,12 +98,12 @@ class Witness(PPOTorchLearner):
         layer = self.module["default_policy"].unwrapped().pi.net.mlp[-1]
         parts = zip(gradients[layer.weight].split(NVEC), gradients[layer.bias].split(NVEC))
         norms = [(weight.square().sum() + bias.square().sum()).sqrt().item() for weight, bias in parts]
-        self.cvs.append(statistics.stdev(norms) / statistics.fmean(norms))
+        self.cvs.append(float(np.std(norms, ddof=1) / np.mean(norms)))
         return gradients
 
 
 class PoisonedWitness(Witness):
-    poison_from = 8
+    poison_from = 4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -299,12 +298,12 @@ def test_weights_are_bit_for_bit_those_without_a_monitor(trained):
 @pytest.mark.parametrize("num_learners", [0, 2])
 def test_nan_gradients_that_rllib_sets_to_zero_are_counted_for_their_head(num_learners, trained):
     port = free_ports().prometheus
-    settings = config(num_learners, learner=PoisonedWitness, grad_clip=None, torch_skip_nan_gradients=False)
+    settings = config(num_learners, learner=PoisonedWitness, grad_clip=None)
     algorithm = trained(monitored(settings, "levers", port=port))
     algorithm.train(), algorithm.train()
     values = scrape(port, 2)
     steps = len(algorithm.learner_group.foreach_learner(lambda learner: learner.cvs).result_or_errors[0].get())
-    assert values["ppo_nonfinite_gradients_total/action_0"] == steps - 8 > 0
+    assert values["ppo_nonfinite_gradients_total/action_0"] == steps - 4 > 0
     assert values["ppo_nonfinite_gradients_total/action_1"] == 0
     assert values["ppo_gradient_cv"] == float("inf")
     assert all(np.isfinite(value).all() for value in algorithm.get_module().get_state().values())
@@ -326,7 +325,7 @@ def test_each_module_that_is_trained_is_a_run(trained):
     ]
     for module, values in (("left", left), ("right", right)):
         assert values["ppo_policy_loss"] == pytest.approx(result["learners"][module]["policy_loss"], rel=1e-5)
-        returns = result["env_runners"]["module_episode_return_mean"]
+        returns = result["env_runners"]["module_episode_returns_mean"]
         assert values["ppo_episode_return_mean"] == pytest.approx(returns[module])
     assert 'run="three-idle"' not in fetch(f"http://127.0.0.1:{port}/metrics")[1]
 
