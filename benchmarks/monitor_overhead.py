@@ -24,12 +24,12 @@ from prometheus_client import CollectorRegistry, Gauge
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from benchmarks.machine import machine
 from exporter import GradientMonitor, HeadGradientMeter, RunAggregator, emit_ppo_update, gradient_cv
 from exporter.telemetry import summarize_gradient_steps
 from trainer.environments.host_growth import ACTION_HEADS
-from trainer.policy import FactoredCategorical, HeadLayout
 
 STEPS_PER_UPDATE = 32
 MAX_GRAD_NORM = 0.5
@@ -49,7 +49,6 @@ class Workload:
         sizes = [head.out_features for head in self.heads.values()]
         self.model = nn.ModuleList([self.trunk, self.heads])
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-5, eps=1e-5, fused=True)
-        self.layout = HeadLayout.of(sizes)
         self.observations = torch.randn(self.batch, self.inputs)
         self.actions = torch.stack([torch.randint(size, (self.batch,)) for size in sizes], 1)
         self.advantages = torch.randn(self.batch)
@@ -58,8 +57,9 @@ class Workload:
 
     def _evaluate(self) -> tuple[Tensor, Tensor]:
         features = self.trunk(self.observations)
-        logits = torch.cat([head(features) for head in self.heads.values()], 1)
-        return FactoredCategorical(logits, self.layout).evaluate(self.actions)
+        by_head = zip(self.actions.unbind(1), (Categorical(logits=head(features)) for head in self.heads.values()))
+        log_probs, entropies = zip(*((of_head.log_prob(taken), of_head.entropy()) for taken, of_head in by_head))
+        return sum(log_probs), sum(entropies)
 
     def backward(self) -> None:
         log_probs, entropies = self._evaluate()

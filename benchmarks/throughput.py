@@ -3,17 +3,17 @@
 Every trainer runs in a process of its own, which is started before the first round and stays: what is compared is
 training, not importing. In every round each of them trains for some seconds, in whole updates, one after the other and
 in an order that changes from round to round, so that whatever else the machine does hits all alike; a ratio is taken
-between turns of the same round, and the median over rounds is shown. Ours measures its gradients and serves /metrics,
-which is scraped once a second while it trains.
+between turns of the same round. Ours measures its gradients, writes its checkpoints and serves /metrics, which is
+scraped once a second while it trains.
 
     .venv/bin/python -m benchmarks.throughput --help
 """
 
 import argparse
-import importlib.util
+import contextlib
+import importlib
 import multiprocessing
 import os
-import platform
 import signal
 import sys
 import threading
@@ -22,10 +22,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import NamedTuple
 from urllib.request import urlopen
 
@@ -36,9 +36,31 @@ from benchmarks.machine import machine
 from benchmarks.peers import Setting
 
 SCRAPE_INTERVAL = 1.0  # seconds
+END_SECONDS = 30.0  # for a trainer to end its turn and clean up
+MOST_LOAD = 0.5  # of other programs, before the first round
+MOST_SPREAD = 0.1  # between the quartiles of a ratio, of its median
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        setting: the same for all of them.
+        goal: ours to the best peer.
+        peers: modules in benchmarks/peers.
+    """
+
+    setting: Setting
+    goal: float
+    peers: tuple[str, ...]
+
+
+OURS = "ours"
+TRAINERS = {OURS: "ours", "cleanrl": "CleanRL's loop", "sb3": "Stable-Baselines3", "torchrl_ppo": "TorchRL"}
+"""Module in benchmarks/peers -> its name in the tables."""
+PACKAGES = {"sb3": "stable_baselines3", "torchrl_ppo": "torchrl"}
 
 CARTPOLE = Setting(env="CartPole-v1", num_envs=8, rollout_steps=128, minibatch_size=256, hidden_size=64)
-NATIVE_CARTPOLE = replace(CARTPOLE, vectorization="vector_entry_point")
 SEVEN_HEADS = Setting(
     env="benchmarks.synthetic:SevenHeads-v0",
     num_envs=64,
@@ -47,34 +69,11 @@ SEVEN_HEADS = Setting(
     hidden_size=128,
     vectorization="vector_entry_point",
 )
-
-
-class Entry(NamedTuple):
-    """A line of a table: who trains what."""
-
-    module: str  # in benchmarks/peers
-    setting: Setting
-
-    @property
-    def ours(self) -> bool:
-        return self.module == "ours"
-
-
-SETTINGS: dict[str, dict[str, Entry]] = {
-    "cartpole": {
-        "ours": Entry("ours", CARTPOLE),
-        "ours, native vector environment": Entry("ours", NATIVE_CARTPOLE),
-        "CleanRL's loop": Entry("cleanrl", CARTPOLE),
-        "CleanRL's loop, native vector environment": Entry("cleanrl", NATIVE_CARTPOLE),
-        "Stable-Baselines3": Entry("sb3", CARTPOLE),
-        "TorchRL": Entry("torchrl_ppo", CARTPOLE),
-    },
-    "seven-heads": {
-        "ours": Entry("ours", SEVEN_HEADS),
-        "CleanRL's loop": Entry("cleanrl", SEVEN_HEADS),
-        "Stable-Baselines3": Entry("sb3", SEVEN_HEADS),
-        "TorchRL": Entry("torchrl_ppo", SEVEN_HEADS),
-    },
+TASKS = {
+    "seven-heads": Task(SEVEN_HEADS, 2.5, ("cleanrl", "sb3", "torchrl_ppo")),
+    "cartpole": Task(CARTPOLE, 1.5, ("cleanrl", "sb3", "torchrl_ppo")),
+    # TorchRL takes no vector environment that resets in the step after an episode's end, as this one does.
+    "cartpole-native": Task(replace(CARTPOLE, vectorization="vector_entry_point"), 3.0, ("cleanrl", "sb3")),
 }
 
 
@@ -82,22 +81,26 @@ class TrainerFailed(Exception):
     """A trainer's process raised; the message holds its traceback."""
 
 
-def work(entry: Entry, threads: int, pipe: Connection) -> None:
-    """A trainer's process: builds it, then trains for as many seconds as it is told, again and again."""
+def work(module: str, setting: Setting, threads: int, pipe: Connection) -> None:
+    """A trainer's process: builds it, then trains for as many seconds as it is told, until it is told None."""
     try:
         import torch
 
         torch.set_num_threads(threads)
-        contestant = importlib.import_module(f"benchmarks.peers.{entry.module}").start(entry.setting)
-        contestant.update()  # the first one allocates, and compiles what wants to be compiled
-        pipe.send(contestant.metrics_url)
-        while True:
-            seconds = pipe.recv()
-            updates, started = 0, time.perf_counter()
-            while (elapsed := time.perf_counter() - started) < seconds or not updates:
-                contestant.update()
-                updates += 1
-            pipe.send(updates * entry.setting.steps_per_update / elapsed)
+        contestant = importlib.import_module(f"benchmarks.peers.{module}").start(setting)
+        try:
+            contestant.update()  # the first one allocates, and compiles what wants to be compiled
+            pipe.send(contestant.metrics_url)
+            while (seconds := pipe.recv()) is not None:
+                updates, started = 0, time.perf_counter()
+                while (elapsed := time.perf_counter() - started) < seconds or not updates:
+                    contestant.update()
+                    updates += 1
+                pipe.send(updates * setting.steps_per_update / elapsed)
+        finally:
+            contestant.close()
+    except (EOFError, BrokenPipeError):
+        pass  # the parent has gone
     except Exception:
         pipe.send(TrainerFailed(traceback.format_exc()))
 
@@ -105,10 +108,10 @@ def work(entry: Entry, threads: int, pipe: Connection) -> None:
 class Worker:
     """A trainer in its process, as the parent sees it; `ready()` before the first turn."""
 
-    def __init__(self, entry: Entry, threads: int) -> None:
+    def __init__(self, module: str, setting: Setting, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(entry, threads, theirs), daemon=True)
+        self._process = context.Process(target=work, args=(module, setting, threads, theirs), daemon=True)
         # Ctrl-C reaches the whole process group. The child inherits the mask and leaves the decision to its parent;
         # the tracker, which would lift it, is started before.
         resource_tracker.ensure_running()
@@ -139,8 +142,13 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.join()
+        """Ask it to end after its turn: one that is terminated leaves semaphores and files behind."""
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(END_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
         self._pipe.close()
 
 
@@ -174,80 +182,111 @@ def scraping(url: str | None) -> Iterator[None]:
 
 
 def measure(
-    entries: dict[str, Entry], threads: int, rounds: int, seconds: float, progress: Progress, title: str
+    task: Task, trainers: Sequence[str], threads: int, rounds: int, seconds: float, progress: Progress, title: str
 ) -> dict[str, list[float]]:
-    """Steps per second of each entry in each round.
+    """Steps per second of each trainer in each round.
 
     Raises:
         TrainerFailed: one could not be built, or ended; the message names it and says why.
     """
-    task = progress.add_task(f"{title}: starting", total=rounds * len(entries))
-    speeds: dict[str, list[float]] = {name: [] for name in entries}
+    bar = progress.add_task(f"{title}: starting", total=rounds * len(trainers))
+    speeds: dict[str, list[float]] = {name: [] for name in trainers}
     with ExitStack() as stack:
         workers = {}
-        for name, entry in entries.items():
-            workers[name] = Worker(entry, threads)
+        for name in trainers:
+            workers[name] = Worker(name, task.setting, threads)
             stack.callback(workers[name].close)
-        names = list(entries)
         try:
-            for name in names:
+            for name in trainers:
                 workers[name].ready()
             for number in range(rounds):
-                first = number % len(names)
-                for name in names[first:] + names[:first]:
-                    progress.update(task, description=f"{title}: {name}")
+                first = number % len(trainers)
+                for name in (*trainers[first:], *trainers[:first]):
+                    progress.update(bar, description=f"{title}: {TRAINERS[name]}")
                     speeds[name].append(workers[name].turn(seconds))
-                    progress.advance(task)
+                    progress.advance(bar)
         except TrainerFailed as error:
-            raise TrainerFailed(f"{name}: {error}") from None
-    progress.remove_task(task)
+            raise TrainerFailed(f"{TRAINERS[name]}: {error}") from None
+    progress.remove_task(bar)
     return speeds
 
 
-def table(entries: dict[str, Entry], speeds: dict[str, list[float]]) -> str:
-    """Markdown: steps per second of each, and the median of the paired ratios of ours to it.
+class Ratio(NamedTuple):
+    """Ours to another one, over the rounds."""
 
-    The last line compares with the fastest peer of each round among those that take the environments one by one, or
-    as they come where there is one way only.
-    """
-    ours = [name for name, entry in entries.items() if entry.ours]
-    usual = entries[ours[0]].setting if ours else None
-    peers = [name for name, entry in entries.items() if not entry.ours and entry.setting == usual]
+    least: float
+    lower: float
+    median: float
+    upper: float
+    most: float
 
-    def ratio(own: str, others: Sequence[float]) -> str:
-        return f"{median(mine / other for mine, other in zip(speeds[own], others)):.2f}"
+    @classmethod
+    def of(cls, ours: Sequence[float], others: Sequence[float]) -> "Ratio":
+        values = [mine / other for mine, other in zip(ours, others, strict=True)]
+        inner = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return cls(min(values), *inner, max(values))
 
-    header = ["", "median steps/s", "min", "max", *(f"{name}: ratio" for name in ours)]
-    rows = [
-        [name, *(f"{value:,.0f}" for value in (median(values), min(values), max(values)))]
-        + [ratio(own, values) if not entries[name].ours else "" for own in ours]
-        for name, values in speeds.items()
-    ]
-    if ours and peers:
-        best = [max(of_round) for of_round in zip(*(speeds[name] for name in peers))]
-        rows.append(["best peer of each round", "", "", "", *(ratio(own, best) for own in ours)])
+    @property
+    def cells(self) -> list[str]:
+        return [f"{self.median:.2f}", f"{self.lower:.2f} to {self.upper:.2f}", f"{self.least:.2f} to {self.most:.2f}"]
+
+    @property
+    def is_noisy(self) -> bool:
+        return self.upper - self.lower > MOST_SPREAD * self.median
+
+
+def best_peer(speeds: dict[str, list[float]]) -> Ratio | None:
+    """Ours to the fastest peer of each round; None where one of them is missing."""
+    peers = [values for name, values in speeds.items() if name != OURS]
+    return Ratio.of(speeds[OURS], [max(of_round) for of_round in zip(*peers)]) if peers and OURS in speeds else None
+
+
+RATIO = ["ours to it", "quartiles", "min to max"]
+
+
+def table(speeds: dict[str, list[float]]) -> str:
+    """Markdown: steps per second of each, and the paired ratios of ours to it."""
+    rows = []
+    for name, values in speeds.items():
+        ratio = Ratio.of(speeds[OURS], values).cells if name != OURS and OURS in speeds else [""] * 3
+        rows.append(
+            [TRAINERS[name], *(f"{value:,.0f}" for value in (median(values), min(values), max(values))), *ratio]
+        )
+    if best := best_peer(speeds):
+        rows.append(["best peer of each round", "", "", "", *best.cells])
+    return markdown(["", "median steps/s", "min", "max", *RATIO], rows)
+
+
+def table_of_goals(results: dict[tuple[str, int], Ratio]) -> str:
+    rows = []
+    for (name, threads), ratio in results.items():
+        goal = TASKS[name].goal
+        verdict = ("yes" if ratio.median >= goal else "NO") + (", noisy" if ratio.is_noisy else "")
+        rows.append([name, str(threads), f"{goal}", *ratio.cells, verdict])
+    return markdown(["setting", "threads", "goal", "ours to the best peer", *RATIO[1:], "reached"], rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def installed(entry: Entry) -> bool:
-    package = {"sb3": "stable_baselines3", "torchrl_ppo": "torchrl"}.get(entry.module)
-    return package is None or importlib.util.find_spec(package) is not None
+def installed(module: str) -> bool:
+    return module not in PACKAGES or find_spec(PACKAGES[module]) is not None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput",
         description=__doc__.split("\n\n")[0],
-        epilog="cartpole is CartPole-v1, 8 environments x 128 steps, minibatch 256, two layers of 64; seven-heads is an "
-        "environment of seven heads and 64 observations that costs next to nothing, 64 x 64, minibatch 512, two layers "
-        "of 128. The peers want the extra `peers`; those that are not installed are left out.",
+        epilog="seven-heads is an environment of seven heads and 64 observations that costs next to nothing, 64 x 64, "
+        "minibatch 512, two layers of 128; cartpole is CartPole-v1, 8 environments x 128 steps, minibatch 256, two "
+        "layers of 64, stepped one by one, and cartpole-native the same in Gymnasium's own vector environment. The "
+        "peers want the extra `peers`; those that are not installed are left out.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    names = list(SETTINGS)
-    modules = sorted({entry.module for entries in SETTINGS.values() for entry in entries.values()})
-    parser.add_argument("--settings", nargs="+", choices=names, default=names, help="what to train")
-    parser.add_argument("--trainers", nargs="+", choices=modules, default=modules, help="who trains")
+    parser.add_argument("--settings", nargs="+", choices=TASKS, default=list(TASKS), help="what to train")
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS), help="who trains")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], metavar="N", help="torch's CPU threads")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each trainer")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
@@ -257,29 +296,38 @@ def main() -> int:
         options.rounds, options.seconds = 3, 1.0
     if options.rounds < 1 or options.seconds <= 0 or min(options.threads) < 1:
         parser.error("--rounds and --threads must be at least 1, --seconds above 0")
+    missing = [name for name in options.trainers if not installed(name)]
+    for name in missing:
+        print(f"{TRAINERS[name]} is not installed: left out", file=sys.stderr)
 
-    print(
-        f"{machine('torch', 'numpy', 'gymnasium', 'stable-baselines3', 'torchrl')}\n`python -m benchmarks.throughput {' '.join(sys.argv[1:])}`",
-        flush=True,
-    )
+    print(machine("torch", "numpy", "gymnasium", "stable-baselines3", "torchrl"))
+    print(f"`python -m benchmarks.throughput {' '.join(sys.argv[1:])}`", flush=True)
+    if os.getloadavg()[0] > MOST_LOAD:
+        print(f"**Other programs are running** (load average above {MOST_LOAD}): repeat it on an idle machine.")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     progress = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), refresh_per_second=1)
+    results: dict[tuple[str, int], Ratio] = {}
     try:
         with progress:
             for setting in options.settings:
-                chosen = {name: entry for name, entry in SETTINGS[setting].items() if entry.module in options.trainers}
-                for name in [name for name, entry in chosen.items() if not installed(entry)]:
-                    print(f"{name} is not installed: left out", file=sys.stderr)
-                    del chosen[name]
+                task = TASKS[setting]
+                takes_part = [n for n in (OURS, *task.peers) if n in options.trainers and n not in missing]
                 for threads in options.threads:
                     title = f"{setting}, {threads} thread{'s' * (threads > 1)}"
-                    speeds = measure(chosen, threads, options.rounds, options.seconds, progress, title)
-                    print(f"\n### {title}\n\n{table(chosen, speeds)}", flush=True)
+                    speeds = measure(task, takes_part, threads, options.rounds, options.seconds, progress, title)
+                    print(f"\n### {title}\n\n{table(speeds)}", flush=True)
+                    if best := best_peer(speeds):
+                        results[setting, threads] = best
     except TrainerFailed as error:
         print(f"python -m benchmarks.throughput: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        if results:
+            print(f"\n### Goals\n\n{table_of_goals(results)}", flush=True)
+            if any(ratio.is_noisy for ratio in results.values()):
+                print(f"\nNoisy: the quartiles of the ratio are further apart than {MOST_SPREAD:.0%} of its median.")
     return 0
 
 

@@ -21,17 +21,17 @@ def gradient_cv(norms: Iterable[float]) -> float:
         when all are zero. +Inf as soon as one norm is NaN or infinite, so that
         every `cv >= threshold` holds.
     """
-    values = [float(norm) for norm in norms]
+    values = list(map(float, norms))
     if not all(map(math.isfinite, values)):
         return math.inf
     count = len(values)
-    scale = max(map(abs, values), default=0.0)
-    if count < 2 or scale == 0.0:
+    if count < 2:
         return 0.0
-    # Dividing by the largest norm keeps the squares from over- or underflowing.
-    mean = math.fsum(values) / count if scale < 1e300 else math.fsum([value / count for value in values])
-    variance = math.fsum([((value - mean) / scale) ** 2 for value in values]) / (count - 1)
-    return math.sqrt(variance) * (scale / max(abs(mean), MEAN_FLOOR))
+    if (largest := max(values)) > 1e300:  # so that no sum becomes too large for a float
+        values = [value / largest for value in values]
+    mean = math.fsum(values) / count
+    # dist() keeps its squares from over- and underflowing.
+    return math.dist(values, [mean] * count) / (math.sqrt(count - 1) * max(abs(mean), MEAN_FLOOR))
 
 
 def gradient_cv_ceiling(heads: int) -> float:

@@ -1,17 +1,15 @@
 """What an action head is to the measurement, and its gradient norms on the device."""
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from exporter.pending import NO_HEAD, Block, Layout, PendingGradientSteps
+from exporter.pending import NO_HEAD, Block, PendingGradientSteps
+from exporter.recording import Buffer, OpenBlock, Taken
 from exporter.telemetry import GradientStep
 
 
@@ -25,10 +23,6 @@ class Rows:
 
 
 Head = nn.Module | Iterable[Tensor | Rows]
-
-# Up to here copying gradients costs less than starting one kernel per parameter; 64 KiB a step in float32.
-_SMALL_ELEMENTS = 16384
-_BUFFERED_STEPS = 32
 
 
 def row_heads(layer: nn.Module, sizes: Mapping[str, int]) -> dict[str, list[Rows]]:
@@ -128,7 +122,6 @@ class HeadGradientMeter:
 
         self._whole = list(whole)
         self._shared = list(rows)
-        self._is_shared = set(rows)
         self.parameters = (*self._whole, *self._shared)
         self._owners = [[owner] for owner in whole.values()] + list(rows.values())
         self._all_owners = tuple(owner for owners in self._owners for owner in owners)
@@ -136,16 +129,16 @@ class HeadGradientMeter:
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters)
         self._dtype = torch.float32 if half else None
         _require_measurable(self.parameters, flat)
-        self._buffer = _Buffer.of(dict(zip(self.parameters, self._owners)), self._dtype)
-        self._open: _OpenBlock | None = None
+        self._buffer = Buffer.of(dict(zip(self.parameters, self._owners)), self._dtype)
+        self._open: OpenBlock | None = None
         self._closed: list[tuple[Block, Tensor]] = []
         self.recorded = 0
-        self._early: _Taken | None = None
+        self._early: Taken | None = None
         # Tells whether gradients were accumulated further: a small one that is kept until it is stepped on.
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self._mark: tuple[Tensor, Tensor, int] | None = None
 
-    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> GradientStep | None:
+    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> None:
         """Take the norms of the gradients as they are now, or as `take_early()` saw them.
 
         A step in which no head has a gradient is left out.
@@ -153,18 +146,14 @@ class HeadGradientMeter:
         Args:
             scale: what the loss was multiplied with, a 0-dimensional tensor; norms are divided by it.
             discard: a 0-dimensional tensor; where it turns out not to be zero the step is left out.
-
-        Returns:
-            The step if it is not finite; None if it is, or where the device would have to be waited for.
         """
         taken, self._early, self._mark = self._early or self._take(), None, None
         if not taken.has_heads:
-            return None
+            return
         if scale is not None:
-            taken.divide(scale)
+            taken.numbers.div_(scale)
         # A copy: its owner may change it before it is read.
         self._commit(taken, discard=None if discard is None else discard.detach().clone())
-        return None if discard is not None or taken.is_finite() else self._step_of(taken)
 
     def measure(self) -> Tensor:
         """Take the norms of the gradients as they are now.
@@ -177,15 +166,12 @@ class HeadGradientMeter:
         self._commit(taken, total)
         return torch.linalg.vector_norm(taken.numbers, dtype=self._dtype) if total is None else total
 
-    def take_early(self, *, may_give_up: bool = True) -> GradientStep | None:
+    def take_early(self, *, may_give_up: bool = True) -> None:
         """Take the norms of the gradients as they are now for the next `record()`.
 
         Args:
             may_give_up: a step that was taken so earlier, and whose gradients were zeroed or made anew
                 instead of a step, counts if it was not finite.
-
-        Returns:
-            As `record()`.
         """
         if self._mark is not None:
             parameter, gradient, version = self._mark
@@ -197,7 +183,6 @@ class HeadGradientMeter:
             if (gradient := parameter.grad) is not None:
                 self._mark = (parameter, gradient, gradient._version)
                 break
-        return None if self._early.is_finite() else self._step_of(self._early)
 
     def give_up(self, does_count: bool = True) -> None:
         """What was taken early gets no step; it counts, if at all, only if it was not finite."""
@@ -235,26 +220,19 @@ class HeadGradientMeter:
             self.head_names, [block for block, _ in closed], numbers[0] if len(numbers) == 1 else torch.cat(numbers)
         )
 
-    def _step_of(self, taken: "_Taken") -> GradientStep | None:
-        """The one step, if it is not finite."""
-        block = _OpenBlock(taken, False, False)
-        block.add(taken, None, None, False)
-        step = self._pending([block.close()]).last()
-        return None if math.isfinite(step.global_norm) else step
-
-    def _take(self) -> "_Taken":
+    def _take(self) -> Taken:
         if self._buffer is not None and (taken := self._buffer.take()) is not None:
             return taken
         with torch.no_grad():  # gradients of a double backward
             norms, owners = self._norms()
-            return _Taken(owners, _joined(norms, self.parameters[0].device))
+            return Taken(owners, _joined(norms, self.parameters[0].device))
 
     def _commit(
-        self, taken: "_Taken", total: Tensor | None = None, discard: Tensor | None = None, given_up: bool = False
+        self, taken: Taken, total: Tensor | None = None, discard: Tensor | None = None, given_up: bool = False
     ) -> None:
         if self._open is None or not self._open.takes(taken, total, discard):
             self._close_block()
-            self._open = _OpenBlock(taken, total is not None, discard is not None)
+            self._open = OpenBlock(taken, total is not None, discard is not None)
         self._open.add(taken, total, discard, given_up)
         self.recorded += 1
         if taken.buffer is not None and taken.buffer.advance():
@@ -282,166 +260,6 @@ class HeadGradientMeter:
         return norms, owners
 
 
-class _Taken:
-    """Numbers of one step on the device: norms, or a row of the buffer with the gradients themselves.
-
-    Attributes:
-        owners: for each norm, or row of a gradient, the index of its head.
-        numbers: one-dimensional.
-        buffer: the buffer of which `numbers` are the row that is to be filled, if so.
-        has_heads: whether a head has a gradient.
-    """
-
-    __slots__ = ("owners", "numbers", "buffer", "has_heads", "_is_finite")
-
-    def __init__(self, owners: tuple[int, ...], numbers: Tensor, buffer: "_Buffer | None" = None) -> None:
-        self.owners = owners
-        self.numbers = numbers
-        self.buffer = buffer
-        self.has_heads = buffer is not None or any(owner != NO_HEAD for owner in owners)
-        self._is_finite: bool | None = None
-
-    def divide(self, scale: Tensor) -> None:
-        self.numbers = self.numbers.div_(scale)
-
-    def is_finite(self) -> bool:
-        """False where it may not be finite; True too where the device would have to be waited for."""
-        if self._is_finite is None:
-            numbers = self.numbers
-            self._is_finite = not numbers.is_cpu or math.isfinite(numbers.dot(numbers).item())
-        return self._is_finite
-
-
-class _OpenBlock:
-    """Neighbouring steps whose numbers are of one kind."""
-
-    def __init__(self, first: _Taken, has_total: bool, has_discard: bool) -> None:
-        self._layout = Layout(first.owners, has_total, has_discard)
-        self._buffer = first.buffer
-        self._start = first.buffer.filled if first.buffer is not None else 0
-        self._vectors: list[Tensor] = []
-        self._totals: list[Tensor] = []
-        self._discards: list[Tensor] = []
-        self._given_up: list[bool] = []
-
-    def takes(self, taken: _Taken, total: Tensor | None, discard: Tensor | None) -> bool:
-        """Whether a step is of the same kind."""
-        owners, has_total, has_discard = self._layout
-        return (
-            taken.buffer is self._buffer
-            and (taken.owners is owners or taken.owners == owners)
-            and (total is not None) == has_total
-            and (discard is not None) == has_discard
-        )
-
-    def add(self, taken: _Taken, total: Tensor | None, discard: Tensor | None, given_up: bool) -> None:
-        if self._buffer is None:
-            self._vectors.append(taken.numbers)
-        if total is not None:
-            self._totals.append(total)
-        if discard is not None:
-            self._discards.append(discard)
-        self._given_up.append(given_up)
-
-    def close(self) -> tuple[Block, Tensor]:
-        """The steps, and their numbers [steps, width of the layout]."""
-        if self._buffer is None:
-            numbers = torch.stack(self._vectors)
-        else:
-            numbers = self._buffer.norms(self._start, len(self._given_up))
-        extra = [torch.stack(column).unsqueeze(1) for column in (self._totals, self._discards) if column]
-        return Block(self._layout, tuple(self._given_up)), torch.cat([numbers, *extra], 1) if extra else numbers
-
-
-class _Buffer:
-    """Gradients of steps that are copied, for where they are small that costs less than their norms one by one.
-
-    Gradients of one shape but for their first axis are one copy. Norms are taken of many steps at once.
-    """
-
-    def __init__(self, owners: Mapping[Tensor, Sequence[int]], dtype: torch.dtype | None) -> None:
-        of_shape: dict[torch.Size, list[Tensor]] = {}
-        for parameter in owners:
-            of_shape.setdefault(parameter.shape[1:], []).append(parameter)
-        self._groups = list(of_shape.values())
-        self._dtype = dtype
-        self._owners = tuple(
-            owner
-            for group in self._groups
-            for parameter in group
-            for owner in (owners[parameter] if len(owners[parameter]) > 1 else owners[parameter] * len(parameter))
-        )
-        sizes = [sum(parameter.numel() for parameter in group) for group in self._groups]
-        first = self._groups[0][0]
-        self._gradients = torch.empty(_BUFFERED_STEPS, sum(sizes), dtype=first.dtype, device=first.device)
-        # [steps, rows, elements of a row] of each group, and where a step's gradients are copied to.
-        self._rows = [
-            part.unflatten(1, (sum(map(len, group)), -1))
-            for part, group in zip(self._gradients.split(sizes, 1), self._groups)
-        ]
-        shapes = [torch.Size((-1, *shape)) for shape in of_shape]
-        self._places = [
-            (step, [part.view(shape) for part, shape in zip(step.split(sizes), shapes)]) for step in self._gradients
-        ]
-        self.filled = 0
-
-    @classmethod
-    def of(cls, owners: Mapping[Tensor, Sequence[int]], dtype: torch.dtype | None) -> "_Buffer | None":
-        """A buffer for gradients of these parameters, or None where norms are better."""
-        small = sum(parameter.numel() for parameter in owners) <= _SMALL_ELEMENTS
-        plain = all(parameter.dim() and parameter.numel() and parameter.is_floating_point() for parameter in owners)
-        alike = len({parameter.dtype for parameter in owners}) == 1
-        return cls(owners, dtype) if small and plain and alike else None
-
-    def take(self) -> _Taken | None:
-        """Copy the gradients as they are now into the next row; None where that cannot be done."""
-        step, places = self._places[self.filled]
-        try:
-            for group, place in zip(self._groups, places):
-                torch.cat([parameter.grad for parameter in group], out=place)
-        except (RuntimeError, TypeError):
-            return None  # one is missing, sparse, or part of a graph
-        return _Taken(self._owners, step, self)
-
-    def advance(self) -> bool:
-        """Keep the row that was filled last. Returns whether it was the last one."""
-        self.filled = (self.filled + 1) % _BUFFERED_STEPS
-        return self.filled == 0
-
-    def norms(self, start: int, steps: int) -> Tensor:
-        """Norms [steps, rows of all gradients]."""
-        norms = [torch.linalg.vector_norm(rows[start : start + steps], dim=2, dtype=self._dtype) for rows in self._rows]
-        return torch.cat(norms, 1)
-
-
-def after_backward(parameters: Iterable[Tensor], call: Callable[[], None]) -> list[RemovableHandle]:
-    """Call something at the end of each backward pass that has reached one of `parameters`.
-
-    Whatever else waits for the end of the pass comes first: DistributedDataParallel has averaged
-    the gradients by then.
-
-    Returns:
-        Handles that end it.
-    """
-    queue_callback = torch.autograd.Variable._execution_engine.queue_callback
-    current_pass = torch._C._current_graph_task_id
-    # Behind what is queued until the end of the pass, as DistributedDataParallel does with the last bucket. A compiled
-    # training step must not trace into these functions.
-    at_end = partial(queue_callback, torch.compiler.disable(call))
-    seen = -1
-
-    def reached(parameter: Tensor) -> None:
-        nonlocal seen
-        if seen != (now := current_pass()):
-            seen = now
-            queue_callback(at_end)
-
-    reached = torch.compiler.disable(reached)
-    # What is frozen may be unfrozen later; integers never have a gradient, nor what inference mode has made.
-    able = [p for p in parameters if (p.is_floating_point() or p.is_complex()) and not p.is_inference()]
-    return [_hooked(parameter, reached) for parameter in able]
-
-
 def _joined(norms: list[Tensor], device: torch.device) -> Tensor:
     """All norms in one vector; those of whole parameters are 0-dimensional, those of rows are not."""
     if not norms:
@@ -449,14 +267,6 @@ def _joined(norms: list[Tensor], device: torch.device) -> Tensor:
     if all(norm.dim() == 0 for norm in norms):
         return torch.stack(norms)
     return torch.cat([norm if norm.dim() else norm.unsqueeze(0) for norm in norms])
-
-
-def _hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Register a hook that a frozen parameter, for which torch would refuse it, keeps until it is unfrozen."""
-    requires_grad = parameter.requires_grad
-    handle = parameter.requires_grad_().register_post_accumulate_grad_hook(hook)
-    parameter.requires_grad_(requires_grad)
-    return handle
 
 
 def _parts(name: str, head: Head) -> list[Tensor | Rows]:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from exporter.aggregator import RunAggregator
 from exporter.endpoint import SharedEndpoint
 from exporter.gradient_cv import unreachable_critical_warning
-from exporter.heads import Head, HeadGradientMeter, after_backward
+from exporter.heads import Head, HeadGradientMeter
 from exporter.health import Thresholds
 from exporter.link import (
     DEFAULT_ADDRESS,
@@ -35,6 +35,7 @@ from exporter.link import (
 )
 from exporter.metrics import RANK_LABEL
 from exporter.pending import PendingGradientSteps
+from exporter.recording import after_backward
 from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update
 
 DEFAULT_WINDOW_STEPS = 64

@@ -2,13 +2,13 @@
 
 import math
 from functools import lru_cache
-from itertools import groupby
+from itertools import compress, groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from exporter.gradient_cv import MEAN_FLOOR
+from exporter.gradient_cv import gradient_cv
 from exporter.telemetry import GradientMetrics, GradientStep, summary_of_steps
 
 NO_HEAD = -1
@@ -45,25 +45,12 @@ class Block(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """Steps of one layout on the host, doubles: norms [steps, heads with a gradient] and global norms [steps]."""
+    """Steps of one layout on the host: norms [steps][heads with a gradient] and global norms [steps]."""
 
     names: list[str]
-    norms: Tensor
+    norms: list[list[float]]
     totals: list[float]
     given_up: int
-
-    def cvs(self) -> list[float]:
-        """`gradient_cv()` of every step at once; +Inf where the step is not finite."""
-        if len(self.names) < 2:
-            return [0.0 if math.isfinite(total) else math.inf for total in self.totals]
-        # Dividing by the largest norm keeps the squares from over- or underflowing; where all are zero the CV is 0.
-        largest = self.norms.amax(1, keepdim=True).clamp_(min=1e-300)
-        std, mean = torch.std_mean(self.norms / largest, dim=1)
-        cvs = std / torch.maximum(mean, MEAN_FLOOR / largest.squeeze(1))
-        return [
-            cv if math.isfinite(cv) and math.isfinite(total) else math.inf
-            for cv, total in zip(cvs.tolist(), self.totals)
-        ]
 
 
 class PendingGradientSteps:
@@ -107,9 +94,9 @@ class PendingGradientSteps:
         norms_of: dict[str, list[float]] = {}
         steps = self._steps()
         for block in steps:
-            cvs += block.cvs()
+            cvs += [gradient_cv(n) if math.isfinite(t) else math.inf for n, t in zip(block.norms, block.totals)]
             totals += block.totals
-            for name, norms in zip(block.names, block.norms.t().tolist()):
+            for name, norms in zip(block.names, zip(*block.norms)):
                 norms_of.setdefault(name, []).extend(norms)
         return summary_of_steps(cvs, totals, norms_of, max((len(block.names) for block in steps), default=0))
 
@@ -128,7 +115,7 @@ class PendingGradientSteps:
         return [
             GradientStep(dict(zip(block.names, norms)), total)
             for block in self._steps()
-            for norms, total in zip(block.norms.tolist(), block.totals)
+            for norms, total in zip(block.norms, block.totals)
         ]
 
     def last(self) -> GradientStep:
@@ -138,7 +125,7 @@ class PendingGradientSteps:
             IndexError: there is none.
         """
         block = self._steps()[-1]
-        return GradientStep(dict(zip(block.names, block.norms[-1].tolist())), block.totals[-1])
+        return GradientStep(dict(zip(block.names, block.norms[-1])), block.totals[-1])
 
     def _steps(self) -> list[_Steps]:
         """All steps that count, neighbours of one layout together: usually that is all of them."""
@@ -149,7 +136,7 @@ class PendingGradientSteps:
             for layout, blocks in groupby(self._blocks, lambda block: block.layout):
                 given_up = [flag for block in blocks for flag in block.given_up]
                 stop = start + len(given_up) * layout.width
-                arrived.append(self._steps_of(layout, given_up, numbers[start:stop].view(-1, layout.width)))
+                arrived.append(self._steps_of(layout, given_up, numbers[start:stop].view(len(given_up), layout.width)))
                 start = stop
             self._arrived = [block for block in arrived if block.totals]
         return self._arrived
@@ -157,20 +144,19 @@ class PendingGradientSteps:
     def _steps_of(self, layout: Layout, given_up: list[bool], numbers: Tensor) -> _Steps:
         columns, contributing = _columns(layout.owners, len(self._head_names))
         width = len(columns)
+        counts = [True] * len(given_up)
         if layout.has_discard:
-            taken = numbers[:, -1] == 0.0
-            given_up = [flag for flag, is_taken in zip(given_up, taken.tolist()) if is_taken]
-            numbers = numbers[taken]
+            counts = [flag == 0.0 for flag in numbers[:, -1].tolist()]
         squares = numbers[:, :width].square()
-        totals = (numbers[:, width] if layout.has_total else squares.sum(1).sqrt_()).tolist()
-        if any(given_up):
-            counts = [not flag or not math.isfinite(total) for flag, total in zip(given_up, totals)]
-            totals = [total for total, does_count in zip(totals, counts) if does_count]
-            given_up = [flag for flag, does_count in zip(given_up, counts) if does_count]
-            squares = squares[torch.tensor(counts)]
         # index_add_ keeps a NaN in the column of its own head; a matrix product would spread it.
         per_head = squares.new_zeros(len(squares), len(self._head_names) + 1).index_add_(1, columns, squares)
-        norms = (per_head[:, :-1] if len(contributing) == len(self._head_names) else per_head[:, contributing]).sqrt()
+        totals = (numbers[:, width] if layout.has_total else per_head.sum(1).sqrt_()).tolist()
+        per_head = per_head if len(contributing) == per_head.shape[1] - 1 else per_head[:, contributing]
+        norms = per_head[:, : len(contributing)].sqrt().tolist()
+        if any(given_up):
+            counts = [does and not (flag and math.isfinite(t)) for does, flag, t in zip(counts, given_up, totals)]
+        if not all(counts):
+            norms, totals, given_up = (list(compress(column, counts)) for column in (norms, totals, given_up))
         return _Steps([self._head_names[index] for index in contributing], norms, totals, sum(given_up))
 
 

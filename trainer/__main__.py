@@ -20,21 +20,22 @@ def main() -> int:
 
 
 def _train(stop: StopRequest) -> int:
-    # After the handlers, for these imports take seconds; torch comes when the settings are known to be good.
-    from trainer.config import ConfigError, parse_config
+    # After the signal handlers, for these imports take seconds. torch comes last, when the settings are good.
+    from trainer.config import ConfigError, StartError
+    from trainer.parsing import parse_config
 
     try:
-        config = parse_config()
+        config, telemetry = parse_config()
     except ConfigError as error:
         return _failed(error, 2)
     if stop():
         return stop.exit_code
 
     from trainer.agent import NonFiniteGradientError
-    from trainer.training import LostRankError, StartError, train
+    from trainer.training import LostRankError, train
 
     try:
-        return train(config, stop)
+        return train(config, telemetry, stop)
     except ConfigError as error:
         return _failed(error, 2)
     except (StartError, LostRankError, NonFiniteGradientError) as error:
@@ -52,7 +53,7 @@ def _examine(command: str, arguments: list[str], stop: StopRequest) -> int:
     except CheckpointError as error:
         return _failed(error, 1)
     except BrokenPipeError:
-        # As in `inspect CHECKPOINT | head`. What is still buffered must not fail once more at the exit.
+        # As in `inspect CHECKPOINT | head`. What is still buffered must not fail again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -64,8 +65,8 @@ def _failed(error: Exception, code: int) -> int:
     return code
 
 
-def _let_go_of_what_cannot_be_written() -> None:
-    """On a full disk, say: Python would try again at the exit, and make an exit code of its own of it."""
+def _drop_unwritable_output() -> None:
+    """On a full disk, for example, Python would try to write it again at the exit and change the exit code."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
         try:
             stream.flush()
@@ -75,5 +76,5 @@ def _let_go_of_what_cannot_be_written() -> None:
 
 if __name__ == "__main__":
     code = main()
-    _let_go_of_what_cannot_be_written()
+    _drop_unwritable_output()
     sys.exit(code)

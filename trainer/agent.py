@@ -2,20 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from exporter.heads import HeadGradientMeter
-from exporter.telemetry import GradientStep, PPOUpdateMetrics, summarize_gradient_steps
+from exporter.telemetry import PPOUpdateMetrics
 from trainer.distributed import Ranks
 from trainer.drill import Drill
-from trainer.policy import ActorCritic, flat_parameters
+from trainer.policy import ActorCritic
 from trainer.rollout import Rollout
+
+_BETA1, _BETA2 = 0.9, 0.999  # Adam's
+_STATISTICS = 5  # policy loss, squared value error, entropy, approx KL, clipped
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,64 @@ class NonFiniteGradientError(FloatingPointError):
         metrics: of the update up to and including the bad gradient step.
     """
 
-    def __init__(self, step: GradientStep, number: int, metrics: PPOUpdateMetrics) -> None:
-        heads = [head for head, norm in step.head_norms.items() if not math.isfinite(norm)]
+    def __init__(self, metrics: PPOUpdateMetrics) -> None:
+        heads = [head for head, count in metrics["nonfinite_gradient_steps"].items() if count]
         where = f"head{'s' * (len(heads) > 1)} {', '.join(heads)}" if heads else "the trunk or the value head"
         super().__init__(
-            f"non-finite gradient in {where} at gradient step {number} of the update; weights are untouched"
+            f"non-finite gradient in {where} at gradient step {len(metrics['gradient_cv_per_step'])} of the update; "
+            "weights are untouched"
         )
         self.metrics = metrics
+
+
+class Minibatch(NamedTuple):
+    """The samples of one gradient step that this rank works on, `size` on all ranks together.
+
+    Attributes:
+        observations: [batch, observation_size].
+        actions: [batch, heads], int64.
+        old_log_probs: [batch], when the actions were taken.
+        advantages: [batch], normalized over the minibatch of all ranks.
+        targets, old_outputs: [batch], returns and the value head's output when the actions were taken, in standard
+            deviations of the returns from their mean.
+        size: samples on all ranks.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    targets: Tensor
+    old_outputs: Tensor
+    size: int
+
+
+class _Samples(NamedTuple):
+    """A rollout in one row of samples.
+
+    Attributes:
+        valid: numbers of the samples to learn from, counted over all ranks.
+        all_advantages: of the samples of all ranks.
+        observations, actions: [samples of this rank, ...].
+        scalars: [4, samples of this rank]: log-probability, advantage, target, old output.
+        explained_variance: of the returns by the values, over all ranks.
+    """
+
+    valid: Tensor
+    all_advantages: Tensor
+    observations: Tensor
+    actions: Tensor
+    scalars: Tensor
+    explained_variance: Tensor
 
 
 class PPOAgent:
     """Improves a policy from rollouts and measures the gradient of every head while it does.
 
     Args:
-        policy: network to train, already on its device.
+        policy: network to train, on its device.
         hyperparameters: see `PPOHyperparameters`.
-        generator: CPU generator that shuffles the minibatches.
+        generator: shuffles the minibatches; on the policy's device or on the CPU.
         drill: a fault to inject, for testing alerts.
         ranks: the processes that train this policy together.
     """
@@ -76,15 +120,15 @@ class PPOAgent:
         self._generator = generator
         self._drill = drill
         self._ranks = ranks
-        self._parameters = flat_parameters(policy)
-        self._optimizer = torch.optim.Adam([self._parameters], eps=hyperparameters.adam_eps, fused=True)
-        self._meter = HeadGradientMeter(policy.head_rows, policy.parameters())
+        self._meter = HeadGradientMeter(policy.head_rows, flat=policy.flat)
+        self._moments = torch.zeros_like(policy.flat), torch.zeros_like(policy.flat)
+        self._adam_steps = torch.zeros((), device=policy.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments, optimizer, the number of updates and the shuffling generator; tensors are not copied."""
         return {
             "policy": self.policy.state_dict(),
-            "optimizer": self._optimizer.state_dict()["state"],
+            "optimizer": self._optimizer_state(),
             "updates": self.updates,
             "generator": self._generator.get_state(),
         }
@@ -96,140 +140,199 @@ class PPOAgent:
             KeyError, RuntimeError, TypeError, ValueError: the state is that of another network, or none.
         """
         self.policy.load_state_dict(state["policy"])
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        for name, tensor in self._optimizer_state().items():
+            tensor.copy_(state["optimizer"][name])
         self._generator.set_state(state["generator"])
         self.updates = state["updates"]
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        return {"step": self._adam_steps, "exp_avg": self._moments[0], "exp_avg_sq": self._moments[1]}
 
     def update(
         self, rollout: Rollout, *, learning_rate: float, should_stop: Callable[[], bool] = lambda: False
     ) -> PPOUpdateMetrics:
         """One PPO update: `epochs` passes over the rollout in shuffled minibatches.
 
-        A gradient step whose gradient is not finite leaves weights and optimizer
-        as they are, and is counted. If `should_stop()` holds after a gradient
-        step, the update ends there and its metrics cover the steps done.
+        A gradient step whose gradient is not finite leaves weights and optimizer as they are, and is counted. If
+        `should_stop()` holds after a gradient step, the update ends there and its metrics cover the steps done.
 
         Raises:
             NonFiniteGradientError: a gradient was not finite and `on_nonfinite` is `raise`.
         """
         started = time.perf_counter()
-        hp, ranks = self._hyperparameters, self._ranks
-        device = self._parameters.device
+        hp = self._hyperparameters
         self.updates += 1
-        self._optimizer.param_groups[0]["lr"] = learning_rate
-
-        # Every rank knows all advantages and shuffles all samples alike; it works on those of its own environments.
-        all_advantages, all_returns, all_values, trained_on = (
-            ranks.gather(array).reshape(-1)
-            for array in (rollout.advantages, rollout.returns, rollout.values, rollout.trained_on)
-        )
-        samples = torch.from_numpy(np.flatnonzero(trained_on))
-        all_advantages, observations, actions, old_values = (
-            torch.from_numpy(array).to(device, non_blocking=True)
-            for array in (all_advantages, rollout.observations, rollout.actions, rollout.values)
-        )
-        observations, actions = observations.flatten(0, 1), actions.flatten(0, 1)
-        # Value errors count in standard deviations of the returns, whatever the environment pays. New moments
-        # move what the value head's output stands for; the old values move along, so that only learning is clipped.
-        moments = self.policy.return_moments
-        old_outputs = (old_values - moments.mean) / moments.deviation
-        if hp.normalize_returns:
-            moments.include(all_returns[trained_on])
-        scale = moments.deviation
-        log_probs, advantages, returns = torch.from_numpy(
-            np.stack([rollout.log_probs, rollout.advantages, rollout.returns])
-        ).to(device, non_blocking=True)
-        experience = torch.stack([log_probs, advantages, returns, moments.mean + scale * old_outputs], dim=-1).flatten(
-            0, 1
-        )
-        minibatches = max(1, round(len(samples) / hp.minibatch_size))
-        statistics: list[Tensor] = []
-        stopped = raised = False
-
+        samples = self._samples(rollout)
+        statistics: list[list[Tensor]] = []
         for _ in range(hp.epochs):
-            shuffled = samples[torch.randperm(len(samples), generator=self._generator)]
-            for batch in shuffled.tensor_split(minibatches):
-                own = ranks.own_samples(batch, rollout.num_envs).to(device, non_blocking=True)
-                old_log_probs, advantage, returns, old_values = experience.index_select(0, own).unbind(1)
-                # Of a single sample the deviation is 0, not NaN.
-                of_all_ranks = all_advantages.index_select(0, batch.to(device, non_blocking=True))
-                deviation, mean = torch.std_mean(of_all_ranks, correction=min(1, len(batch) - 1))
-                advantage = (advantage - mean) / (deviation + 1e-8)
-
-                distribution, values = self.policy(observations.index_select(0, own))
-                log_probs, entropies = distribution.evaluate(actions.index_select(0, own))
-                # Each mean runs over the samples of all ranks, whose gradients are added up.
-                entropy = entropies.sum() / len(batch)
-
-                log_ratio = log_probs - old_log_probs
-                ratio = log_ratio.exp()
-                clipped_ratio = ratio.clamp(1 - hp.clip_range, 1 + hp.clip_range)
-                policy_loss = -torch.min(ratio * advantage, clipped_ratio * advantage).sum() / len(batch)
-
-                squared_error = ((values - returns) / scale) ** 2
-                if hp.value_clip_range is not None:
-                    limit = hp.value_clip_range * scale
-                    clipped_values = old_values + (values - old_values).clamp(-limit, limit)
-                    squared_error = torch.max(squared_error, ((clipped_values - returns) / scale) ** 2)
-                value_loss = 0.5 * squared_error.sum() / len(batch)
-
-                loss = policy_loss + hp.value_coef * value_loss - hp.entropy_coef * entropy
-                self._parameters.grad.zero_()
-                loss.backward()
-                if self._drill is not None:
-                    self._drill.bend(self.policy, self.updates)
-                ranks.sum_(self._parameters.grad)
-
-                # The one pass over the gradients: head norms for the metric, global norm for clipping.
-                global_norm = self._meter.measure()
-                # Fused Adam divides the gradient by grad_scale and does nothing where found_inf is 1:
-                # clipping and skipping without a pass of their own and without waiting for the device.
-                self._optimizer.grad_scale = (global_norm / hp.max_grad_norm).clamp(min=1.0)
-                self._optimizer.found_inf = (~torch.isfinite(global_norm)).float()
-                self._optimizer.step()
-
-                with torch.no_grad():
-                    # Schulman's low-variance estimator, http://joschu.net/blog/kl-approx.html
-                    approx_kl = (ratio - 1 - log_ratio).sum() / len(batch)
-                    clip_fraction = ((ratio - 1).abs() > hp.clip_range).sum() / len(batch)
-                    statistics.append(torch.stack([policy_loss, value_loss, entropy, approx_kl, clip_fraction]))
-                stopped = should_stop()
-                raised = hp.on_nonfinite == "raise" and not math.isfinite(global_norm.item())
-                if stopped or raised:
-                    break
-            if stopped or raised:
+            statistics.append([])
+            for minibatch in self._minibatches(samples, rollout.num_envs):
+                statistics[-1].append(self._loss_gradient(minibatch))
+                global_norm = self._step(learning_rate)
+                if should_stop():
+                    return self._summary(samples, statistics, learning_rate, started)
+                if hp.on_nonfinite == "raise" and not math.isfinite(global_norm.item()):
+                    raise NonFiniteGradientError(self._summary(samples, statistics, learning_rate, started))
+            if hp.target_kl is not None and self._ranks.sum_(statistics[-1][-1].clone())[3].item() > hp.target_kl:
                 break
-            if hp.target_kl is not None and ranks.sum_(statistics[-1].clone())[3].item() > hp.target_kl:
-                break
+        return self._summary(samples, statistics, learning_rate, started)
 
-        # The only wait for the device: the norms are on their way when the statistics arrive.
-        norms = self._meter.start_collecting()
-        policy_loss, value_loss, entropy, approx_kl, clip_fraction = ranks.sum_(
-            torch.stack(statistics).mean(0)
-        ).tolist()
-        steps = norms.result()
-        metrics = PPOUpdateMetrics(
-            **summarize_gradient_steps(steps),
-            skipped_gradient_steps=sum(not math.isfinite(step.global_norm) for step in steps),
+    def _samples(self, rollout: Rollout) -> _Samples:
+        """The rollout in one row of samples, with returns and values as the value head sees them.
+
+        The value head learns in standard deviations of the returns, whatever the environment pays. New moments of the
+        returns change what its output means; old values are read with the moments with which they were computed, so
+        that clipping sees only what is learned.
+        """
+        gather = self._ranks.gather
+        valid = gather(rollout.valid).flatten().nonzero()[:, 0].to(self.policy.device, non_blocking=True)
+        returns, values = (gather(part).flatten()[valid] for part in (rollout.returns, rollout.values))
+        moments = self.policy.return_moments
+        old_outputs = (rollout.values - moments.mean) / moments.std
+        if self._hyperparameters.normalize_returns:
+            moments.update(returns)
+        targets = (rollout.returns - moments.mean) / moments.std
+        return _Samples(
+            valid,
+            gather(rollout.advantages).flatten(),
+            rollout.observations.flatten(0, 1),
+            rollout.actions.flatten(0, 1),
+            torch.stack([rollout.log_probs, rollout.advantages, targets, old_outputs]).flatten(1),
+            explained_variance(values, returns),
+        )
+
+    def _minibatches(self, samples: _Samples, num_envs: int) -> Iterator[Minibatch]:
+        """One epoch: all samples, shuffled, in minibatches as nearly of the size as they divide evenly.
+
+        Every rank shuffles all samples alike, and works on those of its own environments.
+        """
+        count, generator = len(samples.valid), self._generator
+        permutation = torch.randperm(count, generator=generator, device=generator.device)
+        shuffled = samples.valid[permutation.to(samples.valid.device, non_blocking=True)]
+        parts = shuffled.tensor_split(max(1, round(count / self._hyperparameters.minibatch_size)))
+        own_parts = [self._ranks.own_samples(part, num_envs) for part in parts]
+        own, sizes = torch.cat(own_parts), [len(part) for part in own_parts]
+        for part, of_all_ranks, observations, actions, scalars in zip(
+            parts,
+            samples.all_advantages.index_select(0, shuffled).split([len(part) for part in parts]),
+            samples.observations.index_select(0, own).split(sizes),
+            samples.actions.index_select(0, own).split(sizes),
+            samples.scalars.index_select(1, own).split(sizes, dim=1),
+        ):
+            # Of a single sample the standard deviation is 0, not NaN.
+            std, mean = torch.std_mean(of_all_ranks, correction=min(1, len(part) - 1))
+            old_log_probs, advantages, targets, old_outputs = scalars.unbind()
+            advantages = (advantages - mean) / (std + 1e-8)
+            yield Minibatch(observations, actions, old_log_probs, advantages, targets, old_outputs, len(part))
+
+    def _loss_gradient(self, minibatch: Minibatch) -> Tensor:
+        """Write the gradient of the loss on the minibatch, summed over ranks, into the policy's parameters.
+
+        loss = -E[min(ratio * A, clip(ratio) * A)] + value_coef * 0.5 * E[squared error] - entropy_coef * E[entropy]
+
+        Returns:
+            This rank's part of the minibatch means of: policy loss, squared value error, entropy, approximate KL
+            divergence and whether the ratio was clipped; a vector of 5.
+        """
+        hp, policy = self._hyperparameters, self.policy
+        observations, actions, old_log_probs, advantages, targets, old_outputs, size = minibatch
+        seen = policy.forward(observations)
+        distribution = policy.distribution(seen.logits)
+        statistics = torch.empty(_STATISTICS, len(observations), device=policy.device)
+
+        log_ratio = distribution.log_prob(actions) - old_log_probs
+        ratio = log_ratio.exp()
+        surrogate = ratio * advantages
+        clipped_surrogate = ratio.clamp(1 - hp.clip_range, 1 + hp.clip_range) * advantages
+        torch.minimum(surrogate, clipped_surrogate, out=statistics[0]).neg_()
+        # Where the clipped one is smaller, the ratio is outside the range and has no gradient. A NaN is not smaller.
+        by_log_prob = torch.where(clipped_surrogate < surrogate, 0.0, surrogate).mul_(-1 / size)
+
+        error = seen.outputs - targets
+        by_output, squared_error = error, error * error
+        if hp.value_clip_range is not None:
+            change = (seen.outputs - old_outputs).clamp_(-hp.value_clip_range, hp.value_clip_range)
+            clipped_error = change.add_(old_outputs).sub_(targets)
+            squared_clipped_error = clipped_error * clipped_error
+            # Where the clipped error is larger, the change is outside the range and has no gradient.
+            by_output = torch.where(squared_clipped_error > squared_error, 0.0, error)
+            squared_error = torch.maximum(squared_error, squared_clipped_error)
+        statistics[1] = squared_error
+
+        by_logits = distribution.gradient(actions, by_log_prob, -hp.entropy_coef / size)
+        policy.backward(seen, by_logits, by_output * (hp.value_coef / size))
+        if self._drill is not None:
+            self._drill.bend(policy, self.updates)
+        self._ranks.sum_(policy.flat.grad)
+
+        torch.sum(distribution.entropies, 0, out=statistics[2])
+        # Schulman's low-variance estimator, http://joschu.net/blog/kl-approx.html
+        ratio -= 1
+        torch.sub(ratio, log_ratio, out=statistics[3])
+        torch.gt(ratio.abs_(), hp.clip_range, out=statistics[4])
+        return statistics.sum(1).div_(size)
+
+    def _step(self, learning_rate: float) -> Tensor:
+        """Measure the gradient, clip it by its global norm, and let Adam step; nothing moves if it is not finite.
+
+        Fused Adam divides the gradient by `grad_scale` and does nothing where `found_inf` is 1: clipping and skipping
+        without a pass of their own and without waiting for the device. It is called directly, because
+        `torch.optim.Adam.step()` takes twice as long as the work itself on a small network.
+
+        Returns:
+            Global L2 norm before clipping, a 0-dimensional tensor.
+        """
+        hp, flat = self._hyperparameters, self.policy.flat
+        global_norm = self._meter.measure()
+        is_finite = torch.isfinite(global_norm).float()
+        self._adam_steps.add_(is_finite)
+        torch._fused_adam_(
+            [flat],
+            [flat.grad],
+            *([moment] for moment in self._moments),
+            max_exp_avg_sqs=[],
+            state_steps=[self._adam_steps],
+            lr=learning_rate,
+            beta1=_BETA1,
+            beta2=_BETA2,
+            weight_decay=0.0,
+            eps=hp.adam_eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=(global_norm / hp.max_grad_norm).clamp_(min=1.0),
+            found_inf=1.0 - is_finite,
+        )
+        return global_norm
+
+    def _summary(
+        self, samples: _Samples, statistics: list[list[Tensor]], learning_rate: float, started: float
+    ) -> PPOUpdateMetrics:
+        """The update's metrics from the statistics of each epoch's minibatches, with the only wait for the device."""
+        steps = self._meter.start_collecting()
+        of_steps = torch.stack([of_step for of_epoch in statistics for of_step in of_epoch])
+        means = of_steps.mean(0)
+        # The policy moves away during the update: how far it got is what the last epoch saw.
+        means[3] = of_steps[-len(statistics[-1]) :, 3].mean()
+        means = torch.cat([self._ranks.sum_(means), samples.explained_variance.reshape(1)])
+        policy_loss, squared_error, entropy, approx_kl, clip_fraction, explained = means.tolist()
+        return PPOUpdateMetrics(
+            **steps.summary(),
+            skipped_gradient_steps=steps.nonfinite_steps,
             policy_loss=policy_loss,
-            value_loss=value_loss,
+            value_loss=0.5 * squared_error,
             entropy=entropy,
             approx_kl=approx_kl,
             clip_fraction=clip_fraction,
-            explained_variance=explained_variance(all_values[trained_on], all_returns[trained_on]),
+            explained_variance=explained,
             learning_rate=learning_rate,
             update_duration_seconds=time.perf_counter() - started,
         )
-        if raised:
-            raise NonFiniteGradientError(steps[-1], len(steps), metrics)
-        return metrics
 
 
-def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant.
 
     NaN when the returns do not vary.
     """
-    variance = returns.var()
-    return float(1 - (returns - values).var() / variance) if variance > 0 else math.nan
+    variance = returns.var(correction=0)
+    return torch.where(variance > 0, 1 - (returns - values).var(correction=0) / variance, math.nan)

@@ -1,309 +1,130 @@
-"""Checkpoints: what a file holds, how it is written so that no crash can spoil it, and which one a run goes on from.
-
-A checkpoint is the state between two updates, as `torch.save` writes it, of tensors and plain values alone. It lies in
-the folder of its run, `update-00000120.pt`, beside `totals.json`: what the run's counters had reached, written after
-every update, so that they never go back when a crash costs the updates since the last checkpoint.
-"""
+"""When checkpoints are written, and what of: the state after the last completed update."""
 
 import contextlib
-import errno
-import fcntl
-import io
-import json
-import os
-import pickle
-import re
-import time
-import zipfile
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-FORMAT, FORMAT_VERSION = "ppo-gradient-exporter checkpoint", 1
-TOTALS = "totals.json"
-_PARTS = ("config", "updates", "agent", "collector", "torch_generator", "run")
+from trainer.checkpoint_files import RunFolder
+from trainer.config import StartError
+from trainer.display import say
+
+if TYPE_CHECKING:
+    from trainer.training import Training
 
 
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message names the file and the reason."""
+class Checkpoints:
+    """Keeps the state after the last completed update. Writes it every few updates and at the end.
 
+    Does nothing if the settings want no checkpoints. A checkpoint that cannot be written is a warning: training goes
+    on. The first rank writes; all ranks have to call `updated` and `finish`.
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that at every moment `path` is whole, the one before, or not there.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "written_at_seconds": time.time(),
-        "torch_version": str(torch.__version__),  # it is a subclass of str
-        "exporter_version": version("ppo-gradient-exporter"),
-        **state,
-    }
-    serialized = io.BytesIO()
-    torch.save(content, serialized)
-    with _replacing(path) as file:
-        file.write(serialized.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, is to outlast a power cut
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # CIFS and others cannot do it for a folder
-            raise
-    finally:
-        os.close(folder)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path):
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU. Executes nothing that the file says.
+    Attributes:
+        last: the last checkpoint that was written, or the one that the run goes on from.
 
     Raises:
-        CheckpointError: the file is missing, damaged, foreign, or of another format version.
+        StartError: the folder cannot be used.
     """
-    try:
-        if path.stat().st_size == 0:
-            raise CheckpointError(f"{path}: the file is empty")
-        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
-            damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(f"{path}: the file is damaged: the checksum of its part {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: the file is truncated, or no checkpoint at all") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: it holds something other than tensors and plain values, and was not loaded, for that could run "
-            "code"
-        ) from error
-    except Exception as error:  # a foreign archive fails in torch wherever it likes
-        raise CheckpointError(f"{path}: not a checkpoint: {(str(error) or repr(error)).splitlines()[0]}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this trainer, though torch can read it")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {content.get('format_version')!r}; this program reads {FORMAT_VERSION}"
-        )
-    missing = [part for part in _PARTS if part not in content]
-    if missing or not isinstance(content["config"], dict) or type(content["updates"]) is not int:
-        raise CheckpointError(f"{path}: incomplete: {', '.join(missing) or 'settings'}")
-    return content
 
+    def __init__(self, training: "Training") -> None:
+        self._training = training
+        self._every = training.config.checkpoint_every
+        self._state: dict[str, Any] | None = None
+        self._spare: dict[str, Any] | None = None
+        self._written: dict[str, Any] | None = None
+        self.last: Path | None = Path(training.config.resume) if training.config.resume else None
+        self._folder = self._open_folder() if self._every and training.ranks.is_first else None
 
-def is_readable(path: Path) -> bool:
-    """Whether `load` takes it."""
-    try:
-        load(path)
-    except CheckpointError:
-        return False
-    return True
-
-
-def update_of(path: Path) -> int | None:
-    """The update that a checkpoint's name says, None if it is no such name."""
-    match = re.fullmatch(r"update-(\d+)\.pt", path.name)
-    return int(match[1]) if match else None
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """A run's checkpoints, readable or not, the newest first; none where there is no folder."""
-    try:
-        found = [path for path in folder.iterdir() if update_of(path) is not None]
-    except OSError:
-        return []
-    return sorted(found, key=update_of, reverse=True)
-
-
-def resolve(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a person means, and its content.
-
-    Args:
-        path: a checkpoint, or a run's folder: its newest checkpoint that can be read.
-        warn: told of each newer one that cannot be.
-
-    Raises:
-        CheckpointError: there is none; where `path` is a file, the message offers the one before it.
-    """
-    if not path.is_dir():
+    def _open_folder(self) -> RunFolder:
+        config = self._training.config
         try:
-            return path, load(path)
-        except CheckpointError as error:
-            number = update_of(path)
-            before = [other for other in checkpoints_in(path.parent) if number is None or update_of(other) < number]
-            offered = next((other for other in before if is_readable(other)), None)
-            raise CheckpointError(f"{error}" + (f"; the one before is {offered}" if offered else "")) from error
-    found = checkpoints_in(path)
-    for checkpoint in found:
-        try:
-            return checkpoint, load(checkpoint)
-        except CheckpointError as error:
-            warn(f"{error}; taking the one before")
-    if found:
-        raise CheckpointError(f"{path}: none of its {len(found)} checkpoints can be read")
-    runs = sorted({str(inner.parent) for inner in path.glob("*/update-*.pt")})
-    raise CheckpointError(
-        f"{path}: there is no checkpoint in this folder" + (f"; there are in {', '.join(runs)}" if runs else "")
-    )
+            if self.last is not None:
+                return RunFolder.of_resumed_run(self.last, config.run_name, config.keep_checkpoints)
+            return RunFolder.of_new_run(Path(config.checkpoint_dir), config.run_name, config.keep_checkpoints)
+        except BlockingIOError as error:
+            raise StartError(f"another process is writing the checkpoints in {self.last.parent}") from error
+        except OSError as error:
+            where = self.last.parent if self.last else config.checkpoint_dir
+            raise StartError(
+                f"cannot write checkpoints to {where}: {error.strerror}; --checkpoint-dir chooses another folder, "
+                "--checkpoint-every 0 writes none"
+            ) from error
 
+    def updated(self) -> None:
+        """An update is complete."""
+        if not self._every:
+            return
+        is_due = self._training.updates % self._every == 0
+        # A signal or an error may come in the middle of the next update, so this state is kept. With several ranks
+        # none stops there, and collecting their states takes time.
+        if is_due or self._training.ranks.size == 1:
+            self._keep(self._training.state_dict())
+        if self._folder is not None:
+            self._note_totals()
+            if is_due:
+                self._write()
 
-def latest_folder(directory: Path, run: str, warn: Callable[[str], None]) -> Path:
-    """The folder in `directory` to which a run of this name wrote a checkpoint last.
-
-    Args:
-        warn: told of a newer one that may be the run's, but cannot be read.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    name = _folder_name(run)
-    folders = [path for path in directory.glob("*") if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", path.name)]
-    newest = [found[0] for folder in folders if (found := checkpoints_in(folder))]
-    unreadable = None
-    for path in sorted(newest, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            _, content = resolve(path.parent, lambda text: None)
-        except CheckpointError as error:
-            unreadable = unreadable or error
-            continue
-        # The fifth folder of the run `a` and the first of the run `a.5` have the same name.
-        if content["config"].get("run") == run:
-            if unreadable:
-                warn(f"{unreadable}; taking {path.parent}")
-            return path.parent
-    raise unreadable or CheckpointError(f"{directory / name}: there is no checkpoint of the run {run!r} yet")
-
-
-def totals(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the counters of a checkpoint's run had reached when it ended: at least what the checkpoint says."""
-    saved = content["run"]
-    try:
-        noted = json.loads((path.parent / TOTALS).read_text())
-        return noted if noted["run"] == saved["run"] and noted["updates"] >= saved["updates"] else saved
-    except (OSError, ValueError, TypeError, KeyError):
-        return saved  # a crash of the machine may have spoiled it; it is only written, not forced to the disk
-
-
-class RunFolder:
-    """The folder with the checkpoints of one run, held by one process until `close()`.
-
-    Args:
-        path: of the folder; created if missing.
-        keep: checkpoints that are kept, the newest.
-
-    Raises:
-        OSError: the folder cannot be written, or (BlockingIOError) another process holds it.
-    """
-
-    def __init__(self, path: Path, keep: int) -> None:
-        self.path = path
-        self._keep = keep
-        path.mkdir(parents=True, exist_ok=True)
-        self._held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for unfinished in path.glob(".*.tmp"):  # of a process that was killed
-                unfinished.unlink()
-            if not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        except BaseException:
-            os.close(self._held)
-            raise
-
-    @classmethod
-    def of_new_run(cls, directory: Path, run: str, keep: int) -> "RunFolder":
-        """DIRECTORY/RUN; where an earlier run of that name has left checkpoints, RUN.2, RUN.3 and so on."""
-        for number in count(1):
-            path = directory / (_folder_name(run) + (f".{number}" if number > 1 else ""))
-            if not checkpoints_in(path):
-                with contextlib.suppress(BlockingIOError):
-                    folder = cls(path, keep)
-                    if not checkpoints_in(path):  # nor did another process write and end just before
-                        return folder
-                    folder.close()
-        raise AssertionError("unreachable")
-
-    @classmethod
-    def of_resumed_run(cls, checkpoint: Path, run: str, keep: int) -> "RunFolder":
-        """The checkpoint's folder; a new one beside it where newer ones, or those of another run, are to stay."""
-        is_newer = True
-        for other in checkpoints_in(checkpoint.parent):
-            if other.name == checkpoint.name:
-                is_newer = False
-                continue
-            with contextlib.suppress(CheckpointError):
-                if load(other)["config"].get("run") != run or is_newer:
-                    return cls.of_new_run(checkpoint.parent.parent, run, keep)
-        return cls(checkpoint.parent, keep)
-
-    def write(self, state: Mapping[str, Any]) -> Path:
-        """Save `state`, which holds `updates`, and let the oldest go.
-
-        Raises:
-            OSError: it cannot be written; those that are there stay.
-        """
-        path = self.path / f"update-{state['updates']:08d}.pt"
-        save(path, state)
-        for old in checkpoints_in(self.path)[self._keep :]:
-            if old != path:
-                old.unlink(missing_ok=True)
-        return path
-
-    def note_totals(self, run: Mapping[str, Any]) -> None:
-        """Remember how far the counters are, `RunSnapshot.plain()`.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        with _replacing(self.path / TOTALS) as file:
-            file.write(json.dumps(run).encode())
+    def finish(self) -> None:
+        """The run has ended after a completed update, on every rank."""
+        if self._every and self._training.ranks.size > 1 and self._training.updates % self._every:
+            self._keep(self._training.state_dict())
 
     def close(self) -> None:
-        """Let go of the folder, and remove it if it holds no checkpoint."""
-        if not checkpoints_in(self.path):
-            (self.path / TOTALS).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
-        os.close(self._held)
+        """Write the last completed update and release the folder; does nothing the second time."""
+        if self._folder is None:
+            return
+        try:
+            if self._training.run_snapshot.updates:
+                self._note_totals()
+            if self._state is not self._written:
+                self._write()
+        finally:
+            self._folder.close()
+            self._folder = None
 
-    def __enter__(self) -> "RunFolder":
+    def _keep(self, state: Mapping[str, Any]) -> None:
+        # New memory would cost more than the copy. Two copies take turns, so that one is whole at any interrupt.
+        self._state, self._spare = copied(state, self._spare), self._state
+
+    def _note_totals(self) -> None:
+        # If this fails, the next checkpoint fails too and warns.
+        with contextlib.suppress(OSError):
+            self._folder.note_totals(self._training.run_snapshot)
+
+    def _write(self) -> None:
+        try:
+            self.last = self._folder.write(self._state)
+            self._written = self._state
+        except OSError as error:
+            say(
+                f"warning: no checkpoint of update {self._training.updates} in {self._folder.path}: "
+                f"{error.strerror or error}; training goes on",
+                to_stderr=True,
+            )
+
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
-def copied(state: Any) -> Any:
-    """`state` with every tensor in its dicts cloned, on its device."""
+def copied(state: Any, earlier: Any = None) -> Any:
+    """`state` with a copy of every tensor in its dicts, on its device.
+
+    Tensors of `earlier`, a copy that nobody needs any more, are overwritten where they fit.
+    """
     if isinstance(state, Tensor):
+        if isinstance(earlier, Tensor) and (earlier.shape, earlier.dtype, earlier.device) == (
+            state.shape,
+            state.dtype,
+            state.device,
+        ):
+            return earlier.copy_(state.detach())
         return state.detach().clone()
     if isinstance(state, Mapping):
-        return {key: copied(value) for key, value in state.items()}
+        before = earlier if isinstance(earlier, Mapping) else {}
+        return {key: copied(value, before.get(key)) for key, value in state.items()}
     return state
-
-
-def _folder_name(run: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", run).lstrip(".") or "run"

@@ -23,7 +23,7 @@ REFRESHES_PER_SECOND = 4
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
-    """A line for whoever reads it. That nobody can, on a full disk or a closed terminal, does not end the training."""
+    """Print a line. A full disk or a closed terminal does not end the training."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
@@ -36,15 +36,17 @@ class Display(Protocol):
     def updated(self, update: int) -> None: ...
 
 
-def open_display(read_run: ReadRun, done: int, updates: int, log_interval: int, follow: Path | None) -> Display:
+def open_display(
+    read_run: ReadRun, updates: int, total_updates: int, log_interval: int, follow: Path | None
+) -> Display:
     """The live display if standard output is a terminal that can show it, plain lines otherwise.
 
-    `done` of the run's `updates` are over already.
+    `updates` of the run's `total_updates` are complete already.
     """
     console = Console()
     if console.is_terminal and not console.is_dumb_terminal:
-        return LiveDisplay(read_run, done, updates, console, follow)
-    return PlainDisplay(read_run, updates, log_interval)
+        return LiveDisplay(read_run, updates, total_updates, console, follow)
+    return PlainDisplay(read_run, total_updates, log_interval)
 
 
 class StepsPerSecond:
@@ -61,9 +63,9 @@ class StepsPerSecond:
 class PlainDisplay:
     """One line per `log_interval` updates, and one for the last update."""
 
-    def __init__(self, read_run: ReadRun, updates: int, log_interval: int) -> None:
+    def __init__(self, read_run: ReadRun, total_updates: int, log_interval: int) -> None:
         self._read_run = read_run
-        self._updates = updates
+        self._total_updates = total_updates
         self._log_interval = log_interval
         self._speed = StepsPerSecond(read_run())
 
@@ -76,10 +78,10 @@ class PlainDisplay:
     def updated(self, update: int) -> None:
         run = self._read_run()
         quality = run.gradient_quality
-        if update % self._log_interval == 0 or update == self._updates:
+        if update % self._log_interval == 0 or update == self._total_updates:
             signals = " ".join(f"{name} {value}" for name, value in _signals(run))
             say(
-                f"update {update}/{self._updates} steps {run.environment_steps} "
+                f"update {update}/{self._total_updates} steps {run.environment_steps} "
                 f"steps/s {self._speed.of(run):.0f} {signals} {cv_text(quality.gradient_cv, quality.thresholds)}"
             )
 
@@ -91,7 +93,9 @@ class LiveDisplay:
         follow: lines that are appended to this file are printed above the display.
     """
 
-    def __init__(self, read_run: ReadRun, done: int, updates: int, console: Console, follow: Path | None) -> None:
+    def __init__(
+        self, read_run: ReadRun, updates: int, total_updates: int, console: Console, follow: Path | None
+    ) -> None:
         self._read_run = read_run
         self._console = console
         self._speed = StepsPerSecond(read_run())
@@ -104,7 +108,7 @@ class LiveDisplay:
             TimeRemainingColumn(),
             expand=True,
         )
-        self._task = self._progress.add_task("update", total=updates, completed=done)
+        self._task = self._progress.add_task("update", total=total_updates, completed=updates)
         self._followed = follow.open(encoding="utf-8", errors="replace") if follow else None
         if self._followed:
             self._followed.seek(0, 2)

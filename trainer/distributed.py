@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -64,14 +63,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, array: np.ndarray) -> np.ndarray:
-        """Arrays [steps, environments, ...] of all ranks, side by side along the second axis."""
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors [steps, environments, ...] of all ranks, side by side along the second axis."""
         if self.size == 1:
-            return array
-        own = torch.from_numpy(np.ascontiguousarray(array))
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own)
-        return torch.cat(parts, dim=1).numpy()
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts, dim=1)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of every rank, in order."""

@@ -1,4 +1,4 @@
-"""Faults for fire drills: gradients are bent on purpose, so that an alert has a real cause."""
+"""Faults for fire drills: they change gradients on purpose, so that an alert has a real cause."""
 
 import math
 import re
@@ -20,14 +20,13 @@ _SPAN = re.compile(r"(\d+)-(\d+)|(\d+(?:\.\d+)?)s-(\d+(?:\.\d+)?)s", re.ASCII)
 
 @dataclass(frozen=True)
 class Drill:
-    """The fault, the head, and the span in which it lasts.
+    """A fault, its head, and when it lasts.
 
     Attributes:
         kind: one of `KINDS`.
         head: name of an action head.
-        first, last: PPO updates, from 1, inclusive; or seconds since the drill was made, which is when
-            training begins.
-        in_seconds: what `first` and `last` count.
+        first, last: PPO updates, from 1, inclusive; or seconds since the drill was made, when training begins.
+        in_seconds: whether `first` and `last` are seconds.
         file: instead of a span, the fault lasts while this file exists.
     """
 
@@ -68,7 +67,7 @@ class Drill:
         return cls(kind, head, first, last, in_seconds)
 
     def bend(self, policy: "ActorCritic", update: int) -> None:
-        """Change the gradients of `policy` if the fault lasts at `update`, which is the running one."""
+        """Change the gradients of `policy` if the fault lasts at `update`, the one in progress."""
         if not self._lasts(update):
             return
         for name, rows_of_head in policy.head_rows.items():

@@ -1,4 +1,4 @@
-"""What a checkpoint is worth, and what is inside: `python -m trainer evaluate` and `python -m trainer inspect`."""
+"""`python -m trainer evaluate` plays episodes with a checkpoint; `python -m trainer inspect` says what is inside."""
 
 import argparse
 import sys
@@ -17,9 +17,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from exporter.health import cv_text
-from trainer.checkpoint import CheckpointError, checkpoints_in, resolve
-from trainer.config import ConfigError, Parser, TrainerConfig, config_of_run
+from trainer.checkpoint_files import CheckpointError, checkpoints_in, resolve
+from trainer.config import ConfigError, TrainerConfig
 from trainer.environments import TrainingEnvironment, UnsupportedEnvironment, make_environment
+from trainer.parsing import Parser, config_of_run
 from trainer.policy import ActorCritic
 from trainer.stop import StopRequest
 from trainer.training import make_policy
@@ -33,7 +34,6 @@ class Episodes:
     lengths: list[int]
 
 
-@torch.inference_mode()
 def play(
     policy: ActorCritic,
     environment: TrainingEnvironment,
@@ -45,8 +45,7 @@ def play(
 ) -> Episodes:
     """Play whole episodes.
 
-    Every environment plays its own part of them, fixed beforehand: to take those that end first would count short
-    episodes too often.
+    Each environment plays a fixed number of them. Taking the first ones to end would count short episodes too often.
 
     Args:
         policy: on the CPU.
@@ -54,7 +53,7 @@ def play(
         episodes: how many, at least 1.
         seed: of the environments and of sampling.
         deterministic: take the most probable choice of every head, instead of sampling.
-        played: told of the episodes so far after each step; true ends it there.
+        played: called after each step with the number of episodes so far; true ends it.
     """
     count = environment.vector_env.num_envs
     left = episodes // count + (np.arange(count) < episodes % count)
@@ -63,11 +62,13 @@ def play(
     done = Episodes([], [])
     observations, _ = environment.vector_env.reset(seed=seed)
     while left.any() and not played(len(done.returns)):
-        distribution, _ = policy(torch.from_numpy(np.asarray(observations, np.float32)))
-        variates = torch.rand(len(environment.heads), count, generator=generator)
-        choices = distribution.mode() if deterministic else distribution.sample(variates)
+        observations = np.asarray(observations, np.float32)
+        if deterministic:
+            choices = policy.most_probable(observations)
+        else:
+            choices = policy.act(observations, torch.rand(len(environment.heads), count, generator=generator).numpy())
         observations, rewards, terminated, truncated, _ = environment.vector_env.step(
-            environment.environment_actions(choices.numpy())
+            environment.environment_actions(choices)
         )
         returns += rewards
         lengths += ~only_resets
@@ -113,7 +114,8 @@ def evaluate(arguments: Sequence[str], stop: StopRequest) -> int:
     config = config_of_run(path, content)
     torch.set_num_threads(config.threads)
     try:
-        environment = make_environment(config.env, min(config.num_envs, options.episodes), config.vectorization)
+        count = min(config.num_envs, options.episodes)
+        environment = make_environment(config.env, count, config.vectorization, kwargs=config.env_kwargs)
         policy = make_policy(config, environment)
         policy.load_state_dict(content["agent"]["policy"])
     except UnsupportedEnvironment as error:
@@ -143,12 +145,12 @@ def evaluate(arguments: Sequence[str], stop: StopRequest) -> int:
     if stop():
         print(f"stopped after {len(done.returns)} of {options.episodes} episodes", file=sys.stderr)
         return stop.exit_code
-    deviation = f"{stdev(done.returns):.3f}" if len(done.returns) > 1 else "unknown of one"
+    std = f"{stdev(done.returns):.3f}" if len(done.returns) > 1 else "unknown of one"
     print(
         f"{path}: {config.run_name} at update {content['updates']}, {config.env}, {choice} actions, seed {options.seed}"
     )
     print(
-        f"return mean {fmean(done.returns):.3f}, standard deviation {deviation}, "
+        f"return mean {fmean(done.returns):.3f}, standard deviation {std}, "
         f"from {min(done.returns):.3f} to {max(done.returns):.3f}, {len(done.returns)} episodes"
     )
     print(f"length mean {fmean(done.lengths):.1f} environment steps; {time.monotonic() - started:.1f} s")
@@ -168,7 +170,7 @@ def inspect(arguments: Sequence[str]) -> int:
         lines = _description(path, content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not a checkpoint as this version writes it: {error!r}") from error
-    # A stranger's file is not to speak to the terminal.
+    # A stranger's file must not send control characters to the terminal.
     print("\n".join(line if line.isprintable() else ascii(line) for line in lines), flush=True)
     return 0
 
@@ -179,7 +181,7 @@ def _description(path: Path, content: Mapping[str, Any]) -> list[str]:
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(content["written_at_seconds"]))
     lines = [
         f"{path}: {path.stat().st_size:,} bytes, format version {content['format_version']}",
-        f"run         {config.run_name} on {config.env}, update {content['updates']} of {config.updates}",
+        f"run         {config.run_name} on {config.env}, update {content['updates']} of {config.total_updates}",
         f"written     {written}, torch {content['torch_version']}, exporter {content['exporter_version']}",
         f"counters    {run['environment_steps']} environment steps, {run['episodes']} episodes, {run['updates']} "
         f"updates, {run['resumes']} resumes, {run['gradient_quality']['skipped_steps']} gradient steps skipped",

@@ -1,83 +1,76 @@
-"""The network: tanh trunks, one fused layer for all action heads, and a value head."""
+"""The network: tanh layers, one layer for all action heads, a value head, and its gradient, written out by hand."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from exporter.heads import row_heads
+from exporter.heads import Rows
 
 
 class FactoredCategorical:
-    """Independent categorical distributions, one per action head, from one row of logits.
+    """Independent categorical distributions, one per action head.
 
-    The log-softmax is taken per head over logits padded to the widest head: each
-    head has its own maximum, so none underflows because another one's logits are large.
-    Choices run along the first axis and the batch along the last, where torch's softmax,
-    gather and sums work on whole vectors: 20 times faster than over a short last axis.
+    The softmax is taken per head over logits padded to the widest head: each head has its own maximum, so none
+    underflows because another one's logits are large. Choices run along the first axis and samples along the last,
+    where torch's kernels work on whole vectors.
 
     Args:
-        logits: [batch, sum of head sizes], heads side by side.
-        layout: of the heads.
+        logits: [choices of all heads, batch], heads one below the other.
+        layout: of the heads, on the same device.
+
+    Attributes:
+        log_probabilities: [widest head, heads, batch]; padded choices are never taken.
+        probabilities: the same, their exponential.
+        entropies: [heads, batch], in nats.
     """
 
     def __init__(self, logits: Tensor, layout: "HeadLayout") -> None:
-        self._logits = logits
         self._layout = layout
-        padded = logits.new_full((layout.widest * layout.heads, len(logits)), _PADDING_LOGIT)
-        padded.index_copy_(0, layout.rows, logits.detach().t().contiguous())
+        padded = logits.new_full((layout.widest * layout.heads, logits.shape[1]), _PADDING_LOGIT)
+        padded.index_copy_(0, layout.rows, logits)
         self.log_probabilities = torch.log_softmax(padded.view(layout.widest, layout.heads, -1), dim=0)
-        """[widest head, heads, batch], without autograd's graph; padded choices are never taken."""
         # Below this a probability changes no sum; exp() takes 70 times longer where its result is no normal number.
-        self.probabilities = self.log_probabilities.clamp(min=-60.0).exp()
+        self.probabilities = self.log_probabilities.clamp(min=-60.0).exp_()
+        self.entropies = (self.probabilities * self.log_probabilities).sum(0).neg_()
 
-    def sample(self, variates: Tensor) -> Tensor:
-        """Actions [batch, heads], int64: where each head's cumulative probability reaches its variate.
+    def sample(self, uniforms: Tensor) -> Tensor:
+        """Actions [batch, heads], int64: where each head's cumulative probability reaches its uniform number.
 
         Args:
-            variates: [heads, batch], uniform in [0, 1).
+            uniforms: [heads, batch], in [0, 1).
         """
         cumulative = self.probabilities.cumsum(0)
         # In (0, total], so that neither a choice without probability nor one behind the last is taken.
-        return (cumulative < (1 - variates) * cumulative[-1]).sum(0).t()
+        return (cumulative < (1 - uniforms) * cumulative[-1]).sum(0).t()
 
     def mode(self) -> Tensor:
         """The most probable action of every head, [batch, heads], int64."""
         return self.log_probabilities.argmax(0).t()
 
-    def evaluate(self, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Joint log-probability of `actions` and joint entropy, in nats, each [batch]: sums over the heads.
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Joint log-probability [batch] of `actions` [batch, heads], int64: the sum over the heads."""
+        return self.log_probabilities.gather(0, actions.t().unsqueeze(0)).sum((0, 1))
+
+    def gradient(self, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
+        """Gradient by the logits, [choices of all heads, batch], of a scalar that depends on them through both.
+
+        With p = softmax(x), for one head: d log p[a] / dx = onehot(a) - p and d H / dx = -p (log p + H).
 
         Args:
             actions: [batch, heads], int64.
+            by_log_prob: [batch], the scalar's gradient by the joint log-probability of `actions`.
+            by_entropy: its gradient by the joint entropy of each sample.
         """
-        return _Evaluation.apply(self._logits, self, actions)
-
-
-class _Evaluation(torch.autograd.Function):
-    """Log-probability and entropy with their gradients written out, which autograd would take 15 kernels for.
-
-    With p = softmax(x), for one head: d log p[a] / dx = onehot(a) - p and
-    d H / dx = -p (log p + H).
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, distribution: FactoredCategorical, actions: Tensor) -> tuple[Tensor, Tensor]:
+        gradient = (self.log_probabilities + self.entropies).mul_(by_entropy).add_(by_log_prob)
+        gradient.mul_(self.probabilities).neg_()
         choices = actions.t().unsqueeze(0)
-        entropies = -(distribution.probabilities * distribution.log_probabilities).sum(0)
-        ctx.distribution, ctx.choices, ctx.entropies = distribution, choices, entropies
-        return distribution.log_probabilities.gather(0, choices).sum((0, 1)), entropies.sum(0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, log_prob_gradient: Tensor, entropy_gradient: Tensor) -> tuple[Tensor, None, None]:
-        distribution = ctx.distribution
-        gradient = (distribution.log_probabilities + ctx.entropies).mul_(entropy_gradient).add_(log_prob_gradient)
-        gradient.mul_(distribution.probabilities).neg_()
-        gradient.scatter_add_(0, ctx.choices, log_prob_gradient.expand(ctx.choices.shape))
-        return gradient.flatten(0, 1).index_select(0, distribution._layout.rows).t(), None, None
+        gradient.scatter_add_(0, choices, by_log_prob.expand(choices.shape))
+        return gradient.flatten(0, 1).index_select(0, self._layout.rows)
 
 
 # Finite, because 0 * -inf would make the entropy NaN.
@@ -90,7 +83,7 @@ class HeadLayout(NamedTuple):
     Attributes:
         heads: number of heads.
         widest: choices of the largest one.
-        rows: [sum of head sizes], the grid's row of each logit.
+        rows: [choices of all heads], the grid's row of each logit.
     """
 
     heads: int
@@ -98,144 +91,273 @@ class HeadLayout(NamedTuple):
     rows: Tensor
 
     @classmethod
-    def of(cls, sizes: Sequence[int]) -> "HeadLayout":
+    def of(cls, sizes: Sequence[int], device: str | torch.device = "cpu") -> "HeadLayout":
         rows = [choice * len(sizes) + head for head, size in enumerate(sizes) for choice in range(size)]
-        return cls(len(sizes), max(sizes), torch.tensor(rows))
+        return cls(len(sizes), max(sizes), torch.tensor(rows, device=device))
 
 
-class RunningMoments(nn.Module):
-    """Mean and standard deviation of the returns seen lately, in which the value head thinks.
+class RunningMoments:
+    """Mean and standard deviation of recent returns, by which the value head's targets are normalized.
 
-    A value head that had to reach returns of 50 from an output of 0 would first
-    bend the trunk it shares with the policy. Averages decay by 0.99 per update,
-    corrected for their start at zero as in Adam; before the first update the mean
-    is 0 and the deviation 1.
+    A value head that had to reach returns of 50 from an output of 0 would first bend the trunk it shares with the
+    policy. Averages decay by 0.99 per update, corrected for their start at zero as in Adam.
+
+    Attributes:
+        mean, std: 0-dimensional tensors; 0 and 1 before the first update.
     """
 
     DECAY = 0.99
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(0.0))
-        self.register_buffer("deviation", torch.tensor(1.0))
-        # Doubles, because the variance is a difference of two averages.
-        for name in ("_first", "_second", "_weight"):
-            self.register_buffer(name, torch.tensor(0.0, dtype=torch.float64))
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.mean, self.std = torch.zeros((), device=device), torch.ones((), device=device)
+        # Averages of the returns, of their squares, and of one. Doubles: the variance is a difference of two of them.
+        self._averages = torch.zeros(3, dtype=torch.float64, device=device)
 
-    @torch.no_grad()
-    def include(self, returns: np.ndarray) -> None:
+    def update(self, returns: Tensor) -> None:
         """Let `returns` [samples] move the moments, unless one of them is not finite."""
-        if not np.isfinite(returns).all():
-            return
-        self._weight.lerp_(torch.ones_like(self._weight), 1 - self.DECAY)
-        for average, value in (
-            (self._first, returns.mean(dtype=float)),
-            (self._second, np.square(returns, dtype=float).mean()),
-        ):
-            average.lerp_(torch.full_like(average, value), 1 - self.DECAY)
-        self.mean.copy_(self._first / self._weight)
-        variance = self._second / self._weight - (self._first / self._weight).square()
-        self.deviation.copy_(variance.clamp(min=1e-8).sqrt())
+        returns = returns.double()
+        now = torch.stack([returns.mean(), returns.square().mean(), returns.new_ones(())])
+        moved = self._averages.lerp(now, 1 - self.DECAY)
+        is_finite = now.isfinite().all()
+        torch.where(is_finite, moved, self._averages, out=self._averages)
+        mean, square = self._averages[:2] / self._averages[2]
+        self.mean.copy_(torch.where(is_finite, mean, self.mean))
+        self.std.copy_(torch.where(is_finite, (square - mean * mean).clamp(min=1e-8).sqrt(), self.std))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moments and what they are made of; tensors are not copied."""
+        return {"mean": self.mean, "std": self.std, "averages": self._averages}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        _load(self.state_dict(), state)
 
 
-class ActorCritic(nn.Module):
-    """Tanh trunk with a policy layer and a value layer on top, which share it or have one each.
+class Activations(NamedTuple):
+    """What `ActorCritic.forward` computes, and its backward pass needs; K is 2 with a separate critic, else 1.
+
+    Attributes:
+        observations: [batch, observation_size].
+        first, second: [K, hidden_size, batch], the tanh layers.
+        logits: [choices of all heads, batch].
+        outputs: [batch], values in standard deviations of the returns from their mean.
+    """
+
+    observations: Tensor
+    first: Tensor
+    second: Tensor
+    logits: Tensor
+    outputs: Tensor
+
+
+class ActorCritic:
+    """Two tanh layers, then one layer for all action heads and one for the value; no autograd.
+
+    Actor and critic share the tanh layers or have their own, which are then computed side by side: units run along
+    the first axis and the batch along the last. Weights are orthogonal with gain sqrt(2) in the tanh layers, 0.01 for
+    every action head and 1 for the value head; biases are zero. They come from torch's global generator.
 
     Args:
         observation_size: length of a flat observation.
         heads: action head name -> number of choices, in the order of the action's columns.
-        hidden_size: width of each of a trunk's two layers.
-        separate_critic: give the value layer a trunk of its own.
+        hidden_size: width of the two tanh layers.
+        separate_critic: give the critic tanh layers of its own.
+        device: where it lives.
 
-    The action heads are rows of one linear layer; `head_rows` says which. Weights
-    are orthogonal with gain sqrt(2) in the trunk, 0.01 for every action head and 1
-    for the value head; biases are zero.
+    Attributes:
+        parameters: name -> tensor. The first axis of tanh layers counts the actor's units, then the critic's.
+        flat: one vector that holds all parameters, which are views of it; so are their gradients of `flat.grad`.
+            What runs over all parameters, the optimizer and the sum over ranks, is then one kernel.
+        head_rows: head name -> its rows of the policy layer.
+        return_moments: what `values` and the outputs of the value head differ by.
     """
 
     def __init__(
-        self, observation_size: int, heads: Mapping[str, int], hidden_size: int, *, separate_critic: bool = False
+        self,
+        observation_size: int,
+        heads: Mapping[str, int],
+        hidden_size: int,
+        *,
+        separate_critic: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
-        super().__init__()
         self.heads = dict(heads)
-        self.trunk = _trunk(observation_size, hidden_size)
-        self.value_trunk = _trunk(observation_size, hidden_size) if separate_critic else None
-        self.policy_layer = nn.Linear(hidden_size, sum(heads.values()))
-        nn.init.zeros_(self.policy_layer.bias)
-        self.head_rows = row_heads(self.policy_layer, heads)
-        for name in heads:
-            weight = self.head_rows[name][0]
-            nn.init.orthogonal_(weight.parameter.data[weight.start : weight.stop], 0.01)
-        self.value_layer = _orthogonal(nn.Linear(hidden_size, 1), 1.0)
-        layout = HeadLayout.of(list(heads.values()))
-        self.register_buffer("_rows", layout.rows, persistent=False)
-        self._layout = layout
-        self.return_moments = RunningMoments()
+        self.device = torch.device(device)
+        networks, choices = 1 + separate_critic, sum(heads.values())
+        shapes = {
+            "input_weight": (networks * hidden_size, observation_size),
+            "input_bias": (networks * hidden_size, 1),
+            "hidden_weight": (networks, hidden_size, hidden_size),
+            "hidden_bias": (networks, hidden_size, 1),
+            "policy_weight": (choices, hidden_size),
+            "policy_bias": (choices, 1),
+            "value_weight": (1, hidden_size),
+            "value_bias": (1, 1),
+        }
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        self.flat = torch.zeros(sum(sizes), device=self.device)
+        self.flat.grad = torch.zeros_like(self.flat)
+        self.parameters: dict[str, Tensor] = {}
+        for (name, shape), values, gradient in zip(shapes.items(), self.flat.split(sizes), self.flat.grad.split(sizes)):
+            self.parameters[name] = values.view(shape)
+            self.parameters[name].grad = gradient.view(shape)
+        self._weights = tuple(self.parameters.values())
+        self._gradients = tuple(parameter.grad for parameter in self._weights)
+        bounds = dict(zip(heads, pairwise(accumulate(heads.values(), initial=0))))
+        policy_layer = (self.parameters["policy_weight"], self.parameters["policy_bias"])
+        self.head_rows = {name: [Rows(part, *rows) for part in policy_layer] for name, rows in bounds.items()}
+        for network in range(networks):
+            units = slice(network * hidden_size, (network + 1) * hidden_size)
+            _orthogonal_(self.parameters["input_weight"][units], 2**0.5)
+            _orthogonal_(self.parameters["hidden_weight"][network], 2**0.5)
+        for start, stop in bounds.values():
+            _orthogonal_(self.parameters["policy_weight"][start:stop], 0.01)
+        _orthogonal_(self.parameters["value_weight"], 1.0)
+        self._layout = HeadLayout.of(list(heads.values()), self.device)
+        self.return_moments = RunningMoments(self.device)
+        self._actor: _HostActor | None = None
 
-    def forward(self, observations: Tensor) -> tuple[FactoredCategorical, Tensor]:
-        """Action distribution and values [batch] for observations [batch, observation_size]."""
-        features = self.trunk(observations)
-        distribution = self._distribution(self.policy_layer(features))
-        return distribution, self._values(features if self.value_trunk is None else self.value_trunk(observations))
+    def forward(self, observations: Tensor) -> Activations:
+        """Both networks for observations [batch, observation_size]."""
+        w1, b1, w2, b2, policy_weight, policy_bias, value_weight, value_bias = self._weights
+        first = _tanh_(torch.addmm(b1, w1, observations.t())).view(len(w2), w2.shape[1], -1)
+        second = _tanh_(torch.baddbmm(b2, w2, first))
+        logits = torch.addmm(policy_bias, policy_weight, second[0])
+        outputs = torch.addmm(value_bias, value_weight, second[-1])
+        return Activations(observations, first, second, logits, outputs[0])
 
-    @torch.inference_mode()
-    def act(self, observations: np.ndarray, variates: Tensor) -> np.ndarray:
-        """Sampled actions [batch, heads], int64.
+    def backward(self, seen: Activations, by_logits: Tensor, by_outputs: Tensor) -> None:
+        """Write the gradient of a scalar into every parameter's `grad`.
 
         Args:
-            observations: [batch, observation_size].
-            variates: [heads, batch], uniform in [0, 1): the chance in the sampling.
+            seen: what `forward` gave for these samples.
+            by_logits: [choices of all heads, batch], the scalar's gradient by the logits.
+            by_outputs: [batch], its gradient by the outputs.
         """
-        logits = self.policy_layer(self.trunk(self._to_device(observations)))
-        return self._distribution(logits).sample(variates).cpu().numpy()
+        _, _, w2, _, policy_weight, _, value_weight, _ = self._weights
+        to_w1, to_b1, to_w2, to_b2, to_policy_weight, to_policy_bias, to_value_weight, to_value_bias = self._gradients
+        by_outputs = by_outputs.unsqueeze(0)
+        torch.mm(by_logits, seen.second[0].t(), out=to_policy_weight)
+        torch.sum(by_logits, 1, keepdim=True, out=to_policy_bias)
+        torch.mm(by_outputs, seen.second[-1].t(), out=to_value_weight)
+        torch.sum(by_outputs, 1, keepdim=True, out=to_value_bias)
+        by_second = torch.empty_like(seen.second)
+        torch.mm(policy_weight.t(), by_logits, out=by_second[0])
+        if len(by_second) == 2:
+            torch.mul(value_weight.t(), by_outputs, out=by_second[1])
+        else:
+            by_second[0].addcmul_(value_weight.t(), by_outputs)
+        by_sum = _tanh_backward(by_second, seen.second)
+        torch.bmm(by_sum, seen.first.mT, out=to_w2)
+        torch.sum(by_sum, 2, keepdim=True, out=to_b2)
+        by_sum = _tanh_backward(torch.bmm(w2.mT, by_sum), seen.first).flatten(0, 1)
+        torch.mm(by_sum, seen.observations, out=to_w1)
+        torch.sum(by_sum, 1, keepdim=True, out=to_b1)
 
-    @torch.inference_mode()
-    def evaluate(self, observations: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def distribution(self, logits: Tensor) -> FactoredCategorical:
+        """The action distribution of logits [choices of all heads, batch]."""
+        return FactoredCategorical(logits, self._layout)
+
+    def act(self, observations: Any, uniforms: Any) -> Any:
+        """Sampled actions [batch, heads], int64: a NumPy array for NumPy observations, a tensor for a tensor.
+
+        Args:
+            observations: [batch, observation_size], float32.
+            uniforms: of the same kind on the policy's device, [heads, batch] in [0, 1): the chance in the sampling.
+        """
+        if isinstance(observations, Tensor):
+            return self.distribution(self.forward(observations).logits).sample(uniforms)
+        if self.device.type == "cpu":
+            if self._actor is None or self._actor.batch != len(observations):
+                self._actor = _HostActor(self._weights, self._layout, len(observations))
+            return self._actor.act(observations, uniforms)
+        on_device = torch.from_numpy(observations).to(self.device, non_blocking=True)
+        return self.act(on_device, uniforms).cpu().numpy()
+
+    def most_probable(self, observations: np.ndarray) -> np.ndarray:
+        """The most probable actions [batch, heads], int64, for observations [batch, observation_size]."""
+        logits = self.forward(torch.from_numpy(observations).to(self.device)).logits
+        return self.distribution(logits).mode().cpu().numpy()
+
+    def evaluate(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Joint log-probabilities of actions [batch, heads] and values, each [batch]."""
-        distribution, values = self(self._to_device(observations))
-        log_probs, _ = distribution.evaluate(self._to_device(actions))
-        return log_probs.cpu().numpy(), values.cpu().numpy()
+        seen = self.forward(observations)
+        return self.distribution(seen.logits).log_prob(actions), self._values(seen)
 
-    @torch.inference_mode()
-    def values(self, observations: np.ndarray) -> np.ndarray:
+    def values(self, observations: Tensor) -> Tensor:
         """Values [batch] of observations [batch, observation_size]."""
-        trunk = self.trunk if self.value_trunk is None else self.value_trunk
-        return self._values(trunk(self._to_device(observations))).cpu().numpy()
+        return self._values(self.forward(observations))
 
-    def _distribution(self, logits: Tensor) -> FactoredCategorical:
-        return FactoredCategorical(logits, self._layout._replace(rows=self._rows))
+    def _values(self, seen: Activations) -> Tensor:
+        return self.return_moments.mean + self.return_moments.std * seen.outputs
 
-    def _values(self, features: Tensor) -> Tensor:
-        return self.return_moments.mean + self.return_moments.deviation * self.value_layer(features).squeeze(-1)
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters by name and the moments of the returns; tensors are not copied."""
+        return {**self.parameters, "return_moments": self.return_moments.state_dict()}
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._rows.device)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over `state_dict()` of a network of the same shape.
+
+        Raises:
+            KeyError, ValueError: it is that of another one.
+        """
+        _load(self.parameters, state)
+        self.return_moments.load_state_dict(state["return_moments"])
 
 
-def flat_parameters(module: nn.Module) -> nn.Parameter:
-    """One parameter that holds all of `module`'s, which become views of it, as their gradients do of its gradient.
+class _HostActor:
+    """Samples actions on the CPU, for one batch size.
 
-    What runs over all parameters, the optimizer and the sum over ranks, is then one kernel.
+    For a few environments the call of a kernel costs more than its work, and NumPy's calls cost a third of torch's.
+    Products are torch's, which keeps to the number of threads that the run has.
     """
-    parameters = list(module.parameters())
-    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, values, gradient in zip(parameters, flat.detach().split(sizes), flat.grad.split(sizes)):
-        parameter.data = values.view_as(parameter)
-        parameter.grad = gradient.view_as(parameter)
-    return flat
+
+    def __init__(self, weights: Sequence[Tensor], layout: HeadLayout, batch: int) -> None:
+        w1, b1, w2, b2, self._policy_weight, self._policy_bias, *_ = weights
+        hidden_size = w2.shape[1]
+        # The actor's part of the tanh layers.
+        self._layers = (w1[:hidden_size], b1[:hidden_size]), (w2[0], b2[0])
+        self.batch = batch
+        self._units = [torch.empty(hidden_size, batch) for _ in self._layers]
+        self._arrays = [units.numpy() for units in self._units]
+        self._logits = torch.empty(len(self._policy_weight), batch)
+        self._logits_array = self._logits.numpy()
+        self._rows = layout.rows.numpy()
+        self._padded = np.full((layout.widest * layout.heads, batch), _PADDING_LOGIT, np.float32)
+        self._grid = self._padded.reshape(layout.widest, layout.heads, batch)
+
+    def act(self, observations: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        inputs = torch.from_numpy(observations).t()
+        for (weight, bias), units, array in zip(self._layers, self._units, self._arrays):
+            torch.addmm(bias, weight, inputs, out=units)
+            np.tanh(array, out=array)
+            inputs = units
+        torch.addmm(self._policy_bias, self._policy_weight, inputs, out=self._logits)
+        self._padded[self._rows] = self._logits_array
+        weights = np.exp(self._grid - self._grid.max(0))
+        cumulative = weights.cumsum(0)
+        # As in FactoredCategorical.sample().
+        return (cumulative < (1 - uniforms) * cumulative[-1]).sum(0).T
 
 
-def _trunk(observation_size: int, hidden_size: int) -> nn.Sequential:
-    return nn.Sequential(
-        _orthogonal(nn.Linear(observation_size, hidden_size), 2**0.5),
-        nn.Tanh(),
-        _orthogonal(nn.Linear(hidden_size, hidden_size), 2**0.5),
-        nn.Tanh(),
-    )
+_tanh_backward = torch.ops.aten.tanh_backward
 
 
-def _orthogonal(layer: nn.Linear, gain: float) -> nn.Linear:
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
+def _tanh_(x: Tensor) -> Tensor:
+    """tanh in place. On the CPU by NumPy: torch's takes one to seven times as long, depending on the processor."""
+    if not x.is_cpu:
+        return x.tanh_()
+    array = x.numpy()
+    np.tanh(array, out=array)
+    return x
+
+
+def _orthogonal_(weight: Tensor, gain: float) -> None:
+    # Drawn on the CPU, so that a seed means the same weights on every device.
+    weight.copy_(torch.nn.init.orthogonal_(torch.empty(weight.shape), gain))
+
+
+def _load(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"{name} must be {list(tensor.shape)}, got {list(state[name].shape)}")
+        tensor.copy_(state[name])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
+from torch import Tensor
 
 from trainer.distributed import Ranks
 from trainer.environments import TrainingEnvironment
@@ -21,7 +22,7 @@ _EPISODES = ("observations", "only_resets", "returns", "lengths")
 
 @dataclass(frozen=True)
 class Rollout:
-    """Experience of one rollout.
+    """Experience of one rollout; tensors are on the policy's device.
 
     Attributes:
         observations: float32 [steps, environments, observation_size].
@@ -30,19 +31,19 @@ class Rollout:
         values: float32 [steps, environments], the value function's estimate when the action was taken.
         advantages: float32 [steps, environments], GAE(lambda), not normalized.
         returns: float32 [steps, environments], advantages + values, the value function's target.
-        trained_on: bool [steps, environments], False for steps that only reset an environment.
+        valid: bool [steps, environments], False for steps that only reset an environment; always on the CPU.
         environment_steps: environment steps taken, all ranks together, resets left out.
         episodes: episodes that ended, all ranks together.
         seconds_of_ranks: wall time of each rank's environments and policy, before any waited for another.
     """
 
-    observations: np.ndarray
-    actions: np.ndarray
-    log_probs: np.ndarray
-    values: np.ndarray
-    advantages: np.ndarray
-    returns: np.ndarray
-    trained_on: np.ndarray
+    observations: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    valid: Tensor
     environment_steps: int
     episodes: int
     seconds_of_ranks: tuple[float, ...] = (0.0,)
@@ -53,13 +54,13 @@ class Rollout:
 
 
 def generalized_advantages(
-    rewards: np.ndarray,
-    values: np.ndarray,
-    next_values: np.ndarray,
-    episode_ends: np.ndarray,
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    episode_ends: Tensor,
     gamma: float,
     gae_lambda: float,
-) -> np.ndarray:
+) -> Tensor:
     """GAE(lambda) of Schulman et al. 2016, https://arxiv.org/abs/1506.02438, equation 16.
 
     Args:
@@ -71,22 +72,22 @@ def generalized_advantages(
     Returns:
         Advantages [steps, environments]; none flows across the end of an episode.
     """
-    deltas = rewards + gamma * next_values - values
-    decay = gamma * gae_lambda * ~episode_ends
-    advantages = np.zeros_like(deltas)
-    running = np.zeros_like(deltas[0])
-    for step in reversed(range(len(deltas))):
-        running = deltas[step] + decay[step] * running
-        advantages[step] = running
+    errors = torch.add(rewards, next_values, alpha=gamma).sub_(values)
+    decay = (~episode_ends).to(errors.dtype) * (gamma * gae_lambda)
+    advantages = torch.empty_like(errors)
+    following = torch.zeros_like(errors[0])
+    for error, kept, advantage in reversed(list(zip(errors, decay, advantages))):
+        following = torch.addcmul(error, kept, following, out=advantage)
     return advantages
 
 
 class RolloutCollector:
     """Steps the environments with the policy, from where the last rollout ended.
 
-    Respects Gymnasium's three autoreset modes: a truncated episode is continued
-    with the value of its own final observation, the step in which NEXT_STEP
-    environments only reset is not trained on, and DISABLED ones are reset here.
+    Respects Gymnasium's three autoreset modes: a truncated episode is continued with the value of its own final
+    observation, the step in which NEXT_STEP environments only reset is not trained on, and DISABLED ones are reset
+    here. Environments that live on the policy's device (`as_tensors`) hand over tensors, and nothing waits for the
+    device before the rollout is over; they end episodes by termination only.
 
     Attributes:
         recent_returns, recent_lengths: of the last 100 episodes, as the environment paid them.
@@ -111,9 +112,10 @@ class RolloutCollector:
         self._gamma = gamma
         self._gae_lambda = gae_lambda
         self._generator = generator
+        self._as_tensors = getattr(environment.vector_env, "as_tensors", False)
         count = environment.vector_env.num_envs
         observations, _ = environment.vector_env.reset(seed=seed + ranks.rank * count)
-        self._observations = _float32(observations)
+        self._observations = _copied(observations)
         self._only_resets = np.zeros(count, dtype=bool)
         self._returns = np.zeros(count)
         self._lengths = np.zeros(count, dtype=int)
@@ -136,7 +138,7 @@ class RolloutCollector:
             "recent_lengths": list(self.recent_lengths),
         }
         if self.environment_can_be_saved:
-            episodes = {name: torch.from_numpy(getattr(self, f"_{name}")) for name in _EPISODES}
+            episodes = {name: torch.as_tensor(getattr(self, f"_{name}")) for name in _EPISODES}
             state["environment"] = self._ranks.gather_rows(self._environment.vector_env.state_dict())
             state["episodes"] = self._ranks.gather_rows(episodes)
         return state
@@ -158,66 +160,73 @@ class RolloutCollector:
         self.recent_lengths.extend(state["recent_lengths"])
         if not self.environment_can_be_saved:
             seed += self._ranks.rank * len(self._observations)
-            self._observations = _float32(self._environment.vector_env.reset(seed=seed)[0])
+            self._observations = _copied(self._environment.vector_env.reset(seed=seed)[0])
             return
         self._environment.vector_env.load_state_dict(self._ranks.own_rows(state["environment"]))
         episodes = self._ranks.own_rows(state["episodes"])
         for name in _EPISODES:
-            own, saved = getattr(self, f"_{name}"), episodes[name].numpy()
+            own, saved = torch.as_tensor(getattr(self, f"_{name}")), episodes[name]
             if (own.shape, own.dtype) != (saved.shape, saved.dtype):
                 raise ValueError(f"{name} must be {own.dtype} {list(own.shape)}, got {saved.dtype} {list(saved.shape)}")
-            own[...] = saved
+            own.copy_(saved)
 
     def collect(self, should_stop: Callable[[], bool] = lambda: False) -> Rollout | None:
         """One rollout, or None if `should_stop()` held after one of its steps."""
         started = time.perf_counter()
-        count = len(self._observations)
-        shape = (self._steps, count)
-        observations = np.empty((*shape, self._environment.observation_size), np.float32)
-        actions = np.empty((*shape, len(self._environment.heads)), np.int64)
-        rewards = np.empty(shape, np.float32)
-        ends, trained_on = np.zeros(shape, bool), np.ones(shape, bool)
-        finished: list[tuple[float, int]] = []
-        cut_short: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        variates = self._ranks.own_columns(
-            torch.rand(
-                (self._steps, len(self._environment.heads), self._ranks.size * count),
-                generator=self._generator,
-                device=self._generator.device,
-            )
-        )
+        environment, policy, device = self._environment, self._policy, self._policy.device
+        mode = environment.autoreset_mode
+        observations = self._buffer(torch.float32, environment.observation_size)
+        actions = self._buffer(torch.int64, len(environment.heads))
+        rewards, ends = self._buffer(torch.float32), self._buffer(torch.bool)
+        uniforms = self._uniforms()
+        # NumPy writes into the same memory, with less of a detour.
+        buffers = observations, actions, rewards, ends, uniforms
+        observed, taken, paid, ended, uniforms = buffers if self._as_tensors else map(_as_array, buffers)
+        truncated_only = np.zeros(ends.shape, bool)
+        final_observations: list[np.ndarray] = []
 
         for step in range(self._steps):
-            observations[step] = self._observations
-            trained_on[step] = ~self._only_resets
-            actions[step] = self._policy.act(self._observations, variates[step])
-            following, reward, terminated, truncated, infos = self._environment.vector_env.step(
-                self._environment.environment_actions(actions[step])
+            observed[step] = self._observations
+            taken[step] = policy.act(observed[step], uniforms[step])
+            next_observations, paid[step], terminated, truncated, infos = environment.vector_env.step(
+                taken[step] if self._as_tensors else environment.environment_actions(taken[step])
             )
-            rewards[step] = reward
-            ends[step] = terminated | truncated
-            finished += self._finished_episodes(reward, ends[step])
-            following, final = self._after_episode_ends(_float32(following), ends[step], infos)
-            environments = np.flatnonzero(truncated & ~terminated)
-            if len(environments):
-                cut_short.append((np.full_like(environments, step), environments, final[environments]))
-            self._observations = following
+            ended[step] = terminated | truncated
+            if not self._as_tensors:
+                if truncated.any():
+                    truncated_only[step] = cut = truncated & ~terminated
+                    final = infos["final_obs"] if mode is AutoresetMode.SAME_STEP else next_observations
+                    final_observations += list(final[cut])
+                if mode is AutoresetMode.DISABLED:
+                    next_observations = environment.reset_ended(next_observations, ended[step])
+            self._observations = next_observations
             if should_stop():
                 return None
+        self._observations = _copied(next_observations)
+        on_host = _start_copying(rewards, ends)
 
         # The policy has not changed on the way, and one large batch costs less than many small ones.
-        samples = self._steps * count
-        log_probs, values = (
-            array.reshape(shape)
-            for array in self._policy.evaluate(observations.reshape(samples, -1), actions.reshape(samples, -1))
+        observations, actions, rewards, ends = (
+            tensor.to(device, non_blocking=True) for tensor in (observations, actions, rewards, ends)
         )
-        next_values = np.concatenate([values[1:], self._policy.values(self._observations)[np.newaxis]])
-        next_values[ends] = 0.0
-        if cut_short:
-            steps, environments, final = map(np.concatenate, zip(*cut_short))
-            next_values[steps, environments] = self._policy.values(final)
+        log_probs, values = (
+            tensor.view(ends.shape) for tensor in policy.evaluate(observations.flatten(0, 1), actions.flatten(0, 1))
+        )
+        last_observations = torch.as_tensor(self._observations).to(device, non_blocking=True)
+        next_values = torch.cat([values[1:], policy.values(last_observations).unsqueeze(0)]).masked_fill_(ends, 0.0)
+        if final_observations:
+            where = torch.from_numpy(np.flatnonzero(truncated_only)).to(device, non_blocking=True)
+            final = torch.from_numpy(np.stack(final_observations).astype(np.float32))
+            next_values.view(-1)[where] = policy.values(final.to(device, non_blocking=True))
         advantages = generalized_advantages(rewards, values, next_values, ends, self._gamma, self._gae_lambda)
-        of_ranks = self._ranks.gather_objects((int(trained_on.sum()), finished, time.perf_counter() - started))
+
+        paid, ended = on_host()
+        valid = np.ones(ended.shape, bool)
+        if mode is AutoresetMode.NEXT_STEP:
+            valid[0], valid[1:] = ~self._only_resets, ~ended[:-1]
+            self._only_resets[:] = ended[-1]
+        finished = self._finished_episodes(paid, valid, ended)
+        of_ranks = self._ranks.gather_objects((int(valid.sum()), finished, time.perf_counter() - started))
         finished = [episode for _, of_rank, _ in of_ranks for episode in of_rank]
         self.recent_returns.extend(episode_return for episode_return, _ in finished)
         self.recent_lengths.extend(length for _, length in finished)
@@ -228,37 +237,63 @@ class RolloutCollector:
             values,
             advantages,
             advantages + values,
-            trained_on,
+            torch.from_numpy(valid),
             environment_steps=sum(steps for steps, _, _ in of_ranks),
             episodes=len(finished),
             seconds_of_ranks=tuple(seconds for _, _, seconds in of_ranks),
         )
 
-    def _after_episode_ends(
-        self, following: np.ndarray, ended: np.ndarray, infos: dict
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Observations to act on next, and the final observations of episodes that ended."""
-        final = following
-        mode = self._environment.autoreset_mode
-        if mode is AutoresetMode.NEXT_STEP:
-            self._only_resets = ended
-        elif ended.any() and mode is AutoresetMode.SAME_STEP:
-            final = following.copy()
-            final[ended] = np.stack(list(infos["final_obs"][ended])).astype(np.float32)
-        elif mode is AutoresetMode.DISABLED:
-            following = self._environment.reset_ended(following, ended)
-        return following, final
+    def _buffer(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """[steps, environments, *shape], where the environments write it; pinned if it has to go to a GPU then."""
+        device = self._policy.device
+        where = {"device": device} if self._as_tensors else {"pin_memory": device.type == "cuda"}
+        return torch.empty(self._steps, self._environment.vector_env.num_envs, *shape, dtype=dtype, **where)
 
-    def _finished_episodes(self, reward: np.ndarray, ended: np.ndarray) -> list[tuple[float, int]]:
-        """Return and length of the episodes that ended with this step."""
-        self._returns += reward
-        self._lengths += ~self._only_resets
-        finished = list(zip(self._returns[ended].tolist(), self._lengths[ended].tolist()))
-        self._returns[ended] = 0.0
-        self._lengths[ended] = 0
+    def _uniforms(self) -> Tensor:
+        """The chance in the sampling, [steps, heads, environments]: all ranks draw alike, and each takes its part."""
+        generator, environments = self._generator, self._ranks.size * self._environment.vector_env.num_envs
+        shape = (self._steps, len(self._environment.heads), environments)
+        return self._ranks.own_columns(torch.rand(shape, generator=generator, device=generator.device))
+
+    def _finished_episodes(self, rewards: np.ndarray, valid: np.ndarray, ended: np.ndarray) -> list[tuple[float, int]]:
+        """Return and length of the episodes that ended, in order."""
+        finished: list[tuple[float, int]] = []
+        start = 0
+        for stop in np.flatnonzero(ended.any(1)) + 1:
+            self._returns += rewards[start:stop].sum(0, dtype=float)
+            self._lengths += valid[start:stop].sum(0)
+            over, start = ended[stop - 1], stop
+            finished += zip(self._returns[over].tolist(), self._lengths[over].tolist())
+            self._returns[over], self._lengths[over] = 0.0, 0
+        self._returns += rewards[start:].sum(0, dtype=float)
+        self._lengths += valid[start:].sum(0)
         return finished
 
 
-def _float32(observations: np.ndarray) -> np.ndarray:
-    # A copy: vector environments may reuse the array that they return.
+def _as_array(tensor: Tensor) -> np.ndarray | Tensor:
+    """The NumPy array of a tensor on the CPU, in the same memory."""
+    return tensor.numpy() if tensor.is_cpu else tensor
+
+
+def _copied(observations: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """In float32. Vector environments may reuse what they return."""
+    if isinstance(observations, Tensor):
+        return observations.to(torch.float32, copy=True)
     return np.array(observations, dtype=np.float32)
+
+
+def _start_copying(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
+    """Begin to bring tensors to the host; the returned function waits for them, and for nothing that comes later."""
+    if tensors[0].is_cpu:
+        return lambda: [tensor.numpy() for tensor in tensors]
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for copy, tensor in zip(copies, tensors):
+        copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensors[0].device))
+
+    def wait() -> list[np.ndarray]:
+        arrived.synchronize()
+        return [copy.numpy() for copy in copies]
+
+    return wait

@@ -1,4 +1,4 @@
-"""How signals reach a run; imports nothing heavy, so that they count from the first moment."""
+"""How signals reach a run. Imports nothing heavy, so that signals count from the first moment."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_SECONDS = 1.0
-"""What comes sooner after the first signal is the same request, as when a process group and its leader both get one."""
+"""A signal that follows the first one sooner is the same request: a process group and its leader may both get one."""
 
 
 class StopRequest:
@@ -25,14 +25,14 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it: 128 + signal number, 0 without a signal."""
+        """As in a shell: 128 + signal number, 0 without a signal."""
         return 128 + self.signum if self.signum is not None else 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Take the signals; a second one interrupts at once, through the usual clean-up.
+        """Handle the signals. A second one raises KeyboardInterrupt at once, so that the usual clean-up runs.
 
-        Those that are ignored already, SIGHUP under `nohup`, stay so.
+        Signals that are ignored already, such as SIGHUP under `nohup`, stay ignored.
         """
 
         def request(signum: int, frame: FrameType | None) -> None:
@@ -51,7 +51,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:
-        """What is done meanwhile is not interrupted by a second signal; what a signal asks for is under way already."""
+        """No second signal interrupts this block: what a signal asks for is under way already."""
         self._must_finish = True
         try:
             yield

@@ -42,7 +42,9 @@ class Contestant:
     Attributes:
         update: collects one rollout and learns from it.
         metrics_url: where it serves metrics; None where it does not.
+        close: ends whatever it started, and removes whatever it wrote.
     """
 
     update: Callable[[], object]
     metrics_url: str | None = None
+    close: Callable[[], object] = lambda: None

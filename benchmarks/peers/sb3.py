@@ -7,13 +7,18 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.peers import Contestant, Setting
 
 
 class VectorEnvAdapter(VecEnv):
-    """A Gymnasium vector environment in SAME_STEP mode as the vector environment that Stable-Baselines3 wants."""
+    """A Gymnasium vector environment as the vector environment that Stable-Baselines3 wants, which is SAME_STEP.
+
+    One in NEXT_STEP mode is passed through as it is, resets included: each episode then begins with a step that only
+    resets. That is learned from wrongly, but costs what a right step costs.
+    """
 
     def __init__(self, envs: gym.vector.VectorEnv, seed: int) -> None:
         self.envs = envs
@@ -32,9 +37,10 @@ class VectorEnvAdapter(VecEnv):
         observations, rewards, terminated, truncated, infos = self.envs.step(self._actions)
         ended = terminated | truncated
         each: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        final = infos.get("final_obs", observations)
         for env in np.flatnonzero(ended):
             each[env] = {
-                "terminal_observation": infos["final_obs"][env],
+                "terminal_observation": final[env],
                 "TimeLimit.truncated": bool(truncated[env] and not terminated[env]),
             }
         return observations, rewards, ended, each
@@ -88,6 +94,8 @@ def make_model(setting: Setting) -> PPO:
 
 def start(setting: Setting) -> Contestant:
     model = make_model(setting)
+    # Otherwise every `learn()` makes one, with a folder in /tmp.
+    model.set_logger(Logger(folder=None, output_formats=[]))
     # One rollout and one update; `reset_num_timesteps` would also reset the environments.
     return Contestant(
         lambda: model.learn(setting.steps_per_update, log_interval=None, reset_num_timesteps=not model.num_timesteps)

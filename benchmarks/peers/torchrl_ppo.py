@@ -108,4 +108,4 @@ def start(setting: Setting) -> Contestant:
                 nn.utils.clip_grad_norm_(loss_module.parameters(), setting.max_grad_norm)
                 optimizer.step()
 
-    return Contestant(update)
+    return Contestant(update, close=collector.shutdown)

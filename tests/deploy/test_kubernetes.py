@@ -10,7 +10,7 @@ import yaml
 
 from exporter.link import DEFAULT_PORT
 from stack.servers import ROOT
-from trainer.config import parse_config
+from trainer.parsing import parse_config
 
 KUBERNETES = ROOT / "deploy/kubernetes"
 JOB, _ = yaml.safe_load_all((KUBERNETES / "trainer/job.yaml").read_text())
@@ -69,10 +69,10 @@ def command(tmp_path: Path, *options: str) -> list[str]:
 def test_the_container_starts_a_trainer_that_may_write_where_it_does(tmp_path):
     start = command(tmp_path, *CONTAINER["args"])
     assert start[:2] == ["-m", "trainer"]
-    config = parse_config(start[2:])
-    assert config.run_name == "walker-17" and config.metrics_port == DEFAULT_PORT
+    config, telemetry = parse_config(start[2:])
+    assert config.run_name == "walker-17" and telemetry.metrics_port == DEFAULT_PORT
     mounted = {PurePosixPath(mount["mountPath"]) for mount in CONTAINER["volumeMounts"]}
-    for folder in (config.checkpoint_dir, config.targets_dir):
+    for folder in (config.checkpoint_dir, telemetry.targets_dir):
         assert {PurePosixPath(folder), *PurePosixPath(folder).parents} & mounted, f"{folder} is read-only"
 
 

@@ -15,7 +15,12 @@ RANK = Path(__file__).with_name("distributed_rank.py")
 def test_every_rank_measures_the_reduced_gradient_and_rank_0_serves_or_each_at_its_port(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": str(RANK.parents[2])}
+    group = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": str(RANK.parents[2]),
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, RANK, tmp_path / f"{rank}.json"],

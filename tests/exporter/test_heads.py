@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from exporter import HeadGradientMeter, Rows
-from exporter.heads import after_backward
+from exporter.recording import after_backward
+from exporter.telemetry import summarize_gradient_steps
 
 
 def network(seed: int = 0) -> nn.ModuleDict:
@@ -182,3 +183,81 @@ def test_hooks_leave_parameters_as_they_were_and_can_be_removed():
             parameter.grad.mul_(2)
     meter.record()
     assert meter.collect()[0].head_norms == pytest.approx(expected, rel=1e-6) and len(passes) == 1
+
+
+def flat_of(net: nn.ModuleDict) -> nn.Parameter:
+    """One parameter of which all of the network's are views, and their gradients of its gradient."""
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in net.parameters()]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [parameter.numel() for parameter in net.parameters()]
+    for parameter, values, gradient in zip(net.parameters(), flat.detach().split(sizes), flat.grad.split(sizes)):
+        parameter.data, parameter.grad = values.view_as(parameter), gradient.view_as(parameter)
+    return flat
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_the_norm_of_a_flat_gradient_is_the_global_norm_and_heads_keep_their_own(rows):
+    net = network()
+    flat = flat_of(net)
+    heads = {name: net[name] for name in ("left", "right")}
+    if rows:
+        heads |= {"right": [Rows(net["right"].weight, 0, 3)], "last": [Rows(net["right"].weight, 3, 4)]}
+    meter = HeadGradientMeter(heads, net.parameters(), flat=flat)
+    for _ in range(40):
+        flat.grad.normal_()
+        global_norm = meter.measure()
+        assert global_norm.item() == pytest.approx(flat.grad.norm().item(), rel=1e-6)
+    step = meter.start_collecting().last()
+    assert step.global_norm == pytest.approx(flat.grad.norm().item(), rel=1e-6)
+    assert step.head_norms["left"] == pytest.approx(reference_norm(net["left"].parameters()), rel=1e-6)
+    if rows:
+        assert step.head_norms["last"] == pytest.approx(net["right"].weight.grad[3].norm().item(), rel=1e-6)
+    with pytest.raises(ValueError, match="flat must be a parameter of which all heads' parameters are views"):
+        HeadGradientMeter({"left": network()["left"]}, flat=flat)
+
+
+def test_the_trunk_is_not_finite_and_the_flat_norm_tells():
+    net = network()
+    flat = flat_of(net)
+    meter = HeadGradientMeter({name: net[name] for name in ("left", "right")}, flat=flat)
+    for value in (1.0, math.nan, math.inf, 1.0):
+        flat.grad.fill_(1.0)
+        net["trunk"].bias.grad.fill_(value)
+        meter.measure()
+    pending = meter.start_collecting()
+    metrics = pending.summary()
+    assert pending.nonfinite_steps == 2
+    assert [math.isfinite(cv) for cv in metrics["gradient_cv_per_step"]] == [True, False, False, True]
+    assert metrics["nonfinite_gradient_steps"] == {"left": 0, "right": 0}
+    assert metrics["head_gradient_norms"]["left"] == pytest.approx(reference_norm(net["left"].parameters()))
+
+
+@pytest.mark.parametrize("width", [8, 512])
+@pytest.mark.parametrize("shared_layer", [False, True])
+def test_the_summary_of_a_window_is_that_of_its_steps(width, shared_layer):
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({name: nn.Linear(width, 40) for name in "abc"})
+    heads = dict(layers.items())
+    if shared_layer:
+        heads |= {"b": [Rows(layers["b"].weight, 0, 9)], "d": [Rows(layers["b"].weight, 9, 40)]}
+    meter = HeadGradientMeter(heads)
+    for step in range(70):
+        for name, parameter in layers.named_parameters():
+            absent = name.startswith("b") and step in (3, 4, 5) or step == 9
+            parameter.grad = None if absent else torch.randn_like(parameter) * 10 ** ((step % 5) * len(name) / 4)
+        if step in (20, 33):
+            layers["a"].bias.grad[2] = math.nan
+        if step == 40:
+            layers["c"].weight.grad.fill_(math.inf)
+        if step == 50:
+            for parameter in layers.parameters():
+                parameter.grad.zero_()
+        meter.measure()
+    pending = meter.start_collecting()
+    metrics, expected = pending.summary(), summarize_gradient_steps(pending.result())
+    assert pending.nonfinite_steps == 3 and len(expected["gradient_cv_per_step"]) == 70
+    assert all(math.isnan(each.pop("gradient_norm")) for each in (metrics, expected))
+    assert metrics == expected
+    assert metrics["gradient_cv_per_step"] == pytest.approx([step.cv for step in pending.result()], rel=1e-12)
+    assert metrics["nonfinite_gradient_steps"] == {name: {"a": 2, "c": 1}.get(name, 0) for name in heads}
+    assert meter.start_collecting().summary() == summarize_gradient_steps([])

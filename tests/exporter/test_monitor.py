@@ -505,9 +505,16 @@ def test_an_error_inside_never_stops_training(policy, caplog):
 def test_sparse_gradients_are_measured(aggregator, before_clipping):
     torch.manual_seed(0)
     embedding, fused, layer = nn.Embedding(10, 4, sparse=True), nn.Embedding(6, 4, sparse=True), nn.Linear(4, 2)
-    heads = {"sparse": embedding, "dense": layer, "above": [Rows(fused.weight, 0, 2)], "below": [Rows(fused.weight, 2, 6)]}
+    heads = {
+        "sparse": embedding,
+        "dense": layer,
+        "above": [Rows(fused.weight, 0, 2)],
+        "below": [Rows(fused.weight, 2, 6)],
+    }
     optimizer = torch.optim.SGD([*embedding.parameters(), *fused.parameters(), *layer.parameters()], lr=0.1)
-    GradientMonitor(heads, "r", window_steps=1, before_clipping=before_clipping, aggregator=aggregator).attach(optimizer)
+    GradientMonitor(heads, "r", window_steps=1, before_clipping=before_clipping, aggregator=aggregator).attach(
+        optimizer
+    )
     # Twice the same index: its two gradients have to be added up before they are squared.
     layer(embedding(torch.tensor([1, 2, 2])) + fused(torch.tensor([0, 3, 3]))).square().mean().backward()
     rows = fused.weight.grad.to_dense()

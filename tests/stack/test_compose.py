@@ -10,7 +10,7 @@ import yaml
 from stack import grafana
 from stack.configuration import Ports
 from stack.servers import ROOT, Servers
-from trainer.config import TrainerConfig
+from trainer.config import TelemetryConfig, TrainerConfig
 
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
@@ -85,7 +85,7 @@ def test_grafana_calls_nobody_in_a_container_either(tmp_path):
 
 def test_prometheus_finds_the_target_files_of_the_trainer(written):
     assert mounts("prometheus")[PurePosixPath("/targets")] == "targets"
-    assert (written / TrainerConfig().targets_dir).readlink() == Path("/targets")
+    assert (written / TelemetryConfig().targets_dir).readlink() == Path("/targets")
     command = SERVICES["trainer"]["command"]
     assert command[command.index("--metrics-target") + 1] == f"trainer:{Ports().metrics}"
 
@@ -94,7 +94,7 @@ def test_what_is_written_in_the_image_is_a_volume_and_belongs_to_its_user():
     trainer, image = TrainerConfig(), (ROOT / "Dockerfile").read_text()
     home = PurePosixPath(re.search(r"^WORKDIR (.+)$", image, re.MULTILINE)[1])
     user = re.search(r"^USER (.+)$", image, re.MULTILINE)[1]
-    written = {"trainer": [trainer.targets_dir, trainer.checkpoint_dir], "receiver": [".stack"]}
+    written = {"trainer": [TelemetryConfig().targets_dir, trainer.checkpoint_dir], "receiver": [".stack"]}
     for service, folders in written.items():
         assert set(mounts(service)) == {home / folder for folder in folders}
         assert not [volume for volume in SERVICES[service]["volumes"] if volume.endswith(":ro")]

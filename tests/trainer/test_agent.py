@@ -1,13 +1,11 @@
-"""One update: the same weights as a plain reference, and what happens when gradients go wrong."""
+"""One update: when it ends, and what happens when gradients go wrong; test_reference.py has its numbers."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Categorical
 
-from exporter import gradient_cv
 from trainer.agent import NonFiniteGradientError, PPOAgent, PPOHyperparameters
 from trainer.drill import Drill
 from trainer.policy import ActorCritic
@@ -17,33 +15,33 @@ HEADS = {"slot": 3, "blueprint": 4, "alpha": 2, "target": 3, "speed": 2, "curve"
 SAMPLES = 96
 
 
-def make_policy() -> ActorCritic:
+def make_policy(device: str = "cpu") -> ActorCritic:
     torch.manual_seed(0)
-    policy = ActorCritic(6, HEADS, 16)
+    policy = ActorCritic(6, HEADS, 16, device=device)
     # Far from the uniform start, so that ratios, clipping and every head's gradient are in play.
-    torch.nn.init.normal_(policy.policy_layer.weight, std=0.5)
+    policy.parameters["policy_weight"].normal_(std=0.5)
     return policy
 
 
 def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
     """Five steps, of which the third only resets; returns far from zero, as environments pay them."""
     rng = np.random.default_rng(seed)
-    steps, environments = 5, SAMPLES // 4
-    observations = rng.normal(size=(steps, environments, 6)).astype(np.float32)
-    variates = torch.rand(len(HEADS), steps * environments, generator=torch.Generator().manual_seed(seed))
-    actions = policy.act(observations.reshape(-1, 6), variates.to(next(policy.parameters()).device))
-    log_probs, values = policy.evaluate(observations.reshape(-1, 6), actions)
-    actions, log_probs, values = (
-        array.reshape(steps, environments, *array.shape[1:]) for array in (actions, log_probs, values)
+    shape = steps, environments = 5, SAMPLES // 4
+    observations = torch.from_numpy(rng.normal(size=(steps * environments, 6)).astype(np.float32)).to(policy.device)
+    uniforms = torch.rand(len(HEADS), steps * environments, generator=torch.Generator().manual_seed(seed))
+    actions = policy.act(observations, uniforms.to(policy.device))
+    log_probs, values = policy.evaluate(observations, actions)
+    observations, actions, log_probs, values = (
+        tensor.unflatten(0, shape) for tensor in (observations, actions, log_probs, values)
     )
-    advantages = rng.normal(50.0, 3.0, size=values.shape).astype(np.float32)
-    noise = rng.normal(scale=0.2, size=values.shape).astype(np.float32)
-    trained_on = np.ones(values.shape, bool)
-    trained_on[2] = False
-    for array in (observations, advantages):
-        array[2] = math.nan
+    advantages = torch.from_numpy(rng.normal(50.0, 3.0, size=shape).astype(np.float32)).to(policy.device)
+    noise = torch.from_numpy(rng.normal(scale=0.2, size=shape).astype(np.float32)).to(policy.device)
+    valid = torch.ones(shape, dtype=torch.bool)
+    valid[2] = False
+    for tensor in (observations, advantages):
+        tensor[2] = math.nan
     returns = advantages + values
-    return Rollout(observations, actions, log_probs + noise, values, advantages, returns, trained_on, SAMPLES, 0)
+    return Rollout(observations, actions, log_probs + noise, values, advantages, returns, valid, SAMPLES, 0)
 
 
 def make_agent(policy: ActorCritic, drill: str | None = None, **changes) -> PPOAgent:
@@ -68,93 +66,27 @@ def make_agent(policy: ActorCritic, drill: str | None = None, **changes) -> PPOA
     )
 
 
-def reference_update(policy: ActorCritic, rollout: Rollout, learning_rate: float) -> dict[str, list]:
-    """The same update, written with torch.distributions, clip_grad_norm_ and plain Adam."""
-    observations, actions, old_log_probs, advantages, returns = (
-        torch.from_numpy(getattr(rollout, name)[rollout.trained_on])
-        for name in ("observations", "actions", "log_probs", "advantages", "returns")
-    )
-    outputs = policy.value_layer(policy.trunk(observations))[:, 0].detach()
-    policy.return_moments.include(returns.numpy())
-    scale = float(policy.return_moments.deviation)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate, eps=1e-5)
-    generator = torch.Generator().manual_seed(3)
-    # What the value head said before the update, in the moments with which the update reads it.
-    old_values = policy.return_moments.mean + scale * outputs
-    seen: dict[str, list] = {"policy_loss": [], "value_loss": [], "entropy": [], "clip_fraction": [], "cv": []}
-    for _ in range(2):
-        for batch in torch.randperm(SAMPLES, generator=generator).split(32):
-            features = policy.trunk(observations[batch])
-            parts = policy.policy_layer(features).split(list(HEADS.values()), dim=1)
-            distributions = [Categorical(logits=part) for part in parts]
-            log_prob = sum(d.log_prob(actions[batch, i]) for i, d in enumerate(distributions))
-            entropy = sum(d.entropy() for d in distributions).mean()
-            values = policy.return_moments.mean + scale * policy.value_layer(features)[:, 0]
-            ratio = (log_prob - old_log_probs[batch]).exp()
-            advantage = advantages[batch]
-            advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-            policy_loss = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
-            clipped = old_values[batch] + (values - old_values[batch]).clamp(-0.2 * scale, 0.2 * scale)
-            errors = [((estimate - returns[batch]) / scale) ** 2 for estimate in (values, clipped)]
-            value_loss = 0.5 * torch.max(*errors).mean()
-            optimizer.zero_grad()
-            (policy_loss + 0.5 * value_loss - 0.01 * entropy).backward()
-            layer, start, norms = policy.policy_layer, 0, []
-            for size in HEADS.values():
-                rows = slice(start, start + size)
-                norms.append(torch.cat([layer.weight.grad[rows].flatten(), layer.bias.grad[rows]]).norm().item())
-                start += size
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.05)
-            optimizer.step()
-            for name, value in [
-                ("policy_loss", policy_loss.item()),
-                ("value_loss", value_loss.item()),
-                ("entropy", entropy.item()),
-                ("clip_fraction", ((ratio - 1).abs() > 0.2).float().mean().item()),
-                ("cv", gradient_cv(norms)),
-            ]:
-                seen[name].append(value)
-    return seen
-
-
 def weights(policy: ActorCritic) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in policy.parameters()]
+    return [parameter.clone() for parameter in policy.parameters.values()]
 
 
-def test_an_update_agrees_with_a_plain_reference():
-    ours, theirs = make_policy(), make_policy()
-    rollout = make_rollout(ours)
-    metrics = make_agent(ours).update(rollout, learning_rate=1e-3)
-    expected = reference_update(theirs, rollout, 1e-3)
-    for parameter, reference in zip(weights(ours), weights(theirs), strict=True):
-        torch.testing.assert_close(parameter, reference, rtol=1e-5, atol=1e-6)
-    for name in ("policy_loss", "value_loss", "entropy", "clip_fraction"):
-        assert metrics[name] == pytest.approx(np.mean(expected[name]), rel=1e-4, abs=1e-5)
-    assert metrics["clip_fraction"] > 0
-    assert metrics["gradient_cv_per_step"] == pytest.approx(expected["cv"], rel=1e-4)
-    assert metrics["gradient_cv"] == pytest.approx(np.mean(expected["cv"]), rel=1e-4)
-    assert set(metrics["head_gradient_norms"]) == set(HEADS)
-
-
-@pytest.mark.parametrize("where", ["head", "trunk"])
+@pytest.mark.parametrize("where", ["head", "returns", "advantages"])
 def test_a_nonfinite_step_leaves_weights_and_optimizer_untouched_and_is_counted(where):
     policy = make_policy()
     agent = make_agent(policy, "nan:op:2-2" if where == "head" else None)
     agent.update(make_rollout(policy), learning_rate=1e-3)
     rollout = make_rollout(policy, 1)
-    if where == "trunk":
-        rollout.returns[:] = math.nan
-    before, state = (
-        weights(policy),
-        [{key: value.clone() for key, value in entry.items()} for entry in agent._optimizer.state.values()],
-    )
+    if where != "head":
+        getattr(rollout, where)[:] = math.nan
+    before, state = weights(policy), {name: tensor.clone() for name, tensor in agent.state_dict()["optimizer"].items()}
     metrics = agent.update(rollout, learning_rate=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(policy), strict=True))
-    for entry, now in zip(state, agent._optimizer.state.values(), strict=True):
-        assert all(torch.equal(entry[key], now[key]) for key in entry)
+    now = agent.state_dict()["optimizer"]
+    assert all(torch.equal(tensor, now[name]) for name, tensor in state.items())
     assert metrics["skipped_gradient_steps"] == 6
     assert metrics["gradient_cv"] == math.inf
-    assert metrics["nonfinite_gradient_steps"] == {head: 6 * (head == "op" and where == "head") for head in HEADS}
+    bad = {"head": {"op"}, "returns": set(), "advantages": set(HEADS)}[where]
+    assert metrics["nonfinite_gradient_steps"] == {head: 6 * (head in bad) for head in HEADS}
     recovered = agent.update(make_rollout(policy, 2), learning_rate=1e-3)
     assert math.isfinite(recovered["gradient_cv"]) and recovered["skipped_gradient_steps"] == 0
 
@@ -206,15 +138,15 @@ def test_minibatches_are_as_near_to_their_size_as_they_divide_a_rollout(minibatc
 def test_a_minibatch_of_a_single_sample_is_no_fault_of_a_head():
     policy = make_policy()
     rollout = make_rollout(policy)
-    rollout.trained_on[:] = False
-    rollout.trained_on[0, :3] = True
+    rollout.valid[:] = False
+    rollout.valid[0, :3] = True
     metrics = make_agent(policy, minibatch_size=2, epochs=1).update(rollout, learning_rate=1e-3)
     assert len(metrics["gradient_cv_per_step"]) == 2 and metrics["skipped_gradient_steps"] == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_update_on_cuda_waits_for_the_device_only_at_its_end():
-    policy = make_policy().cuda()
+    policy = make_policy("cuda")
     agent = make_agent(policy)
     agent.update(make_rollout(policy), learning_rate=1e-3)
     rollout = make_rollout(policy, 1)

@@ -9,13 +9,24 @@ import resource
 import stat
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from exporter.snapshot import RunSnapshot
 from trainer.__main__ import main
-from trainer.checkpoint import CheckpointError, RunFolder, checkpoints_in, latest_folder, load, resolve, save
+from trainer.checkpoint_files import (
+    CheckpointError,
+    RunFolder,
+    checkpoints_in,
+    latest_folder,
+    load,
+    resolve,
+    save,
+    totals,
+)
 from trainer.config import TrainerConfig
 from trainer.stop import StopRequest
 from trainer.training import Training
@@ -113,7 +124,7 @@ DAMAGES = {
     foreign: "not a checkpoint of this trainer",
     text: "truncated, or no checkpoint",
     archive_of_something_else: "not a checkpoint",
-    from_the_future: "format version 99; this program reads 1",
+    from_the_future: "format version 99; this program reads 2",
     incomplete: "incomplete: agent",
     Path.unlink: "No such file",
 }
@@ -328,9 +339,20 @@ def test_a_run_without_an_update_leaves_no_folder(tmp_path):
     assert not list((tmp_path / "all").iterdir())
 
 
+def test_the_newest_totals_count_however_long_those_before_were(checkpoint):
+    content = load(checkpoint)
+    run = content["run"]
+    with RunFolder(checkpoint.parent, keep=2) as folder:
+        for updates in (10**9, 7):
+            folder.note_totals(replace(RunSnapshot.from_plain(run), updates=updates))
+            assert totals(checkpoint, content) == {**run, "updates": updates}
+        folder.note_totals(replace(RunSnapshot.from_plain(run), run="other"))
+        assert totals(checkpoint, content) == run
+
+
 def test_inspect_says_what_is_inside_and_a_broken_one_in_one_line(cli, checkpoint):
     out, err = cli("inspect", checkpoint.parent)
-    assert out.startswith(f"{checkpoint}: {checkpoint.stat().st_size:,} bytes, format version 1\n") and err == ""
+    assert out.startswith(f"{checkpoint}: {checkpoint.stat().st_size:,} bytes, format version 2\n") and err == ""
     for expected in (
         r"run on host-growth, update 2 of 6",
         r"32 environment steps, 0 episodes, 1 updates, 0 resumes",

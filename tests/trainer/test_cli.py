@@ -136,9 +136,9 @@ def test_a_signal_that_comes_twice_at_once_costs_no_checkpoint_and_one_that_come
 
 def test_a_signal_that_comes_again_does_not_cost_the_checkpoint_that_is_being_written(tmp_path):
     code = (
-        "import sys, time; from trainer import __main__, checkpoint; real = checkpoint.RunFolder.write\n"
+        "import sys, time; from trainer import __main__, checkpoint_files; real = checkpoint_files.RunFolder.write\n"
         "def slow(*given): print('writing', flush=True); time.sleep(2.5); return real(*given)\n"
-        "checkpoint.RunFolder.write = slow; sys.exit(__main__.main())"
+        "checkpoint_files.RunFolder.write = slow; sys.exit(__main__.main())"
     )
     flags = ("--total-timesteps", "100000000", "--checkpoint-every", "100000")
     arguments = command(tmp_path, *SMALL, *flags)

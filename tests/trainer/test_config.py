@@ -5,17 +5,18 @@ import sys
 
 import pytest
 
-from trainer.config import ConfigError, TrainerConfig, parse_config
+from trainer.config import OPTIONS, ConfigError, TelemetryConfig, TrainerConfig
+from trainer.parsing import parse_config
 
 
-def from_file(tmp_path, text: str, *flags: str) -> TrainerConfig:
+def from_file(tmp_path, text: str, *flags: str) -> tuple[TrainerConfig, TelemetryConfig]:
     path = tmp_path / "run.yml"
     path.write_text(text)
     return parse_config(["--config", str(path), *flags])
 
 
 def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
-    config = from_file(
+    config, _ = from_file(
         tmp_path, "learning-rate: 1e-4\nnum_envs: 8\nanneal_learning_rate: false\ntarget_kl: null\n", "--num-envs", "16"
     )
     assert (config.learning_rate, config.num_envs, config.anneal_learning_rate) == (1e-4, 16, False)
@@ -87,7 +88,7 @@ def test_flags_are_checked_the_same_way(flags, message):
 
 
 def test_an_empty_file_changes_nothing(tmp_path):
-    assert from_file(tmp_path, "# nothing\n") == TrainerConfig()
+    assert from_file(tmp_path, "# nothing\n") == (TrainerConfig(), TelemetryConfig())
 
 
 def test_help_shows_every_option_with_its_default():
@@ -96,8 +97,8 @@ def test_help_shows_every_option_with_its_default():
     ).stdout
     text = " ".join(text.split())
     options = text.split(" --config FILE YAML")[1].split(" --")
-    assert len(options) > len(TrainerConfig.__dataclass_fields__)
-    for name, option in TrainerConfig.__dataclass_fields__.items():
+    assert len(options) > len(OPTIONS)
+    for name, option in OPTIONS.items():
         flag = option.metadata.get("flag", "--" + name.replace("_", "-"))[2:]
         (described,) = [part for part in options if part.split(" ")[0] == flag and "(default: " in part] or [None]
         assert described or f"--no-{flag}" in text, flag

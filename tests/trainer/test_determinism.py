@@ -15,7 +15,7 @@ from test_resume import REPOSITORY, TINY, cvs, tensors, trained
 
 from exporter import GradientMonitor, RunAggregator
 from exporter.heads import Rows
-from trainer.checkpoint import checkpoints_in, load
+from trainer.checkpoint_files import checkpoints_in, load
 from trainer.training import Training
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from trainer.environments import host_growth
 from trainer.environments.host_growth import (
     ACTION_HEADS,
     SPEEDS,
@@ -20,6 +19,8 @@ from trainer.environments.host_growth import (
     parameter_count,
     ramp_shape,
 )
+from trainer.environments.host_growth import networks
+from trainer.environments.host_growth.networks import HostNetworks, Pass
 
 FULL, HALF = TARGETS.index(1.0), TARGETS.index(0.5)
 AT_ONCE, IN_FOUR, IN_SIXTEEN = SPEEDS.index(1), SPEEDS.index(4), SPEEDS.index(16)
@@ -86,23 +87,58 @@ def test_autoreset_in_the_same_step_keeps_the_final_observation():
     observation, _, terminated, truncated, infos = env.step(act(3))
     assert terminated.all() and not truncated.any()
     assert env.metadata["autoreset_mode"] is gymnasium.vector.AutoresetMode.SAME_STEP
-    final = np.stack(infos["final_obs"])
+    final = infos["final_obs"]
     assert infos["_final_obs"].all() and env.observation_space.contains(final)
     assert (final[:, 8] == 1.0).all(), "the final observation shows the end of the episode"
     assert (observation[:, 8] == 0.0).all() and (observation[:, 4:8] == 0.0).all()
     assert (observation[:, :4] != first[:, :4]).any(), "the next episode is another task"
-    assert infos["final_info"]["validation_accuracy"] == pytest.approx(final[:, 3])
 
 
-def test_reset_mask_begins_only_the_chosen_environments():
-    env = HostGrowthVectorEnv(3, max_episode_steps=6)
-    env.reset(seed=0)
-    for _ in range(2):
-        before, *_ = env.step(act(3))
-    after, _ = env.reset(options={"reset_mask": np.array([False, True, False])})
-    assert (after[[0, 2], :4] == before[[0, 2], :4]).all() and (after[1, :4] != before[1, :4]).any()
-    ends = [env.step(act(3))[2].tolist() for _ in range(6)]
-    assert ends[3] == [True, False, True] and ends[5] == [False, True, False]
+def test_tensors_in_and_out_are_the_same_numbers():
+    """Over the end of an episode, where `final_obs` is a tensor too."""
+    arrays, tensors = (
+        HostGrowthVectorEnv(4, max_episode_steps=8),
+        HostGrowthVectorEnv(4, max_episode_steps=8, as_tensors=True),
+    )
+    expected, given = arrays.reset(seed=7)[0], tensors.reset(seed=7)[0]
+    arrays.action_space.seed(0)
+    for _ in range(12):
+        assert given.dtype == torch.float32 and np.array_equal(given, expected)
+        actions = arrays.action_space.sample()
+        expected, *paid, infos = arrays.step(actions)
+        given, *paid_tensors, tensor_infos = tensors.step(torch.as_tensor(actions))
+        assert [tensor.dtype for tensor in paid_tensors] == [torch.float32, torch.bool, torch.bool]
+        assert all(np.array_equal(tensor, array) for tensor, array in zip(paid_tensors, paid))
+        assert infos.keys() == tensor_infos.keys()
+        assert all(np.array_equal(tensor_infos[name], infos[name]) for name in infos)
+        expected = np.array(expected)
+
+
+def test_what_was_returned_stays_as_it_was():
+    env = HostGrowthVectorEnv(2, max_episode_steps=4, as_tensors=True)
+    first = env.reset(seed=0)[0]
+    kept, copies = [first], [first.clone()]
+    for _ in range(5):
+        *returned, infos = env.step(torch.as_tensor(act(2, op=Op.GERMINATE)))
+        kept += [*returned, *infos.values()]
+        copies += [tensor.clone() for tensor in (*returned, *infos.values())]
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies))
+
+
+def test_a_loaded_state_goes_on_as_the_saved_one_and_others_are_refused():
+    saved, loaded = HostGrowthVectorEnv(3, max_episode_steps=8), HostGrowthVectorEnv(3, max_episode_steps=8)
+    trajectory(saved, 5, 11)
+    state = saved.state_dict()
+    assert all(len(tensor) == 3 for tensor in state.values())
+    loaded.load_state_dict(state)
+    for _ in range(8):
+        actions = saved.action_space.sample()
+        for expected, found in zip(saved.step(actions)[:3], loaded.step(actions)[:3]):
+            assert np.array_equal(expected, found)
+    with pytest.raises(ValueError, match=r"host must be torch.float32 \[3, 49\], the saved environment has nothing"):
+        loaded.load_state_dict({name: tensor for name, tensor in state.items() if name != "host"})
+    with pytest.raises(ValueError, match="step must be the same"):
+        loaded.load_state_dict({**state, "step": torch.arange(3)})
 
 
 def test_same_seed_and_actions_give_the_same_bits_whatever_the_caller_does():
@@ -155,10 +191,11 @@ def test_a_seed_goes_through_its_stages_and_what_is_fossilized_stays():
         blend.append(float(levels(observation)[0, 1]))
     assert seen == ["DORMANT", "TRAINING", "TRAINING", *["BLENDING"] * 3, *["HOLDING"] * 2, *["FOSSILIZED"] * 2]
     assert blend == pytest.approx([0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1])
-    frozen = env._state.seeds[0, 1].clone()
-    host = env._state.host[0].clone()
+    before = env.state_dict()
     env.step(act())
-    assert torch.equal(env._state.seeds[0, 1], frozen) and not torch.equal(env._state.host[0], host)
+    after = env.state_dict()
+    assert torch.equal(after["seeds"][0, 1], before["seeds"][0, 1])
+    assert not torch.equal(after["host"], before["host"])
 
 
 def test_a_pruned_slot_is_free_again_after_its_cooldown():
@@ -199,24 +236,25 @@ def test_every_part_of_the_action_changes_what_the_host_computes(part):
 
 def test_ramps_rise_from_nothing_to_the_whole():
     progress = torch.linspace(0, 1, 9)
-    shapes = [ramp_shape(progress, torch.tensor(int(curve))) for curve in Curve]
+    shapes = [ramp_shape(progress, curve) for curve in Curve]
     for shape in shapes:
         assert shape[0] == pytest.approx(0, abs=1e-6) and shape[-1] == 1.0 and (shape.diff() > 0).all()
     assert not torch.allclose(shapes[0], shapes[1]) and not torch.allclose(shapes[1], shapes[2])
 
 
 def test_a_training_seed_learns_while_the_host_does_not_show_it():
-    """Its weights move, but taking it away leaves the validation loss as it was."""
+    """Its weights move; what they are changes the host's training, but not the host's training loss and accuracy."""
     env = HostGrowthVectorEnv(1)
     env.reset(seed=0)
     env.step(act(blueprint=Blueprint.MLP, target=FULL, op=Op.GERMINATE))
-    before = env._state.seeds[0, 0].clone()
-    observation, *_ = env.step(act())
-    assert levels(observation)[0, 0] == 0.0
-    assert not torch.equal(env._state.seeds[0, 0], before)
-    loss, _ = env._validate()
-    env._state.seeds[0, 0] = 0.0
-    assert torch.equal(env._validate()[0], loss)
+    state = env.state_dict()
+    shown, *_ = env.step(act())
+    assert levels(shown)[0, 0] == 0.0
+    assert not torch.equal(env.state_dict()["seeds"][0, 0], state["seeds"][0, 0])
+    state["seeds"][0, 0] = 1.0
+    env.load_state_dict(state)
+    with_another, *_ = env.step(act())
+    assert np.array_equal(with_another[:, :2], shown[:, :2]) and with_another[0, 2] != shown[0, 2]
 
 
 def test_gradients_agree_with_autograd():
@@ -224,28 +262,31 @@ def test_gradients_agree_with_autograd():
     torch.manual_seed(0)
     pairs = [(b, a) for b in Blueprint for a in Alpha]
     n, slots, points = len(pairs), ACTION_HEADS["slot"], 9
-    blueprint = torch.tensor([[pairs[(i + s) % n][0] for s in range(slots)] for i in range(n)])
-    combination = torch.tensor([[pairs[(i + s) % n][1] for s in range(slots)] for i in range(n)])
-    host = torch.randn(n, sum(host_growth._HOST_SIZES), dtype=torch.float64, requires_grad=True)
-    draws = torch.randn(n * slots, sum(host_growth._SEED_SIZES))
-    seeds = host_growth._seed_weights(draws, blueprint.flatten()).double().view(n, slots, -1).requires_grad_()
-    levels_ = torch.rand(n, slots, points, dtype=torch.float64)
+    blueprint, combination = torch.tensor([[pairs[(i + s) % n] for i in range(n)] for s in range(slots)]).unbind(-1)
     x, y = torch.randn(n, points, 2, dtype=torch.float64), torch.randint(0, 2, (n, points)).double()
-    with torch.no_grad():
-        with_ones = torch.cat((x.mT, torch.ones(n, 1, points, dtype=torch.float64)), dim=1)
-        logits, saved = host_growth.forward(host, seeds, blueprint, combination, levels_, with_ones)
-        by_host, by_seeds = host_growth.backward(host, seeds, (torch.sigmoid(logits) - y) / points, saved)
+    levels_ = torch.rand(slots, n, points, dtype=torch.float64)
+    nets = HostNetworks(n, slots, dtype=torch.float64)
+    nets.host.normal_()
+    nets.seeds.normal_().mul_(networks.seed_scales()[blueprint])
+    nets.set_modules(blueprint, combination)
+    host, seeds = nets.host.clone().requires_grad_(), nets.seeds.clone().requires_grad_()
+    with_ones = torch.cat((x.mT, torch.ones(n, 1, points, dtype=torch.float64)), dim=1)
+    way = Pass(nets, points, one_level=False, has_gradient=True)
+    logits = way.forward(with_ones, levels_)
+    by_host, by_seeds = (
+        torch.cat(parts, dim=-1) for parts in way.backward(with_ones, (torch.sigmoid(logits) - y) / points)
+    )
 
     def hosts_one_by_one():
         """The networks as their formulas say, without batching."""
-        d, m = host_growth._WIDTH, host_growth._UNITS
+        d, m = networks.WIDTH, networks.UNITS
         loss = 0.0
         for i in range(n):
-            inward, outward = host[i].split(host_growth._HOST_SIZES)
+            inward, outward = host[i].split(networks.HOST_SIZES)
             inward = inward.view(d, 3)
             h = torch.tanh(x[i] @ inward[:, :2].T + inward[:, 2])
             for s in range(slots):
-                seed_in, seed_out = seeds[i, s].split(host_growth._SEED_SIZES)
+                seed_in, seed_out = seeds[s, i].split(networks.SEED_SIZES)
                 seed_in = seed_in.view(m, d + 1)
                 u = h @ seed_in[:, :d].T + seed_in[:, d]
                 half = m // 2
@@ -254,13 +295,13 @@ def test_gradients_agree_with_autograd():
                     Blueprint.MLP: lambda: u.relu(),
                     Blueprint.SINE: lambda: u.sin(),
                     Blueprint.GATED: lambda: torch.cat((u[:, :half] * u[:, half:].sigmoid(), 0 * u[:, half:]), dim=1),
-                }[Blueprint(int(blueprint[i, s]))]()
-                f, a = z @ seed_out.view(d, m).T, levels_[i, s, :, None]
+                }[Blueprint(int(blueprint[s, i]))]()
+                f, a = z @ seed_out.view(d, m).T, levels_[s, i, :, None]
                 h = {
                     Alpha.ADD: lambda: h + a * f,
                     Alpha.MULTIPLY: lambda: h * (1 + a * f),
                     Alpha.INTERPOLATE: lambda: (1 - a) * h + a * f,
-                }[Alpha(int(combination[i, s]))]()
+                }[Alpha(int(combination[s, i]))]()
             loss = loss + binary_cross_entropy_with_logits(h @ outward[:d] + outward[d], y[i])
         return loss
 
@@ -276,25 +317,29 @@ def test_a_seed_has_the_parameters_it_pays_for(blueprint):
     env.step(act(blueprint=blueprint, target=FULL, op=Op.GERMINATE))
     for _ in range(20):
         env.step(act())
-    living = int((env._state.seeds != 0).sum())
+    living = int((env.state_dict()["seeds"] != 0).sum())
     dead_relus = 0.1 * living if blueprint is Blueprint.MLP else 0
     assert parameter_count(blueprint) - dead_relus <= living <= parameter_count(blueprint)
 
 
-def test_an_adam_step_agrees_with_torch():
+def test_adam_agrees_with_torch_for_rows_that_began_at_different_times():
     torch.manual_seed(0)
     weights = torch.randn(2, 5)
-    reference = weights.clone().requires_grad_()
-    optimizer = torch.optim.Adam(
-        [reference], lr=host_growth._LEARNING_RATE, betas=(host_growth._BETA1, host_growth._BETA2), eps=0
-    )
-    first, second = torch.zeros(2, 5), torch.zeros(2, 5)
-    for count in range(1, 6):
+    references = [row.clone().requires_grad_() for row in weights]
+    settings = {"lr": networks.LEARNING_RATE, "betas": (networks.BETA1, networks.BETA2), "eps": networks.EPSILON}
+    optimizers = [torch.optim.Adam([row], **settings) for row in references]
+    adam, shares = networks.Adam(weights, (2, 3)), networks.shares_of_newest(9)
+    updates = torch.tensor([0, -3])
+    for _ in range(8):
+        updates += 1
         gradient = torch.rand(2, 5) - 0.5
-        reference.grad = gradient.clone()
-        optimizer.step()
-        host_growth._adam(weights, first, second, gradient, torch.full((2,), count), torch.ones(2))
-    torch.testing.assert_close(weights, reference.detach(), rtol=1e-4, atol=1e-5)
+        for row, began in enumerate(updates > 0):
+            if began:
+                references[row].grad = gradient[row].clone()
+                optimizers[row].step()
+        rates = networks.LEARNING_RATE * (updates > 0).float().unsqueeze(1)
+        adam.step(gradient.split((2, 3), dim=1), shares[updates.clamp(min=0)], rates)
+    torch.testing.assert_close(weights, torch.stack(references).detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_growing_pays_and_acting_at_random_does_not():
@@ -329,10 +374,7 @@ def test_growing_pays_and_acting_at_random_does_not():
         assert grown > mean_return(at_random, seed) + 1.0
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"num_envs": 0}, {"max_episode_steps": 0}, {"train_steps": 0}, {"batch_size": 3}, {"validation_points": 0}],
-)
+@pytest.mark.parametrize("arguments", [{"num_envs": 0}, {"max_episode_steps": 0}])
 def test_impossible_sizes_are_named(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         HostGrowthVectorEnv(**arguments)

@@ -13,7 +13,7 @@ import torch
 from conftest import fetch, wait_until
 
 from stack.servers import ROOT
-from trainer.checkpoint import load
+from trainer.checkpoint_files import load
 
 SMALL = ("--num-envs", "8", "--rollout-steps", "16", "--minibatch-size", "64", "--hidden-size", "32")
 

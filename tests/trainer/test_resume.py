@@ -21,20 +21,25 @@ from exporter import Thresholds
 from exporter.link import MetricsServer
 from exporter.snapshot import RunSnapshot
 from trainer.agent import NonFiniteGradientError
-from trainer.checkpoint import checkpoints_in, load, resolve
-from trainer.config import ConfigError, TrainerConfig, parse_config
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_files import checkpoints_in, load, resolve
+from trainer.config import ConfigError, StartError, TelemetryConfig, TrainerConfig
+from trainer.parsing import parse_config
 from trainer.stop import StopRequest
-from trainer.training import Checkpoints, StartError, Training, train
+from trainer.training import Training, train
 
 REPOSITORY = Path(__file__).parents[2]
-TINY = TrainerConfig(
-    num_envs=4, rollout_steps=8, minibatch_size=16, hidden_size=8, epochs=2, total_timesteps=32 * 12, metrics_port=0
-)
+TINY = TrainerConfig(num_envs=4, rollout_steps=8, minibatch_size=16, hidden_size=8, epochs=2, total_timesteps=32 * 12)
 
 
 @pytest.fixture
 def tiny(tmp_path) -> TrainerConfig:
-    return replace(TINY, checkpoint_dir=str(tmp_path / "checkpoints"), targets_dir=str(tmp_path / "targets"))
+    return replace(TINY, checkpoint_dir=str(tmp_path / "checkpoints"))
+
+
+@pytest.fixture
+def place(tmp_path) -> TelemetryConfig:
+    return TelemetryConfig(metrics_port=0, targets_dir=str(tmp_path / "targets"))
 
 
 class StopAt(StopRequest):
@@ -84,13 +89,13 @@ def tensors(state: object) -> list[torch.Tensor]:
 
 def assert_same(left: Training, right: Training) -> None:
     ours, theirs = tensors(left.state_dict()), tensors(right.state_dict())
-    assert len(ours) == len(theirs) > 40
+    assert len(ours) == len(theirs) > 30
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
     assert counters(left.run_snapshot) == counters(right.run_snapshot)
 
 
 def resumed(config: TrainerConfig, *flags: str) -> TrainerConfig:
-    return parse_config(["--checkpoint-dir", config.checkpoint_dir, "--metrics-port", "0", "--resume", *flags])
+    return parse_config(["--checkpoint-dir", config.checkpoint_dir, "--resume", *flags])[0]
 
 
 def test_stopped_halfway_and_resumed_is_bit_identical_to_never_stopped(tiny):
@@ -109,9 +114,9 @@ def test_stopped_halfway_and_resumed_is_bit_identical_to_never_stopped(tiny):
 
 
 @pytest.mark.parametrize("asked", [1, 5, 13, 14, 15, 60, 83, 96])
-def test_a_signal_at_any_step_costs_nothing_but_the_update_in_progress(tiny, asked):
+def test_a_signal_at_any_step_costs_nothing_but_the_update_in_progress(tiny, place, asked):
     """In a rollout or in an update, also the first."""
-    code = train(tiny, StopAt(asked))
+    code = train(tiny, place, StopAt(asked))
     assert code == 128 + signal.SIGTERM
     straight = Training(tiny)
     trained(straight, 12)
@@ -151,12 +156,27 @@ def test_counters_on_metrics_never_go_back_though_a_crash_costs_updates(tiny):
     for _ in range(8):
         crashed.update(StopRequest())
         checkpoints.updated()
+        if crashed.updates == 5:
+            at_checkpoint = crashed.run_snapshot
     os.close(checkpoints._folder._held)  # as the kernel does with a process that is killed
     before = crashed.run_snapshot
     training = Training(resumed(tiny))
     after = training.run_snapshot
     assert training.updates == 5
-    assert counters(after) == counters(before) and after.updates == 8
+    # The last values are those of the checkpoint: the updates that the crash cost come again.
+    assert after.recent_gradient_cvs == before.recent_gradient_cvs[:5]
+    assert after.signals == at_checkpoint.signals
+    last = at_checkpoint.gradient_quality
+    quality = replace(
+        before.gradient_quality,
+        gradient_cv=last.gradient_cv,
+        gradient_norm=last.gradient_norm,
+        head_norms=last.head_norms,
+    )
+    expected = replace(
+        before, gradient_quality=quality, signals=after.signals, recent_gradient_cvs=after.recent_gradient_cvs
+    )
+    assert counters(after) == counters(expected) and after.updates == 8
     assert after.update_duration_seconds == before.update_duration_seconds
     with MetricsServer(training.aggregator, port=0) as server:
         text = urllib.request.urlopen(server.url, timeout=10).read().decode()
@@ -168,19 +188,40 @@ def test_counters_on_metrics_never_go_back_though_a_crash_costs_updates(tiny):
     assert Training(training.config).run_snapshot.updates == 5
 
 
-def test_an_error_leaves_a_checkpoint_of_the_last_whole_update(tiny):
+def test_an_error_leaves_a_checkpoint_of_the_last_whole_update(tiny, place):
     config = replace(tiny, drill="nan:op:9-12", on_nonfinite="raise")
     with pytest.raises(NonFiniteGradientError):
-        train(config, StopRequest())
+        train(config, place, StopRequest())
     training = Training(resumed(tiny, "--on-nonfinite", "skip"))
     assert training.updates == 8 and training.run_snapshot.gradient_quality.skipped_steps == 1
     assert training.notes == ["other settings than in the checkpoint: on_nonfinite raise -> skip"]
 
 
-def test_annealing_goes_on_and_a_longer_run_anneals_over_its_whole_length(tiny):
-    train(tiny, StopRequest())
+def test_an_interrupt_while_a_state_is_kept_leaves_the_one_before_whole(tiny, monkeypatch):
+    class Interrupted(dict):
+        def items(self):
+            raise KeyboardInterrupt
+
+    straight, training = Training(tiny), Training(tiny)
+    trained(straight, 3)
+    with pytest.raises(KeyboardInterrupt), Checkpoints(training) as checkpoints:
+        for _ in range(3):
+            trained(training, 1)
+            checkpoints.updated()
+        trained(training, 1)
+        monkeypatch.setattr(training.collector, "state_dict", Interrupted)  # the agent's state comes before it
+        checkpoints.updated()
+    saved = load(checkpoints.last)
+    assert saved["updates"] == 3
+    expected = straight.state_dict()
+    for part in ("agent", "collector"):
+        assert all(map(torch.equal, tensors(saved[part]), tensors(expected[part])))
+
+
+def test_annealing_goes_on_and_a_longer_run_anneals_over_its_whole_length(tiny, place):
+    train(tiny, place, StopRequest())
     done = Training(resumed(tiny))
-    assert done.updates == done.config.updates == 12
+    assert done.updates == done.config.total_updates == 12
     assert done.notes == ["the run has reached its end, update 12; a larger --total-timesteps takes it further"]
     longer = Training(resumed(tiny, "--total-timesteps", str(32 * 24)))
     (run,) = trained(longer, 1)
@@ -215,36 +256,38 @@ def test_what_cannot_be_restored_is_said_and_the_run_goes_on(tiny):
         (("--run", "other"), r"--resume: .*other: there is no checkpoint of the run 'other' yet"),
     ],
 )
-def test_settings_that_cannot_change_are_refused_with_both_values(tiny, flags, message):
-    train(tiny, StopRequest())
+def test_settings_that_cannot_change_are_refused_with_both_values(tiny, place, flags, message):
+    train(tiny, place, StopRequest())
     with pytest.raises(ConfigError, match=message):
         resumed(tiny, *flags)
 
 
 @pytest.mark.parametrize(("run", "other"), [("CartPole-v1-seed1", "CartPole-v1-seed1.5"), ("gamma-0", "gamma-0.99")])
-def test_a_run_goes_on_from_its_own_folder_though_another_run_is_called_like_one_of_its_folders(tiny, run, other):
+def test_a_run_goes_on_from_its_own_folder_though_another_run_is_called_like_one_of_its_folders(
+    tiny, place, run, other
+):
     for name, updates in ((run, 2), (other, 3)):
-        train(replace(tiny, run=name, total_timesteps=32 * updates), StopRequest())
+        train(replace(tiny, run=name, total_timesteps=32 * updates), place, StopRequest())
     theirs = Path(tiny.checkpoint_dir) / other
     before = {path: path.read_bytes() for path in theirs.iterdir()}
     config = resumed(tiny, "--run", run, "--total-timesteps", str(32 * 5))
     assert config.run == run and Path(config.resume).parent == Path(tiny.checkpoint_dir) / run
-    train(config, StopRequest())
+    train(config, place, StopRequest())
     assert {path: path.read_bytes() for path in theirs.iterdir()} == before
     training = Training(resumed(tiny, "--run", run))
     assert training.updates == training.run_snapshot.updates == 5
 
 
-def test_without_a_name_a_run_is_not_resumed_as_another(tiny):
+def test_without_a_name_a_run_is_not_resumed_as_another(tiny, place):
     """The name by default comes from environment and seed, and no flag contradicts the one in the checkpoint."""
-    train(replace(tiny, run="host-growth-seed1.5"), StopRequest())
+    train(replace(tiny, run="host-growth-seed1.5"), place, StopRequest())
     with pytest.raises(ConfigError, match="there is no checkpoint of the run 'host-growth-seed1' yet"):
         resumed(tiny)
 
 
-def test_counters_of_another_run_in_the_same_folder_are_neither_taken_over_nor_overwritten(tiny):
+def test_counters_of_another_run_in_the_same_folder_are_neither_taken_over_nor_overwritten(tiny, place):
     for name, updates in (("mine", 3), ("other", 2)):
-        train(replace(tiny, run=name, total_timesteps=32 * updates), StopRequest())
+        train(replace(tiny, run=name, total_timesteps=32 * updates), place, StopRequest())
     collection = Path(tiny.checkpoint_dir) / "other"
     mine = Path(tiny.checkpoint_dir) / "mine/update-00000003.pt"
     mine = mine.rename(collection / mine.name)
@@ -259,25 +302,26 @@ def test_counters_of_another_run_in_the_same_folder_are_neither_taken_over_nor_o
     assert [path.name for path in checkpoints_in(collection)] == ["update-00000003.pt", "update-00000002.pt"]
 
 
-def test_settings_come_from_the_checkpoint_but_not_places(tiny, tmp_path):
-    train(replace(tiny, gamma=0.9, log_interval=3, critical_threshold=1.5), StopRequest())
+def test_settings_come_from_the_checkpoint_but_not_places(tiny, place, tmp_path):
+    settings = {"gamma": 0.9, "log_interval": 3, "critical_threshold": 1.5, "drill": "starve:op:1-1"}
+    train(replace(tiny, **settings), place, StopRequest())
     assert Training(resumed(tiny)).run_snapshot.gradient_quality.thresholds == Thresholds(0.5, 1.5)
     training = Training(resumed(tiny, "--critical-threshold", "2.5"))
     assert training.run_snapshot.gradient_quality.thresholds == Thresholds(0.5, 2.5)
     assert "other settings than in the checkpoint: critical_threshold 1.5 -> 2.5" in training.notes
     config = resumed(tiny, "--epochs", "3")
     assert (config.gamma, config.log_interval, config.num_envs, config.epochs) == (0.9, 3, 4, 3)
-    assert config.targets_dir == "targets" and config.drill is None
+    assert config.drill is None
 
 
-def test_two_processes_cannot_continue_one_run(tiny):
-    train(tiny, StopRequest())
+def test_two_processes_cannot_continue_one_run(tiny, place):
+    train(tiny, place, StopRequest())
     with Checkpoints(Training(resumed(tiny))), pytest.raises(StartError, match="another process is writing the check"):
         Checkpoints(Training(resumed(tiny)))
 
 
-def test_a_checkpoint_that_fits_no_network_is_refused(tiny, tmp_path):
-    train(tiny, StopRequest())
+def test_a_checkpoint_that_fits_no_network_is_refused(tiny, place, tmp_path):
+    train(tiny, place, StopRequest())
     path = Path(resumed(tiny).resume)
     content = load(path)
     content["agent"]["policy"] = {name: torch.ones(3, 3) for name in content["agent"]["policy"]}
@@ -286,10 +330,12 @@ def test_a_checkpoint_that_fits_no_network_is_refused(tiny, tmp_path):
         Training(resumed(tiny))
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_and_a_checkpoint_that_cannot_a_warning(tiny, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_an_error_and_a_checkpoint_that_cannot_a_warning(
+    tiny, place, tmp_path, capsys
+):
     (tmp_path / "file").touch()
     with pytest.raises(StartError, match=f"cannot write checkpoints to {tmp_path}/file: .*--checkpoint-every 0"):
-        train(replace(tiny, checkpoint_dir=str(tmp_path / "file")), StopRequest())
+        train(replace(tiny, checkpoint_dir=str(tmp_path / "file")), place, StopRequest())
     assert not list(tmp_path.glob("targets/*"))
     training = Training(tiny)
     with Checkpoints(training) as checkpoints:
@@ -299,8 +345,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_and_a_checkpoint_that_canno
     assert "warning: no checkpoint of update 1 in " in capsys.readouterr().err
 
 
-def test_without_checkpoints_nothing_is_written(tiny):
-    train(replace(tiny, checkpoint_every=0), StopRequest())
+def test_without_checkpoints_nothing_is_written(tiny, place):
+    train(replace(tiny, checkpoint_every=0), place, StopRequest())
     assert not Path(tiny.checkpoint_dir).exists()
 
 
@@ -352,7 +398,7 @@ ENDLESS = replace(
 def train_until_killed(folder: str, log: str, progress) -> None:
     """Starts or resumes the run in `folder`; writes the CV of every update to `log`, and releases `progress` for it."""
     flags = ["--resume", folder] if checkpoints_in(Path(folder)) else []
-    config = parse_config(flags) if flags else replace(ENDLESS, checkpoint_dir=str(Path(folder).parent))
+    config = parse_config(flags)[0] if flags else replace(ENDLESS, checkpoint_dir=str(Path(folder).parent))
     training = Training(config)
     with Checkpoints(training) as checkpoints, open(log, "a") as file:
         while True:

@@ -63,7 +63,7 @@ def collector(mode: AutoresetMode, steps: int = 14) -> tuple[RolloutCollector, A
 
 
 def value(policy: ActorCritic, clock: float) -> float:
-    return float(policy.values(np.array([[clock]], np.float32))[0])
+    return policy.values(torch.tensor([[float(clock)]])).item()
 
 
 def textbook_return(policy: ActorCritic, clock: int, length: int, truncates: bool, left: int) -> float:
@@ -79,7 +79,7 @@ def textbook_return(policy: ActorCritic, clock: int, length: int, truncates: boo
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_truncation_is_bootstrapped_and_no_step_across_a_reset_is_trained_on(mode):
+def test_truncation_is_bootstrapped_and_no_step_across_a_reset_is_valid(mode):
     steps = 14
     rollouts, policy = collector(mode, steps)
     rollout = rollouts.collect()
@@ -94,9 +94,9 @@ def test_truncation_is_bootstrapped_and_no_step_across_a_reset_is_trained_on(mod
             observed.append((clocks[index], textbook_return(policy, clocks[index], length, truncates, steps - step)))
             clocks[index] = (clocks[index] + 1) % length
             waiting[index] = clocks[index] == 0 and mode is AutoresetMode.NEXT_STEP
-    assert rollout.observations[rollout.trained_on, 0].tolist() == [clock for clock, _ in observed]
+    assert rollout.observations[rollout.valid, 0].tolist() == [clock for clock, _ in observed]
     expected_returns = [expected for _, expected in observed]
-    np.testing.assert_allclose(rollout.returns[rollout.trained_on], expected_returns, rtol=1e-5)
+    np.testing.assert_allclose(rollout.returns[rollout.valid], expected_returns, rtol=1e-5)
     assert rollout.environment_steps == len(observed)
 
 
@@ -122,8 +122,8 @@ def test_evaluation_counts_no_step_that_only_resets(mode):
 
 def test_gae_agrees_with_its_definition_as_a_sum_of_discounted_errors():
     rng = np.random.default_rng(0)
-    rewards, values, next_values = rng.normal(size=(3, 20, 4))
-    ends = rng.random((20, 4)) < 0.2
+    rewards, values, next_values = torch.from_numpy(rng.normal(size=(3, 20, 4)))
+    ends = torch.from_numpy(rng.random((20, 4)) < 0.2)
     advantages = generalized_advantages(rewards, values, next_values, ends, GAMMA, LAMBDA)
     errors = rewards + GAMMA * next_values - values
     for env in range(4):
@@ -134,4 +134,4 @@ def test_gae_agrees_with_its_definition_as_a_sum_of_discounted_errors():
                 decay *= GAMMA * LAMBDA
                 if ends[step, env]:
                     break
-            assert advantages[start, env] == pytest.approx(total)
+            assert advantages[start, env].item() == pytest.approx(total.item())

@@ -1,7 +1,9 @@
 """Environments by name: the default one, or any Gymnasium environment with suitable spaces."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -21,28 +23,47 @@ class UnsupportedEnvironment(ValueError):
 
 @dataclass(frozen=True)
 class TrainingEnvironment:
-    """A vector environment as the rollout uses it.
+    """A vector environment as the rollout uses it; `training_environment` makes one.
 
     Attributes:
         vector_env: follows Gymnasium's vector API, any autoreset mode.
-        heads: action head name -> number of choices, in the order of the action's columns.
+        choices: name of each part of an action -> number of choices, in the order of the action space.
         observation_size: length of a flat observation.
+        notes: what a person should know before training on it.
+        heads: those of `choices` with at least two: there is nothing to learn about the others.
     """
 
     vector_env: VectorEnv
-    heads: Mapping[str, int]
+    choices: Mapping[str, int]
     observation_size: int
+    notes: tuple[str, ...] = ()
+    heads: Mapping[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", {name: count for name, count in self.choices.items() if count > 1})
 
     @property
     def autoreset_mode(self) -> AutoresetMode:
         """What the environment does after an episode ends; Gymnasium's default is NEXT_STEP."""
         return AutoresetMode(self.vector_env.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
 
-    def environment_actions(self, choices: np.ndarray) -> np.ndarray:
-        """Choices [num_envs, heads], counted from zero, as actions of the environment's own space."""
+    def environment_actions(self, choices: np.ndarray) -> Any:
+        """Choices as actions of the environment's own space, in new arrays.
+
+        Args:
+            choices: int64 [num_envs, heads], counted from zero.
+
+        Returns:
+            int64 [num_envs] for a Discrete space and [num_envs, parts] for a MultiDiscrete one; for Dict and Tuple a
+            dict or tuple of these.
+        """
+        if len(self.heads) < len(self.choices):
+            learned, choices = choices, np.zeros((len(choices), len(self.choices)), np.int64)
+            choices[:, [count > 1 for count in self.choices.values()]] = learned
         space = self.vector_env.single_action_space
-        actions = choices + space.start
-        return actions[:, 0] if isinstance(space, spaces.Discrete) else actions
+        if isinstance(space, spaces.MultiDiscrete):  # as below, in one operation
+            return choices + space.start
+        return _actions(space, iter(choices.T))
 
     def reset_ended(self, observations: np.ndarray, ended: np.ndarray) -> np.ndarray:
         """`observations` [num_envs, observation_size] to go on from: new episodes where one `ended`, in DISABLED mode."""
@@ -52,54 +73,140 @@ class TrainingEnvironment:
         return np.where(ended[:, None], np.asarray(first, observations.dtype), observations)
 
 
-def make_environment(name: str, num_envs: int, vectorization: str = "sync", device: str = "cpu") -> TrainingEnvironment:
+def make_environment(
+    name: str,
+    num_envs: int,
+    vectorization: str = "sync",
+    device: str = "cpu",
+    kwargs: Mapping[str, Any] | None = None,
+) -> TrainingEnvironment:
     """Build `num_envs` copies of the environment `name`.
 
     Args:
         name: `host-growth` or the id of a registered Gymnasium environment.
         num_envs: number of copies.
         vectorization: for Gymnasium's environments, one of `VECTORIZATIONS`.
-        device: where the policy lives; with at least `DEVICE_ENVS` of them, so do the host networks.
+        device: where the policy lives. On a GPU, with at least `DEVICE_ENVS` of them, so do the host networks, which
+            then take and return tensors.
+        kwargs: arguments of the environment itself.
 
     Raises:
-        UnsupportedEnvironment: unknown id, missing dependency, or unsupported spaces.
+        UnsupportedEnvironment: unknown id, missing dependency, wrong arguments, or unsupported spaces.
     """
-    if name == DEFAULT_ENVIRONMENT:
-        from trainer.environments.host_growth import HostGrowthVectorEnv
+    kwargs = dict(kwargs or {})
+    try:
+        if name == DEFAULT_ENVIRONMENT:
+            from trainer.environments.host_growth import HostGrowthVectorEnv
 
-        vector_env: VectorEnv = HostGrowthVectorEnv(num_envs, device=device if num_envs >= DEVICE_ENVS else "cpu")
-    else:
-        try:
+            on_device = device.startswith("cuda") and num_envs >= DEVICE_ENVS
+            place = {"device": device if on_device else "cpu", "as_tensors": on_device}
+            vector_env: VectorEnv = HostGrowthVectorEnv(num_envs, **place, **kwargs)
+        else:
             # SAME_STEP spends no environment step on the reset itself; a vector class has a mode of its own.
-            kwargs = {"autoreset_mode": AutoresetMode.SAME_STEP} if vectorization == "sync" else None
-            vector_env = gym.make_vec(name, num_envs, vectorization_mode=vectorization, vector_kwargs=kwargs)
-        except (gym.error.Error, ImportError) as error:
-            raise UnsupportedEnvironment(f"environment {name!r}: {error}") from error
+            of_vector = {"autoreset_mode": AutoresetMode.SAME_STEP} if vectorization == "sync" else None
+            vector_env = gym.make_vec(
+                name, num_envs, vectorization_mode=vectorization, vector_kwargs=of_vector, **kwargs
+            )
+    except (gym.error.Error, ImportError) as error:
+        raise UnsupportedEnvironment(f"environment {name!r}: {error}") from error
+    except Exception as error:
+        # An environment may raise anything about its arguments; without any the fault is its own.
+        if not kwargs:
+            raise
+        raise UnsupportedEnvironment(
+            f"environment {name!r} cannot be made with env-kwargs {kwargs}: {type(error).__name__}: {error}"
+        ) from error
     return training_environment(name, vector_env)
 
 
 def training_environment(name: str, vector_env: VectorEnv) -> TrainingEnvironment:
     """Check that `vector_env` can be trained on and read its heads.
 
+    They are named by their place in the action space: `action`, `action_0`, or `arm.0` for the first part of what
+    `Dict` calls `arm`. An attribute `action_heads` of the environment, name -> number of choices, gives other names.
+
     Raises:
-        UnsupportedEnvironment: its spaces are not supported; the message says which are.
+        UnsupportedEnvironment: its spaces, its heads or its autoreset mode are not supported; the message says why.
     """
-    actions = vector_env.single_action_space
-    observations = vector_env.single_observation_space
-    heads = getattr(vector_env, "action_heads", None)
-    if heads is None:
-        if isinstance(actions, spaces.Discrete):
-            heads = {"action": int(actions.n)}
-        elif isinstance(actions, spaces.MultiDiscrete) and actions.nvec.ndim == 1:
-            heads = {f"action_{index}": int(size) for index, size in enumerate(actions.nvec)}
-        else:
+    try:
+        parts = list(_parts(vector_env.single_action_space))
+        choices = _named(parts, getattr(vector_env, "action_heads", None))
+        notes = [f"head {part} has a single choice and is left out" for part, count in choices.items() if count == 1]
+        if len(notes) == len(choices):
+            raise UnsupportedEnvironment(f"action space {vector_env.single_action_space} leaves nothing to choose")
+        observations = vector_env.single_observation_space
+        if not (isinstance(observations, spaces.Box) and len(observations.shape) == 1):
             raise UnsupportedEnvironment(
-                f"environment {name!r}: action space {actions} is not supported; supported are Discrete and "
-                "one-dimensional MultiDiscrete"
+                f"observation space {observations} is not supported; supported is a Box with one dimension "
+                "(gymnasium.wrappers.FlattenObservation makes one of others)"
             )
-    if not (isinstance(observations, spaces.Box) and len(observations.shape) == 1):
+        notes += _autoreset_notes(vector_env)
+    except UnsupportedEnvironment as error:
+        raise UnsupportedEnvironment(f"environment {name!r}: {error}") from None
+    return TrainingEnvironment(vector_env, choices, observations.shape[0], tuple(notes))
+
+
+def _parts(space: spaces.Space, name: str = "") -> Iterator[tuple[str, int]]:
+    """Name and number of choices of each part of an action, depth first."""
+    if isinstance(space, spaces.Discrete):
+        yield name or "action", int(space.n)
+    elif isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        prefix = f"{name}." if name else "action_"
+        yield from ((f"{prefix}{index}", int(count)) for index, count in enumerate(space.nvec))
+    elif isinstance(space, (spaces.Dict, spaces.Tuple)):
+        for key, member in _members(space):
+            yield from _parts(member, f"{name}.{key}" if name else str(key))
+    else:
         raise UnsupportedEnvironment(
-            f"environment {name!r}: observation space {observations} is not supported; supported is a Box with one "
-            "dimension (gymnasium.wrappers.FlattenObservation makes one of others)"
+            f"action space {space} is not supported; supported are Discrete, one-dimensional MultiDiscrete, and Dict "
+            "and Tuple of these"
         )
-    return TrainingEnvironment(vector_env, heads, observations.shape[0])
+
+
+def _actions(space: spaces.Space, columns: Iterator[np.ndarray]) -> Any:
+    """An action of `space` for all environments, from as many columns [num_envs] as `_parts` names."""
+    if isinstance(space, spaces.Discrete):
+        return next(columns) + space.start
+    if isinstance(space, spaces.MultiDiscrete):
+        return np.stack(list(islice(columns, len(space.nvec))), axis=1) + space.start
+    members = {key: _actions(member, columns) for key, member in _members(space)}
+    return members if isinstance(space, spaces.Dict) else tuple(members.values())
+
+
+def _members(space: spaces.Dict | spaces.Tuple) -> Iterator[tuple[Any, spaces.Space]]:
+    return space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+
+
+def _named(parts: list[tuple[str, int]], action_heads: Mapping[str, int] | None) -> dict[str, int]:
+    """`parts` by name, or by the environment's own names."""
+    choices = dict(parts if action_heads is None else action_heads)
+    counts = [count for _, count in parts]
+    if action_heads is not None and list(choices.values()) != counts:
+        raise UnsupportedEnvironment(
+            f"its attribute action_heads is {choices}, but its action space has {len(counts)} parts with "
+            f"{', '.join(map(str, counts))} choices: give each part a name and its number of choices, in this order, "
+            "or leave action_heads away"
+        )
+    if len(choices) < len(parts):
+        raise UnsupportedEnvironment(
+            f"parts of its action space have the same name: {', '.join(name for name, _ in parts)}; rename a key"
+        )
+    return choices
+
+
+def _autoreset_notes(vector_env: VectorEnv) -> list[str]:
+    """Gymnasium's own wrappers take a vector environment that does not say its mode for NEXT_STEP too, and warn."""
+    mode = vector_env.metadata.get("autoreset_mode")
+    how = 'metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}'
+    if mode is None:
+        return [
+            "the environment does not say what it does when an episode ends, and is taken for NEXT_STEP, Gymnasium's "
+            f"default; with another mode it learns from wrong steps. Its class says it with {how}, or another mode"
+        ]
+    try:
+        AutoresetMode(mode)
+    except ValueError:
+        raise UnsupportedEnvironment(
+            f"its autoreset_mode is {mode!r}, which is none of Gymnasium's; its class says one with {how}, or another"
+        ) from None
+    return []

@@ -1,0 +1,172 @@
+"""Numbers of gradient steps on the device, from the step on until their window is closed."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from exporter.pending import NO_HEAD, Block, Layout
+
+# Up to here copying gradients costs less than starting one kernel per parameter; 64 KiB a step in float32.
+_SMALL_ELEMENTS = 16384
+_BUFFERED_STEPS = 32
+
+
+class Taken(NamedTuple):
+    """Numbers of one step on the device: norms, or a row of the buffer with the gradients themselves.
+
+    Attributes:
+        owners: for each norm, or row of a gradient, the index of its head.
+        numbers: one-dimensional.
+        buffer: the buffer of which `numbers` are the row that is to be filled, if so.
+    """
+
+    owners: tuple[int, ...]
+    numbers: Tensor
+    buffer: "Buffer | None" = None
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether a head has a gradient."""
+        return self.buffer is not None or any(owner != NO_HEAD for owner in self.owners)
+
+
+class OpenBlock:
+    """Neighbouring steps whose numbers are of one kind."""
+
+    def __init__(self, first: Taken, has_total: bool, has_discard: bool) -> None:
+        self._layout = Layout(first.owners, has_total, has_discard)
+        self._buffer = first.buffer
+        self._start = first.buffer.filled if first.buffer is not None else 0
+        self._vectors: list[Tensor] = []
+        self._totals: list[Tensor] = []
+        self._discards: list[Tensor] = []
+        self._given_up: list[bool] = []
+
+    def takes(self, taken: Taken, total: Tensor | None, discard: Tensor | None) -> bool:
+        """Whether a step is of the same kind."""
+        owners, has_total, has_discard = self._layout
+        return (
+            taken.buffer is self._buffer
+            and (taken.owners is owners or taken.owners == owners)
+            and (total is not None) == has_total
+            and (discard is not None) == has_discard
+        )
+
+    def add(self, taken: Taken, total: Tensor | None, discard: Tensor | None, given_up: bool) -> None:
+        if self._buffer is None:
+            self._vectors.append(taken.numbers)
+        if total is not None:
+            self._totals.append(total)
+        if discard is not None:
+            self._discards.append(discard)
+        self._given_up.append(given_up)
+
+    def close(self) -> tuple[Block, Tensor]:
+        """The steps, and their numbers [steps, width of the layout]."""
+        if self._buffer is None:
+            numbers = torch.stack(self._vectors)
+        else:
+            numbers = self._buffer.norms(self._start, len(self._given_up))
+        extra = [torch.stack(column).unsqueeze(1) for column in (self._totals, self._discards) if column]
+        return Block(self._layout, tuple(self._given_up)), torch.cat([numbers, *extra], 1) if extra else numbers
+
+
+class Buffer:
+    """Gradients of steps that are copied, for where they are small that costs less than their norms one by one.
+
+    Gradients of one shape but for their first axis are one copy. Norms are taken of many steps at once.
+    """
+
+    def __init__(self, owners: Mapping[Tensor, Sequence[int]], dtype: torch.dtype | None) -> None:
+        of_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in owners:
+            of_shape.setdefault(parameter.shape[1:], []).append(parameter)
+        self._groups = list(of_shape.values())
+        self._dtype = dtype
+        self._owners = tuple(
+            owner
+            for group in self._groups
+            for parameter in group
+            for owner in (owners[parameter] if len(owners[parameter]) > 1 else owners[parameter] * len(parameter))
+        )
+        sizes = [sum(parameter.numel() for parameter in group) for group in self._groups]
+        first = self._groups[0][0]
+        self._gradients = torch.empty(_BUFFERED_STEPS, sum(sizes), dtype=first.dtype, device=first.device)
+        # [steps, rows, elements of a row] of each group, and where a step's gradients are copied to.
+        self._rows = [
+            part.unflatten(1, (sum(map(len, group)), -1))
+            for part, group in zip(self._gradients.split(sizes, 1), self._groups)
+        ]
+        shapes = [torch.Size((-1, *shape)) for shape in of_shape]
+        self._places = [
+            (step, [part.view(shape) for part, shape in zip(step.split(sizes), shapes)]) for step in self._gradients
+        ]
+        self.filled = 0
+
+    @classmethod
+    def of(cls, owners: Mapping[Tensor, Sequence[int]], dtype: torch.dtype | None) -> "Buffer | None":
+        """A buffer for gradients of these parameters, or None where norms are better."""
+        small = sum(parameter.numel() for parameter in owners) <= _SMALL_ELEMENTS
+        plain = all(parameter.dim() and parameter.numel() and parameter.is_floating_point() for parameter in owners)
+        alike = len({parameter.dtype for parameter in owners}) == 1
+        return cls(owners, dtype) if small and plain and alike else None
+
+    def take(self) -> Taken | None:
+        """Copy the gradients as they are now into the next row; None where that cannot be done."""
+        step, places = self._places[self.filled]
+        try:
+            for group, place in zip(self._groups, places):
+                torch.cat([parameter.grad for parameter in group], out=place)
+        except (RuntimeError, TypeError):
+            return None  # one is missing, sparse, or part of a graph
+        return Taken(self._owners, step, self)
+
+    def advance(self) -> bool:
+        """Keep the row that was filled last. Returns whether it was the last one."""
+        self.filled = (self.filled + 1) % _BUFFERED_STEPS
+        return self.filled == 0
+
+    def norms(self, start: int, steps: int) -> Tensor:
+        """Norms [steps, rows of all gradients]."""
+        norms = [torch.linalg.vector_norm(rows[start : start + steps], dim=2, dtype=self._dtype) for rows in self._rows]
+        return torch.cat(norms, 1)
+
+
+def after_backward(parameters: Iterable[Tensor], call: Callable[[], None]) -> list[RemovableHandle]:
+    """Call something at the end of each backward pass that has reached one of `parameters`.
+
+    Whatever else waits for the end of the pass comes first: DistributedDataParallel has averaged
+    the gradients by then.
+
+    Returns:
+        Handles that end it.
+    """
+    queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+    current_pass = torch._C._current_graph_task_id
+    # Behind what is queued until the end of the pass, as DistributedDataParallel does with the last bucket. A compiled
+    # training step must not trace into these functions.
+    at_end = partial(queue_callback, torch.compiler.disable(call))
+    seen = -1
+
+    def reached(parameter: Tensor) -> None:
+        nonlocal seen
+        if seen != (now := current_pass()):
+            seen = now
+            queue_callback(at_end)
+
+    reached = torch.compiler.disable(reached)
+    # What is frozen may be unfrozen later; integers never have a gradient, nor what inference mode has made.
+    able = [p for p in parameters if (p.is_floating_point() or p.is_complex()) and not p.is_inference()]
+    return [_hooked(parameter, reached) for parameter in able]
+
+
+def _hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Register a hook that a frozen parameter, for which torch would refuse it, keeps until it is unfrozen."""
+    requires_grad = parameter.requires_grad
+    handle = parameter.requires_grad_().register_post_accumulate_grad_hook(hook)
+    parameter.requires_grad_(requires_grad)
+    return handle
