@@ -20,6 +20,8 @@ _IMPORTED_ON_FIRST_USE = {
     "emit_ppo_update": "exporter.telemetry",
     "heads_from": "exporter.heads",
     "row_heads": "exporter.heads",
+    "space_heads": "exporter.action_spaces",
+    "watch": "exporter.monitor",
 }
 
 __all__ = [

@@ -1,6 +1,9 @@
 """One endpoint for all runs of a process that name the same port."""
 
+import errno
+import logging
 import os
+import socket
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -8,6 +11,8 @@ from pathlib import Path
 
 from exporter.aggregator import RunAggregator
 from exporter.link import MetricsServer, Registry
+
+_log = logging.getLogger(__name__)
 
 
 class SharedEndpoint:
@@ -22,6 +27,7 @@ class SharedEndpoint:
     def __init__(self, server: MetricsServer, key: tuple[RunAggregator, str, int]) -> None:
         self.server = server
         self._key = key
+        self._is_default = False
         self._runs: set[str] = set()
         self._abandoned: set[str] = set()
 
@@ -31,24 +37,36 @@ class SharedEndpoint:
         aggregator: RunAggregator,
         run: str,
         address: str,
-        port: int,
+        port: int | None,
+        preferred_port: int,
         labels: Mapping[str, str],
         web_config_file: str | Path | None,
         registry: Registry | None,
     ) -> "SharedEndpoint":
         """The endpoint of this process at that port, with `run` on it.
 
+        Without a port all share one, at the preferred port, or at a free one if that is 0 or taken.
+
         Raises:
             OSError: the address cannot be bound.
             ValueError: the web configuration file is wrong, or the endpoint has another one, or another registry.
         """
         with cls._lock:
-            endpoint = cls._open.get((aggregator, address, port))
-            if endpoint is None:
-                server = MetricsServer(
-                    aggregator, address, port, labels, web_config_file=web_config_file, registry=registry
+            endpoint = cls._open.get((aggregator, address, preferred_port if port is None else port))
+            if endpoint is None and port is None:
+                endpoint = next(
+                    (e for key, e in cls._open.items() if key[:2] == (aggregator, address) and e._is_default), None
                 )
+            if endpoint is None:
+                free = port is None and preferred_port and _is_taken(address, preferred_port)
+                number = (0 if free else preferred_port) if port is None else port
+                server = MetricsServer(
+                    aggregator, address, number, labels, web_config_file=web_config_file, registry=registry
+                )
+                if free:
+                    _log.warning("port %d is taken; run %s is served at %s", preferred_port, run, server.url)
                 endpoint = cls(server, (aggregator, address, server.port))
+                endpoint._is_default = port is None
                 cls._open[endpoint._key] = endpoint
             elif web_config_file is not None and Path(web_config_file).absolute() != endpoint.server.web_config_file:
                 raise ValueError(f"{endpoint.server.url} is served already, with another web_config_file or none")
@@ -75,6 +93,17 @@ class SharedEndpoint:
         """Whether a run has crashed beside others of its endpoint: its series have to stay, for `up` will not tell."""
         with cls._lock:
             return any(each._key[0] is aggregator and run in each._abandoned for each in cls._open.values())
+
+
+def _is_taken(address: str, port: int) -> bool:
+    """Whether somebody listens there; anything else that is wrong with it shows when it is bound."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _begin_anew() -> None:

@@ -15,14 +15,28 @@ from exporter.telemetry import GradientStep
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start:stop` of a layer that several heads share, in its weight or its bias."""
+    """Rows `start:stop` of a layer that several heads share, in its weight or its bias.
+
+    `axis` is that along which they are counted; all others have to be of length 1, unless it is the first.
+    """
 
     parameter: Tensor
     start: int
     stop: int
+    axis: int = 0
 
 
 Head = nn.Module | Iterable[Tensor | Rows]
+Heads = Mapping[str, Head] | nn.ModuleDict | Iterable[Head]
+
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")
+
+
+def named_heads(heads: Heads) -> dict[str, Head]:
+    """Heads by name; those of a list are `head_0`, `head_1`, ..."""
+    if hasattr(heads, "items"):
+        return dict(heads.items())
+    return {f"head_{index}": head for index, head in enumerate(heads)}
 
 
 def row_heads(layer: nn.Module, sizes: Mapping[str, int]) -> dict[str, list[Rows]]:
@@ -46,7 +60,8 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
     r"""Heads by the names of their modules, such as `heads_from(model, r"heads\.(\w+)")`.
 
     Args:
-        model: whose `named_modules()` are searched.
+        model: whose `named_modules()` are searched; the `module.` of DistributedDataParallel and the `_orig_mod.` of
+            `torch.compile` may be left out of the names.
         pattern: regular expression that a module's whole name must match. Its first
             group that matches is the head's name, the module's own name where there is
             none; modules with the same name make one head.
@@ -57,7 +72,7 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
     expression = re.compile(pattern)
     heads: dict[str, dict[Tensor, None]] = {}
     for name, module in model.named_modules():
-        if match := expression.fullmatch(name):
+        if match := expression.fullmatch(name) or expression.fullmatch(_WRAPPERS.sub("", name)):
             head = next((group for group in match.groups() if group), name)
             heads.setdefault(head, {}).update(dict.fromkeys(module.parameters()))
     if not heads:
@@ -121,6 +136,7 @@ class HeadGradientMeter:
                 whole.setdefault(parameter, NO_HEAD)
 
         self._whole = list(whole)
+        self._rows = rows
         self._shared = list(rows)
         self.parameters = (*self._whole, *self._shared)
         self._owners = [[owner] for owner in whole.values()] + list(rows.values())
@@ -246,16 +262,17 @@ class HeadGradientMeter:
     def _norms(self) -> tuple[list[Tensor], tuple[int, ...]]:
         """Norms of what has a gradient, and the heads that they belong to."""
         whole = [gradient for parameter in self._whole if (gradient := parameter.grad) is not None]
-        shared = [gradient for parameter in self._shared if (gradient := parameter.grad) is not None]
+        shared = [
+            (parameter.grad, len(self._rows[parameter])) for parameter in self._shared if parameter.grad is not None
+        ]
         owners = self._all_owners
         if len(whole) + len(shared) < len(self.parameters):
             has = [parameter.grad is not None for parameter in self.parameters]
             owners = tuple(owner for owners, it_has in zip(self._owners, has) if it_has for owner in owners)
         whole = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in whole]
         norms = list(torch._foreach_norm(whole, dtype=self._dtype)) if whole else []
-        for gradient in shared:
-            rows = gradient.to_dense() if gradient.is_sparse else gradient
-            rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+        for gradient, count in shared:
+            rows = (gradient.to_dense() if gradient.is_sparse else gradient).reshape(count, -1)
             norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=self._dtype))
         return norms, owners
 
@@ -282,7 +299,10 @@ def _parts(name: str, head: Head) -> list[Tensor | Rows]:
 
 
 def _claim_rows(rows: dict[Tensor, list[int]], part: Rows, head: int, names: tuple[str, ...]) -> None:
-    owners = rows.setdefault(part.parameter, [NO_HEAD] * len(part.parameter))
+    parameter, count = part.parameter, part.parameter.shape[part.axis]
+    if part.axis and count != parameter.numel():
+        raise ValueError(f"head {names[head]!r} takes rows along axis {part.axis} of shape {list(parameter.shape)}")
+    owners = rows.setdefault(parameter, [NO_HEAD] * count)
     if not 0 <= part.start < part.stop <= len(owners):
         raise ValueError(f"head {names[head]!r} takes rows {part.start}:{part.stop} of a layer that has {len(owners)}")
     for row in range(part.start, part.stop):

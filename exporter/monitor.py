@@ -1,7 +1,7 @@
 """`GradientMonitor`: the metric for a trainer that somebody has already, by an optimizer hook."""
 
-import difflib
 import gc
+import inspect
 import logging
 import os
 import queue
@@ -9,11 +9,10 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 from exporter.aggregator import RunAggregator
 from exporter.endpoint import SharedEndpoint
 from exporter.gradient_cv import unreachable_critical_warning
-from exporter.heads import Head, HeadGradientMeter
+from exporter.heads import HeadGradientMeter, Heads, named_heads
 from exporter.health import Thresholds
 from exporter.link import (
     DEFAULT_ADDRESS,
@@ -34,9 +33,11 @@ from exporter.link import (
     is_crash,
 )
 from exporter.metrics import RANK_LABEL
+from exporter.optimizers import has_closure, unwrapped
 from exporter.pending import PendingGradientSteps
+from exporter.progress import Progress
 from exporter.recording import after_backward
-from exporter.telemetry import GradientMetrics, PPOUpdatePayload, emit_ppo_update
+from exporter.telemetry import emit_ppo_update
 
 DEFAULT_WINDOW_STEPS = 64
 WINDOW_SECONDS = 30.0
@@ -44,10 +45,6 @@ WINDOW_SECONDS = 30.0
 _MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
 
 _log = logging.getLogger(__name__)
-_MEASURED = set(GradientMetrics.__annotations__) | {"run", "skipped_gradient_steps", "timestamp_seconds"}
-_RECORDABLE = [f.name for f in fields(PPOUpdatePayload) if f.name not in _MEASURED]
-_INCREMENTS = {"environment_steps", "episodes"}
-_ONCE = {"update_duration_seconds", "rollout_duration_seconds"}
 
 # Monitors of one process share it unless they are given another: one endpoint for all of them.
 _process_aggregator = RunAggregator()
@@ -69,8 +66,8 @@ class GradientMonitor:
     in one head is in all of them: `before_clipping` tells which head it was.
 
     Args:
-        heads: head name -> module, parameters, or `Rows` of a layer that heads share;
-            see also `heads_from` and `row_heads`.
+        heads: head name -> module, parameters, or `Rows` of a layer that heads share; or a list of them. See also
+            `heads_from`, `space_heads` and `row_heads`.
         run: name of the run, its label on `/metrics`.
         window_steps: gradient steps that make a window, or fewer where they take longer
             than `WINDOW_SECONDS`, until `update_completed()` is called for the first time;
@@ -94,7 +91,7 @@ class GradientMonitor:
 
     def __init__(
         self,
-        heads: Mapping[str, Head],
+        heads: Heads,
         run: str,
         *,
         window_steps: int | None = DEFAULT_WINDOW_STEPS,
@@ -108,7 +105,7 @@ class GradientMonitor:
         if window_steps is not None and window_steps < 1:
             raise ValueError(f"window_steps must be at least 1 or None, got {window_steps}")
         self.run = run
-        self.heads = dict(heads)
+        self.heads = named_heads(heads)
         self._aggregator = aggregator or _process_aggregator
         self._window_steps = window_steps
         self._before_clipping = before_clipping
@@ -116,13 +113,13 @@ class GradientMonitor:
         self._grad_scaler = grad_scaler
         self._meter: HeadGradientMeter | None = None
         self._hooks: list = []
-        self._signals: dict[str, float] = {}
-        self._increments: Counter[str] = Counter()
+        self._progress = Progress()
         self._window_began_at: float | None = None
         self._alive_at = 0.0
         self._arriving: queue.SimpleQueue[tuple[PendingGradientSteps, dict[str, object]] | None] = queue.SimpleQueue()
         self._publisher: threading.Thread | None = None
-        self._optimizer: Callable[[], Optimizer | None] = lambda: None
+        self._optimizers: list[weakref.ref[Optimizer]] = []
+        self._stepped: set[int] = set()
         self._endpoints: list[SharedEndpoint] = []
         self._pushgateways: list[tuple[MetricsServer, str]] = []
         self._lock = threading.RLock()
@@ -132,8 +129,10 @@ class GradientMonitor:
         self._info = info
         self._is_registered = False
 
-    def attach(self, optimizer: Optimizer) -> "GradientMonitor":
-        """Observe every step of `optimizer`; wrappers such as Accelerate's are looked through.
+    def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
+        """Observe every step of `optimizer`, also through Accelerate's and other wrappers.
+
+        Of several optimizers, over which heads are spread, a gradient step is when all of them have stepped.
 
         Raises:
             RuntimeError: the monitor is attached already.
@@ -145,11 +144,8 @@ class GradientMonitor:
         """
         if self._hooks:
             raise RuntimeError(f"monitor of run {self.run!r} is attached already; detach() it first")
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizers = unwrapped(optimizer)
+        owned = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
         # An iterator of parameters can be walked once only; a detached monitor may be attached again.
         self.heads = {
             name: list(head) if not isinstance(head, (torch.nn.Module, Tensor)) and hasattr(head, "__iter__") else head
@@ -158,34 +154,50 @@ class GradientMonitor:
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
         for other in list(_attached.values()):
-            if other._optimizer() is None:
+            if not other._is_needed():
                 other.detach()  # it would keep the parameters of a model that has gone
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizers = [weakref.ref(each) for each in optimizers]
         if not self._is_registered:
-            self._replace_earlier(optimizer)
+            self._replace_earlier(optimizers)
             self._aggregator.register_run(self.run, meter.head_names, self._info, self._thresholds)
             self._is_registered = True
             _attached[self._aggregator, self.run] = self
             if warning := unreachable_critical_warning(len(meter.head_names), self._thresholds):
                 _log.warning("run %s: %s", self.run, warning)
+        if self._before_clipping and _is_one_of_several():
+            _log.warning(
+                "run %s: gradients are measured at the end of the backward pass: after the averaging of "
+                "DistributedDataParallel, but before one by hand. With that, leave before_clipping out, and call "
+                "gradients_ready() after it",
+                self.run,
+            )
         self._meter = meter
         # A compiled training step must not trace into them.
-        self._hooks = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
-        ]
+        for each in optimizers:
+            self._hooks += [
+                each.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+                each.register_step_post_hook(torch.compiler.disable(self._after_step)),
+            ]
         if self._before_clipping:
             self._hooks += after_backward(meter.parameters, self._after_backward)
         return self
 
-    def _replace_earlier(self, optimizer: Optimizer) -> None:
+    def _is_needed(self) -> bool:
+        """Whether there are still optimizers that it observes."""
+        return any(optimizer() is not None for optimizer in self._optimizers)
+
+    def _replace_earlier(self, optimizers: Iterable[Optimizer]) -> None:
         """Close an earlier monitor of this run that nobody needs any more, as when a notebook's cell runs again."""
         earlier = _attached.get((self._aggregator, self.run))
         if earlier is None:
             return
-        if earlier._optimizer() not in (None, optimizer):
+
+        def is_of_others() -> bool:
+            return bool({optimizer() for optimizer in earlier._optimizers} - {None, *optimizers})
+
+        if is_of_others():
             gc.collect()
-        if earlier._hooks and earlier._optimizer() not in (None, optimizer) and not hasattr(sys, "ps1"):
+        if earlier._hooks and is_of_others() and not hasattr(sys, "ps1"):
             raise ValueError(
                 f"run {self.run!r} is measured by another monitor already: close() that one, or give this one another "
                 "name; runs of one process need distinct names"
@@ -250,7 +262,7 @@ class GradientMonitor:
 
     def serve(
         self,
-        port: int = DEFAULT_PORT,
+        port: int | None = None,
         address: str = DEFAULT_ADDRESS,
         *,
         targets_dir: str | Path | None = None,
@@ -268,6 +280,8 @@ class GradientMonitor:
         does, at `port` + its local rank and with a label `rank`.
 
         Args:
+            port: by default 9842, or a free one where another process has that, or where `targets_dir` tells
+                Prometheus the port; monitors of a process that name none share one.
             targets_dir: write a target file for Prometheus' file service discovery there. It is removed by
                 `close()`, but stays when the monitor is left by an exception: somebody should be told.
             textfile_dir: keep the run in a file there too, for node_exporter's textfile collector; removed like the
@@ -287,14 +301,19 @@ class GradientMonitor:
         if pushgateway is not None:
             check_pushgateway_url(pushgateway)
         labels: dict[str, str] = {}
+        preferred_port = DEFAULT_PORT if targets_dir is None else 0
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank = torch.distributed.get_rank()
             if every_rank:
-                port += int(os.environ.get("LOCAL_RANK", rank)) if port else 0
+                local_rank = int(os.environ.get("LOCAL_RANK", rank))
+                port = port + local_rank if port else port
+                preferred_port += local_rank if preferred_port else 0
                 labels = {RANK_LABEL: str(rank)}
             elif rank != 0:
                 return None
-        endpoint = SharedEndpoint.join(self._aggregator, self.run, address, port, labels, web_config_file, registry)
+        endpoint = SharedEndpoint.join(
+            self._aggregator, self.run, address, port, preferred_port, labels, web_config_file, registry
+        )
         server, is_new = endpoint.server, endpoint not in self._endpoints
         try:
             if targets_dir is not None or textfile_dir is not None:
@@ -321,15 +340,34 @@ class GradientMonitor:
             TypeError: there is no signal of that name, or the value is no number.
             ValueError: the value is out of its range, a negative count say.
         """
-        checked = {name: _checked(name, value) for name, value in values.items()}
         with self._lock:
-            for name, value in checked.items():
-                if name in _INCREMENTS:
-                    self._increments[name] += value or 0
-                elif value is None:
-                    self._signals.pop(name, None)
-                else:
-                    self._signals[name] = value
+            self._progress.record(values)
+
+    def gradients_ready(self) -> None:
+        """Measure the gradients of the next step as they are now, for a trainer that averages them by hand.
+
+        To be called after that and before clipping.
+        """
+        with self._lock:
+            if self._meter is not None:
+                self._meter.give_up(does_count=False)  # what was seen before the averaging is the same step
+            self._after_backward()
+
+    @contextmanager
+    def update(self, **values: float | None) -> Iterator["GradientMonitor"]:
+        """`with monitor.update(environment_steps=2048) as update:` a PPO update, timed; at its end it is completed.
+
+        An update that ends with an exception is none.
+
+        Args:
+            values: as for `update_completed()`.
+
+        Raises:
+            TypeError, ValueError: as `record()`.
+        """
+        started = time.monotonic()
+        yield self
+        self.update_completed(**{"update_duration_seconds": time.monotonic() - started, **values})
 
     def update_completed(self, **values: float | None) -> None:
         """A PPO update has ended: publish its window, with `values` as for `record()`.
@@ -343,12 +381,12 @@ class GradientMonitor:
             self._close_window()
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if not _has_closure(args, kwargs):
+        if not has_closure(args, kwargs):
             self._observe(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         # A closure runs the backward pass within the step; what it has left behind is measured after it.
-        if _has_closure(args, kwargs):
+        if has_closure(args, kwargs):
             self._observe(optimizer)
 
     def _observe(self, optimizer: Optimizer) -> None:
@@ -356,6 +394,11 @@ class GradientMonitor:
             with self._lock:
                 if self._meter is None:
                     return  # another thread has detached it meanwhile
+                if len(self._optimizers) > 1:
+                    self._stepped.add(id(optimizer))
+                    if len(self._stepped) < len(self._optimizers):
+                        return
+                    self._stepped.clear()
                 scale = getattr(optimizer, "grad_scale", None)
                 if self._before_clipping and self._grad_scaler is not None:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
@@ -399,10 +442,7 @@ class GradientMonitor:
             return  # without a gradient step there is nothing to call healthy
         self._window_began_at = None
         self._alive_at = time.monotonic()
-        progress = {**self._signals, **self._increments, "timestamp_seconds": time.time()}
-        self._increments = Counter()
-        for name in _ONCE:
-            self._signals.pop(name, None)
+        progress = {**self._progress.take(), "timestamp_seconds": time.time()}
         try:
             pending = self._meter.start_collecting()
             if self._publisher is None and (is_last or pending.is_ready):
@@ -426,7 +466,7 @@ class GradientMonitor:
         metrics = pending.summary()
         if not metrics["gradient_cv_per_step"]:  # all overflowed: what they counted goes to the next window
             with self._lock:
-                self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
+                self._progress.give_back(progress)
             return
         if not self._global_norm:
             metrics["gradient_norm"] = None
@@ -444,25 +484,39 @@ class GradientMonitor:
             )
 
 
-def _has_closure(args: tuple, kwargs: dict) -> bool:
-    """Whether `optimizer.step` was given a closure; `args` begins with the optimizer itself."""
-    return kwargs.get("closure") is not None or len(args) > 1 and args[1] is not None
+_SERVING = inspect.signature(GradientMonitor.serve).parameters.keys() - {"self"}
 
 
-def _checked(name: str, value: object) -> float | int | None:
-    """`value` as the payload takes it."""
-    if name not in _RECORDABLE:
-        nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(_RECORDABLE)}"
-        raise TypeError(f"no signal {name!r}{hint}")
-    if value is None:
-        return None
+def watch(optimizer: Optimizer | Sequence[Optimizer], heads: Heads, run: str, **options: Any) -> GradientMonitor:
+    """An attached and served monitor, in one call; also a context manager.
+
+        with exporter.watch(optimizer, exporter.space_heads(model.actor, env.action_space), run="walker-17"): ...
+
+    Args:
+        optimizer: one, or several over which heads are spread, as for `GradientMonitor.attach`.
+        heads: as for `GradientMonitor`.
+        run: name of the run, its label on `/metrics`.
+        options: any of `GradientMonitor` and of `GradientMonitor.serve`. Gradients are measured before clipping,
+            unless `before_clipping` is false or several processes train together.
+
+    Raises:
+        OSError, RuntimeError, TypeError, ValueError: as `GradientMonitor`, its `attach` and its `serve`.
+    """
+    serving = {name: options.pop(name) for name in _SERVING & options.keys()}
+    options.setdefault("before_clipping", not _is_one_of_several())
+    monitor = GradientMonitor(heads, run, **options).attach(optimizer)
     try:
-        number = int(value) if name in _INCREMENTS else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a number, got {value!r}") from error
-    PPOUpdatePayload(run="checked", **{name: number})
-    return number
+        monitor.serve(**serving)
+    except BaseException:
+        monitor.close()
+        raise
+    return monitor
+
+
+def _is_one_of_several() -> bool:
+    """Whether this process trains together with others."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 _attached: dict[tuple[RunAggregator, str], GradientMonitor] = {}

@@ -82,26 +82,26 @@ class Buffer:
     """
 
     def __init__(self, owners: Mapping[Tensor, Sequence[int]], dtype: torch.dtype | None) -> None:
-        of_shape: dict[torch.Size, list[Tensor]] = {}
-        for parameter in owners:
-            of_shape.setdefault(parameter.shape[1:], []).append(parameter)
-        self._groups = list(of_shape.values())
+        # Rows of each parameter: of one that is whole they are all its head's.
+        owners = {p: each if len(each) > 1 else each * len(p) for p, each in owners.items()}
+        groups: dict[object, list[Tensor]] = {}
+        for parameter, rows in owners.items():
+            # Rows along another axis than the first are not side by side with others.
+            groups.setdefault(parameter.shape[1:] if len(rows) == len(parameter) else id(parameter), []).append(
+                parameter
+            )
+        self._groups = list(groups.values())
         self._dtype = dtype
-        self._owners = tuple(
-            owner
-            for group in self._groups
-            for parameter in group
-            for owner in (owners[parameter] if len(owners[parameter]) > 1 else owners[parameter] * len(parameter))
-        )
+        self._owners = tuple(owner for group in self._groups for parameter in group for owner in owners[parameter])
         sizes = [sum(parameter.numel() for parameter in group) for group in self._groups]
         first = self._groups[0][0]
         self._gradients = torch.empty(_BUFFERED_STEPS, sum(sizes), dtype=first.dtype, device=first.device)
         # [steps, rows, elements of a row] of each group, and where a step's gradients are copied to.
         self._rows = [
-            part.unflatten(1, (sum(map(len, group)), -1))
+            part.unflatten(1, (sum(len(owners[parameter]) for parameter in group), -1))
             for part, group in zip(self._gradients.split(sizes, 1), self._groups)
         ]
-        shapes = [torch.Size((-1, *shape)) for shape in of_shape]
+        shapes = [(-1, *group[0].shape[1:]) for group in self._groups]
         self._places = [
             (step, [part.view(shape) for part, shape in zip(step.split(sizes), shapes)]) for step in self._gradients
         ]

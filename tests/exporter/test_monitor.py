@@ -419,7 +419,7 @@ def test_what_cannot_be_attached_is_an_error_that_names_the_head(policy, aggrega
         attach({"a": [], "b": policy.trunk})
     with pytest.raises(ValueError, match="there are no heads"):
         attach({})
-    with pytest.raises(TypeError, match="expected a torch.optim.Optimizer, got Policy"):
+    with pytest.raises(TypeError, match=r"expected a torch.optim.Optimizer, got test_monitor\.Policy"):
         attach({"a": policy.trunk, "b": policy.value}, policy)
     with pytest.raises(
         ValueError, match=r"no module of Policy matches head\\.\(\\w\+\); there are trunk, heads, heads.left"

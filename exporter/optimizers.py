@@ -1,0 +1,42 @@
+"""The torch optimizers behind what a trainer calls its optimizer."""
+
+from collections.abc import Iterable
+
+from torch.optim import Optimizer
+
+# Where wrappers keep the optimizer that steps: Accelerate and others, tianshou, SAM, schedule-free.
+_INNER = ("optimizer", "_optim", "base_optimizer", "base")
+
+
+def unwrapped(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """The optimizers that step, behind wrappers of one optimizer or of several.
+
+    Raises:
+        TypeError: one is no optimizer, and has none inside; the message names its class.
+    """
+    several = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
+    if not several:
+        raise TypeError("there is no optimizer")
+    return [_require(_innermost(optimizer) or optimizer) for optimizer in several]
+
+
+def _innermost(optimizer: object, depth: int = 4) -> Optimizer | None:
+    """The optimizer inside all wrappers, or None where there is none."""
+    inner = [getattr(optimizer, name, None) for name in _INNER] if depth else []
+    found = (_innermost(each, depth - 1) for each in inner if each is not None)
+    return next(filter(None, found), optimizer if isinstance(optimizer, Optimizer) else None)
+
+
+def _require(optimizer: object) -> Optimizer:
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer)
+        raise TypeError(
+            f"expected a torch.optim.Optimizer, got {kind.__module__}.{kind.__qualname__}; "
+            "pass the torch optimizer that it keeps"
+        )
+    return optimizer
+
+
+def has_closure(args: tuple, kwargs: dict) -> bool:
+    """Whether `optimizer.step` was given a closure; `args` begins with the optimizer itself."""
+    return kwargs.get("closure") is not None or len(args) > 1 and args[1] is not None

@@ -1,0 +1,65 @@
+"""What a trainer says of itself between two windows."""
+
+import difflib
+from collections import Counter
+from dataclasses import fields
+
+from exporter.telemetry import GradientMetrics, PPOUpdatePayload
+
+_MEASURED = set(GradientMetrics.__annotations__) | {"run", "skipped_gradient_steps", "timestamp_seconds"}
+_RECORDABLE = [f.name for f in fields(PPOUpdatePayload) if f.name not in _MEASURED]
+_INCREMENTS = {"environment_steps", "episodes"}
+_ONCE = {"update_duration_seconds", "rollout_duration_seconds"}
+
+
+class Progress:
+    """Signals and counts that wait for the next window. Counts add up; durations belong to one window; everything
+    else stays until it is recorded anew."""
+
+    def __init__(self) -> None:
+        self._signals: dict[str, object] = {}
+        self._increments: Counter[str] = Counter()
+
+    def record(self, values: dict[str, object]) -> None:
+        """Take values over, all of them or none.
+
+        Raises:
+            TypeError: there is no signal of that name, or the value is no number.
+            ValueError: the value is out of its range, a negative count say.
+        """
+        checked = {name: _checked(name, value) for name, value in values.items()}
+        for name, value in checked.items():
+            if name in _INCREMENTS:
+                self._increments[name] += value or 0
+            elif value is None:
+                self._signals.pop(name, None)
+            else:
+                self._signals[name] = value
+
+    def take(self) -> dict[str, object]:
+        """What a window has to say: fields of `PPOUpdatePayload`."""
+        progress = {**self._signals, **self._increments}
+        self._increments = Counter()
+        for name in _ONCE:
+            self._signals.pop(name, None)
+        return progress
+
+    def give_back(self, progress: dict[str, object]) -> None:
+        """Nothing came of the window: what was counted in it goes to the next one."""
+        self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
+
+
+def _checked(name: str, value: object) -> float | int | None:
+    """`value` as the payload takes it."""
+    if name not in _RECORDABLE:
+        nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(_RECORDABLE)}"
+        raise TypeError(f"no signal {name!r}{hint}")
+    if value is None:
+        return None
+    try:
+        number = int(value) if name in _INCREMENTS else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number, got {value!r}") from error
+    PPOUpdatePayload(run="checked", **{name: number})
+    return number
