@@ -12,7 +12,7 @@ from torch import nn
 
 from exporter.heads import Head, row_heads
 from exporter.integrations.joints import joint_heads
-from exporter.monitor import GradientMonitor
+from exporter.monitor import GradientMonitor, watch
 
 
 def network_heads(network: nn.Module, names: Sequence[str] | None = None) -> dict[str, Head]:
@@ -56,8 +56,7 @@ class PrometheusObserver(AlgoObserver):
         heads: as for `GradientMonitor`, where the network is none of rl_games'.
         head_names: as `names` of `network_heads`.
         info: labels of `ppo_run_info` beside environment, algorithm, device and versions.
-        global_norm: as for `GradientMonitor`.
-        serve: as for `GradientMonitor.serve`: `port`, `address`, `targets_dir`, ...
+        options: as for `exporter.watch`: `port`, `targets_dir`, `thresholds`, ...
 
     Attributes:
         monitor: the `GradientMonitor` in use, None while there is none.
@@ -71,8 +70,7 @@ class PrometheusObserver(AlgoObserver):
         heads: Mapping[str, Head] | None = None,
         head_names: Sequence[str] | None = None,
         info: Mapping[str, str] | None = None,
-        global_norm: bool = False,
-        **serve: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.monitor: GradientMonitor | None = None
@@ -81,8 +79,7 @@ class PrometheusObserver(AlgoObserver):
         self._heads = heads
         self._head_names = head_names
         self._info = dict(info or {})
-        self._global_norm = global_norm
-        self._serve = serve
+        self._options = options
 
     def close(self) -> None:
         """Stop measuring and serving; harmless when that has been done."""
@@ -98,14 +95,14 @@ class PrometheusObserver(AlgoObserver):
         if algo.multi_gpu and torch.distributed.get_rank() != 0:
             return
         self.close()
-        monitor = GradientMonitor(
+        self.monitor = watch(
+            algo.optimizer,
             self._heads or network_heads(algo.model.a2c_network, self._head_names),
             self._run or algo.experiment_name,
             window_steps=None,
             # With several processes it is rl_games that averages gradients, between backward and clipping.
             before_clipping=not algo.multi_gpu,
             grad_scaler=algo.scaler if algo.scaler.is_enabled() else None,
-            global_norm=self._global_norm,
             info={
                 "environment": str(algo.config.get("env_name", "")),
                 "algorithm": type(algo).__name__,
@@ -115,14 +112,8 @@ class PrometheusObserver(AlgoObserver):
                 "exporter_version": version("ppo-gradient-exporter"),
                 **self._info,
             },
+            **self._options,
         )
-        try:
-            monitor.attach(algo.optimizer)
-            monitor.serve(**self._serve)
-        except BaseException:
-            monitor.close()
-            raise
-        self.monitor = monitor
         self._watch_statistics(algo)
 
     def _watch_statistics(self, algo: A2CBase) -> None:

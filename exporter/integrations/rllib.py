@@ -146,7 +146,7 @@ class GradientMonitoring(TorchLearner):
             heads,
             run if len(self.module.keys()) == 1 else f"{run}-{module_id}",
             window_steps=None,
-            before_clipping=True,
+            before_clipping=True,  # which is after averaging, for that is DistributedDataParallel's
             global_norm=options.pop("global_norm"),
             thresholds=options.pop("thresholds"),
             info={

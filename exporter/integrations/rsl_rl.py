@@ -11,7 +11,7 @@ from rsl_rl.runners import OnPolicyRunner
 
 from exporter.heads import Rows
 from exporter.integrations.joints import joint_heads, last_linear
-from exporter.monitor import GradientMonitor
+from exporter.monitor import GradientMonitor, watch
 
 _LOSSES = {"surrogate": "policy_loss", "value": "value_loss", "entropy": "entropy"}
 
@@ -39,8 +39,7 @@ def watch_runner(
     *,
     joint_names: Sequence[str] | None = None,
     info: Mapping[str, str] | None = None,
-    global_norm: bool = False,
-    **serve: Any,
+    **options: Any,
 ) -> GradientMonitor:
     """Measure every update of `runner.learn()` and serve it, until the monitor is closed.
 
@@ -52,24 +51,22 @@ def watch_runner(
         run: name of the run.
         joint_names: as `names` of `runner_heads`.
         info: labels of `ppo_run_info` beside algorithm, device and versions.
-        global_norm: as for `GradientMonitor`.
-        serve: as for `GradientMonitor.serve`: `port`, `address`, `targets_dir`, ...
+        options: as for `exporter.watch`: `port`, `targets_dir`, `thresholds`, ...
 
     Returns:
         The monitor; use it in a `with` block, or close it.
 
     Raises:
-        ValueError: as `runner_heads` and `GradientMonitor.attach`.
-        OSError: as `GradientMonitor.serve`.
+        OSError, TypeError, ValueError: as `runner_heads` and `exporter.watch`.
     """
     algorithm = runner.alg
-    monitor = GradientMonitor(
+    monitor = watch(
+        algorithm.optimizer,
         runner_heads(runner, joint_names),
         run,
         window_steps=None,
         # With several processes it is rsl-rl that averages gradients, between backward and clipping.
         before_clipping=not runner.is_distributed,
-        global_norm=global_norm,
         info={
             "algorithm": type(algorithm).__name__,
             "device": str(runner.device),
@@ -78,13 +75,8 @@ def watch_runner(
             "exporter_version": version("ppo-gradient-exporter"),
             **(info or {}),
         },
+        **options,
     )
-    try:
-        monitor.attach(algorithm.optimizer)
-        monitor.serve(**serve)
-    except BaseException:
-        monitor.close()
-        raise
     update, resting_since = algorithm.update, time.perf_counter()
 
     def measured_update() -> dict[str, float]:

@@ -11,9 +11,10 @@ from skrl import config
 from skrl.agents.torch import Agent
 from torch import nn
 
-from exporter.heads import Rows, row_heads
-from exporter.integrations.joints import joint_heads, last_linear
-from exporter.monitor import GradientMonitor
+from exporter.action_spaces import space_heads
+from exporter.heads import Rows
+from exporter.integrations.joints import last_linear
+from exporter.monitor import GradientMonitor, watch
 
 # Keys of skrl's tracking data -> our signals.
 _SIGNALS = {
@@ -27,36 +28,22 @@ _SIGNALS = {
 def agent_heads(
     agent: Agent, names: Sequence[str] | None = None, layer: nn.Linear | None = None
 ) -> dict[str, list[Rows]]:
-    """Action heads of an agent's policy: rows of its last layer, in the action space's order.
+    """Action heads of an agent's policy: rows of its last layer, as `space_heads` cuts them.
 
-    `Box` is one head a dimension, with its entry of `log_std_parameter` where the policy has one; `Discrete` is one
-    head, `MultiDiscrete` one per entry; an entry with a single choice is left out.
+    A dimension of a `Box` has its entry of `log_std_parameter` too, where the policy has one.
 
     Args:
         agent: a PPO, RPO or A2C agent.
-        names: the heads' names; by default `joint_0`, ... or `action_0`, ...
+        names: as for `space_heads`.
         layer: the policy's output layer; by default the last linear one with as many outputs as the actions need.
 
     Raises:
-        TypeError: another action space.
-        ValueError: `names` has the wrong length or a name twice, or there is no such layer.
+        TypeError, ValueError: as `space_heads`, or there is no such layer.
     """
     space, policy = agent.action_space, agent.policy
-    if isinstance(space, spaces.Box):
-        count = int(torch.Size(space.shape).numel())
-        layer = layer or last_linear(policy, (count,))
-        return joint_heads(count, layer, getattr(policy, "log_std_parameter", None), names)
-    if isinstance(space, spaces.Discrete):
-        sizes = [int(space.n)]
-    elif isinstance(space, spaces.MultiDiscrete):
-        sizes = [int(size) for size in space.nvec.flat]
-    else:
-        raise TypeError(f"no action heads in a {type(space).__name__} action space")
-    names = [f"action_{i}" for i in range(len(sizes))] if names is None else list(names)
-    if len(names) != len(sizes) or len(set(names)) < len(names):
-        raise ValueError(f"the action has {len(sizes)} parts, which need as many distinct names; got {names!r}")
-    heads = row_heads(layer or last_linear(policy, (sum(sizes),)), dict(zip(names, sizes)))
-    return {name: heads[name] for name, size in zip(names, sizes) if size > 1}
+    layer = layer or last_linear(policy, (spaces.flatdim(space),))
+    log_std = getattr(policy, "log_std_parameter", None)
+    return space_heads(layer, space, names, log_std=log_std if isinstance(space, spaces.Box) else None)
 
 
 def watch_agent(
@@ -66,8 +53,7 @@ def watch_agent(
     head_names: Sequence[str] | None = None,
     layer: nn.Linear | None = None,
     info: Mapping[str, str] | None = None,
-    global_norm: bool = False,
-    **serve: Any,
+    **options: Any,
 ) -> GradientMonitor:
     """Measure every update of `agent` and serve it, until the monitor is closed.
 
@@ -79,24 +65,22 @@ def watch_agent(
         run: name of the run.
         head_names, layer: as `names` and `layer` of `agent_heads`.
         info: labels of `ppo_run_info` beside algorithm, device and versions.
-        global_norm: as for `GradientMonitor`.
-        serve: as for `GradientMonitor.serve`: `port`, `address`, `targets_dir`, ...
+        options: as for `exporter.watch`: `port`, `targets_dir`, `thresholds`, ...
 
     Returns:
         The monitor; use it in a `with` block, or close it.
 
     Raises:
-        TypeError, ValueError: as `agent_heads` and `GradientMonitor.attach`.
-        OSError: as `GradientMonitor.serve`.
+        OSError, TypeError, ValueError: as `agent_heads` and `exporter.watch`.
     """
-    monitor = GradientMonitor(
+    monitor = watch(
+        agent.optimizer,
         agent_heads(agent, head_names, layer),
         run,
         window_steps=None,
         # With several processes it is skrl that averages gradients, between backward and clipping.
         before_clipping=not config.torch.is_distributed,
         grad_scaler=agent.scaler if agent.scaler.is_enabled() else None,
-        global_norm=global_norm,
         info={
             "algorithm": type(agent).__name__,
             "device": str(agent.device),
@@ -105,13 +89,8 @@ def watch_agent(
             "exporter_version": version("ppo-gradient-exporter"),
             **(info or {}),
         },
+        **options,
     )
-    try:
-        monitor.attach(agent.optimizer)
-        monitor.serve(**serve)
-    except BaseException:
-        monitor.close()
-        raise
     update, resting_since = agent.update, time.perf_counter()
 
     def measured_update(**timing: int) -> None:

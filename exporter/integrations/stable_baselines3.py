@@ -1,6 +1,5 @@
 """Stable-Baselines3: a callback that measures an on-policy algorithm and serves it with SB3's own logger values."""
 
-import logging
 import re
 import threading
 import time
@@ -10,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
+from exporter.action_spaces import space_heads
 from exporter.aggregator import RunAggregator
-from exporter.heads import Rows, row_heads
+from exporter.heads import Rows
 from exporter.health import Thresholds
 from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT, Registry
 from exporter.monitor import GradientMonitor
@@ -33,60 +32,27 @@ _SIGNALS = {
     "train/learning_rate": "learning_rate",
 }
 _ENTROPY_LOSS = "train/entropy_loss"
-_log = logging.getLogger(__name__)
 
 
 def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict[str, list[Rows]]:
     """Action heads of an actor-critic policy: rows of its one `action_net`, in the action space's order.
 
-    A part of the action with a single choice is no head; it is left out, and the log says so.
-
     Args:
-        policy: `model.policy`. `Discrete` is one head, `MultiDiscrete` one per
-            entry of `nvec`, `MultiBinary` one per bit, `Box` one per dimension: its row of the
-            mean, with its entry of `log_std` where the policy has one for each dimension.
+        policy: `model.policy`. Heads are those of `space_heads`; a dimension of a `Box` has its entry of `log_std`
+            too where the policy has one for each.
         names: one for every part of the action, those with a single choice included; by default
             `action_0`, `action_1`, ..., or `action` for `Discrete`.
 
     Raises:
-        TypeError: the policy has no `action_net`, or its action space is another one.
-        ValueError: `names` has the wrong length or a name twice, the rows of
-            `action_net` are not those of the action space, or nothing has two choices.
+        TypeError, ValueError: as `space_heads`, or the policy has no `action_net`.
     """
-    space = policy.action_space
-    match space:
-        case spaces.Discrete():
-            sizes = [int(space.n)]
-        case spaces.MultiDiscrete():
-            sizes = [int(size) for size in space.nvec.flat]
-        case spaces.MultiBinary() | spaces.Box():
-            sizes = [1] * int(np.prod(space.shape))
-        case _:
-            raise TypeError(
-                f"no action heads in a {type(space).__name__} action space; "
-                "supported are Discrete, MultiDiscrete, MultiBinary and Box"
-            )
-    layer = getattr(policy, "action_net", None)
+    layer, space = getattr(policy, "action_net", None), policy.action_space
     if not isinstance(layer, torch.nn.Module):
         raise TypeError(f"{type(policy).__name__} has no action_net; an actor-critic policy is needed")
-    if names is None:
-        names = ["action"] if isinstance(space, spaces.Discrete) else [f"action_{i}" for i in range(len(sizes))]
-    elif isinstance(names, str) or len(names) != len(sizes):
-        raise ValueError(f"the {type(space).__name__} action space has {len(sizes)} heads, but the names are {names!r}")
-    elif len(set(names)) < len(names):
-        raise ValueError(f"heads need distinct names, got {list(names)!r}")
-    heads = row_heads(layer, dict(zip(names, sizes)))
     log_std = getattr(policy, "log_std", None)
-    if isinstance(space, spaces.Box) and isinstance(log_std, torch.nn.Parameter) and log_std.shape == (len(sizes),):
-        for index, head in enumerate(heads.values()):
-            head.append(Rows(log_std, index, index + 1))
-    # A bit or a dimension is one row and a choice all the same.
-    single = [] if isinstance(space, (spaces.MultiBinary, spaces.Box)) else [n for n, s in zip(names, sizes) if s == 1]
-    if len(single) == len(sizes):
-        raise ValueError(f"nothing to measure: every part of the action space {space} has a single choice")
-    if single:
-        _log.info("left out of the action heads, for they have a single choice: %s", ", ".join(single))
-    return {name: head for name, head in heads.items() if name not in single}
+    if log_std is not None and log_std.shape != (np.prod(space.shape),):
+        log_std = None  # with `use_sde` it belongs to features
+    return space_heads(layer, space, names, log_std=log_std)
 
 
 class PrometheusCallback(BaseCallback):
