@@ -1,5 +1,6 @@
 """Adds up what must be added over the updates of a run and publishes the result as a snapshot."""
 
+import math
 import re
 import threading
 import time
@@ -121,6 +122,35 @@ class RunAggregator:
             if last is not None and timestamp_seconds > last:
                 self.snapshot = self.snapshot.with_run(replace(before, last_update_timestamp_seconds=timestamp_seconds))
 
+    def note_nonfinite(self, run: str, steps: Mapping[str, int], timestamp_seconds: float) -> None:
+        """Gradients were not finite in an update that goes on: the CV is +Inf from now on.
+
+        Args:
+            run: name of the run.
+            steps: head -> steps in which its norm was NaN or infinite; the update must not count them again.
+            timestamp_seconds: Unix time.
+        """
+        self._note_cv(run, math.inf, timestamp_seconds, steps)
+
+    def note_blindness(self, run: str, timestamp_seconds: float | None = None) -> None:
+        """Training goes on without a step that is measured: an error, and the CV is NaN, which is never healthy."""
+        self._note_cv(run, math.nan, time.time() if timestamp_seconds is None else timestamp_seconds)
+        self.count_error(run)
+
+    def _note_cv(self, run: str, cv: float, timestamp_seconds: float, nonfinite: Mapping[str, int] = {}) -> None:
+        with self._writers:
+            before = self.snapshot.runs.get(run)
+            if before is None or run in self._ended:
+                return
+            quality = before.gradient_quality
+            since = before.level_since_timestamp_seconds
+            if since is None or quality.health is not quality.thresholds.level(cv):
+                since = timestamp_seconds
+            counts = _added(quality.nonfinite_steps, nonfinite)
+            quality = replace(quality, gradient_cv=cv, nonfinite_steps=counts)
+            after = replace(before, gradient_quality=quality, level_since_timestamp_seconds=since)
+            self.snapshot = self.snapshot.with_run(after)
+
     def remove_run(self, run: str) -> None:
         """Take a run's series off the endpoint, and free its name; harmless if there is none.
 
@@ -176,6 +206,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload, interval_secon
         environment_steps=before.environment_steps + payload.environment_steps,
         episodes=before.episodes + payload.episodes,
         signals=MappingProxyType({name: value for name, value in signals.items() if value is not None}),
+        other_signals=payload.signals,
         update_duration_seconds=before.update_duration_seconds.observe(_known(payload.update_duration_seconds)),
         rollout_duration_seconds=before.rollout_duration_seconds.observe(_known(payload.rollout_duration_seconds)),
         rank_rollout_seconds=payload.rank_rollout_seconds,

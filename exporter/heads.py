@@ -1,5 +1,6 @@
 """What an action head is to the measurement, and its gradient norms on the device."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -148,13 +149,14 @@ class HeadGradientMeter:
         self._buffer = Buffer.of(dict(zip(self.parameters, self._owners)), self._dtype)
         self._open: OpenBlock | None = None
         self._closed: list[tuple[Block, Tensor]] = []
-        self.recorded = 0
+        self._checked = 0  # of the closed blocks
+        self.recorded = self._recorded_ever = 0
         self._early: Taken | None = None
         # Tells whether gradients were accumulated further: a small one that is kept until it is stepped on.
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self._mark: tuple[Tensor, Tensor, int] | None = None
 
-    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> None:
+    def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> bool:
         """Take the norms of the gradients as they are now, or as `take_early()` saw them.
 
         A step in which no head has a gradient is left out.
@@ -162,14 +164,18 @@ class HeadGradientMeter:
         Args:
             scale: what the loss was multiplied with, a 0-dimensional tensor; norms are divided by it.
             discard: a 0-dimensional tensor; where it turns out not to be zero the step is left out.
+
+        Returns:
+            Whether a head has a gradient.
         """
         taken, self._early, self._mark = self._early or self._take(), None, None
         if not taken.has_heads:
-            return
+            return False
         if scale is not None:
             taken.numbers.div_(scale)
         # A copy: its owner may change it before it is read.
         self._commit(taken, discard=None if discard is None else discard.detach().clone())
+        return True
 
     def measure(self) -> Tensor:
         """Take the norms of the gradients as they are now.
@@ -182,13 +188,17 @@ class HeadGradientMeter:
         self._commit(taken, total)
         return torch.linalg.vector_norm(taken.numbers, dtype=self._dtype) if total is None else total
 
-    def take_early(self, *, may_give_up: bool = True) -> None:
+    def take_early(self, *, may_give_up: bool = True) -> bool:
         """Take the norms of the gradients as they are now for the next `record()`.
 
         Args:
             may_give_up: a step that was taken so earlier, and whose gradients were zeroed or made anew
                 instead of a step, counts if it was not finite.
+
+        Returns:
+            Whether there was such a step, which is recorded now.
         """
+        recorded = self.recorded
         if self._mark is not None:
             parameter, gradient, version = self._mark
             # A backward pass that adds to it makes one version.
@@ -199,12 +209,18 @@ class HeadGradientMeter:
             if (gradient := parameter.grad) is not None:
                 self._mark = (parameter, gradient, gradient._version)
                 break
+        return self.recorded > recorded
 
     def give_up(self, does_count: bool = True) -> None:
         """What was taken early gets no step; it counts, if at all, only if it was not finite."""
         early, self._early, self._mark = self._early, None, None
         if does_count and early is not None and early.has_heads:
             self._commit(early, given_up=True)
+
+    def trainable_heads(self) -> list[str]:
+        """Heads of which a parameter requires a gradient."""
+        owners = {o for parameter, own in zip(self.parameters, self._owners) if parameter.requires_grad for o in own}
+        return [name for index, name in enumerate(self.head_names) if index in owners]
 
     def require_owned(self, owned: Iterable[Tensor]) -> None:
         """Check that an optimizer's parameters include every head's.
@@ -227,13 +243,31 @@ class HeadGradientMeter:
         self._close_block()
         if self._buffer is not None and self._early is None:
             self._buffer.filled = 0
-        closed, self._closed, self.recorded = self._closed, [], 0
+        closed, self._closed, self._checked, self.recorded = self._closed, [], 0, 0
         return self._pending(closed)
 
-    def _pending(self, closed: list[tuple[Block, Tensor]]) -> PendingGradientSteps:
-        numbers = [numbers.flatten() for _, numbers in closed] or [torch.zeros(0, device=self.parameters[0].device)]
+    def unchecked(self) -> PendingGradientSteps | None:
+        """Recorded steps that may not be finite, and were not here before; they will be collected as well.
+
+        None where they are known to be finite without waiting for the device.
+        """
+        numbers = [numbers for _, numbers in self._closed[self._checked :]]
+        if self._open is not None:
+            numbers.append(self._open.raw())
+        if all(each.is_cpu and math.isfinite(torch.dot(each.flatten(), each.flatten()).item()) for each in numbers):
+            self._checked = len(self._closed)
+            return None
+        self._close_block()
+        blocks, self._checked = self._closed[self._checked :], len(self._closed)
+        return self._pending(blocks)
+
+    def _pending(self, blocks: list[tuple[Block, Tensor]]) -> PendingGradientSteps:
+        numbers = [numbers.flatten() for _, numbers in blocks] or [torch.zeros(0, device=self.parameters[0].device)]
         return PendingGradientSteps(
-            self.head_names, [block for block, _ in closed], numbers[0] if len(numbers) == 1 else torch.cat(numbers)
+            self.head_names,
+            [block for block, _ in blocks],
+            numbers[0] if len(numbers) == 1 else torch.cat(numbers),
+            self._recorded_ever - sum(len(block.given_up) for block, _ in blocks),
         )
 
     def _take(self) -> Taken:
@@ -251,6 +285,7 @@ class HeadGradientMeter:
             self._open = OpenBlock(taken, total is not None, discard is not None)
         self._open.add(taken, total, discard, given_up)
         self.recorded += 1
+        self._recorded_ever += 1
         if taken.buffer is not None and taken.buffer.advance():
             self._close_block()
 

@@ -25,6 +25,7 @@ RUN_LABEL = "run"
 HEALTH_LABEL = "health"
 LEVEL_LABEL = "level"
 HEAD_LABEL = "head"
+NAME_LABEL = "name"
 COLLECTOR_LABEL = "collector"
 RANK_LABEL = "rank"
 _log = logging.getLogger(__name__)
@@ -180,6 +181,12 @@ EXPLAINED_VARIANCE = _signal(
 LEARNING_RATE = _signal("learning_rate", "Learning rate of the last update.")
 EPISODE_RETURN_MEAN = _signal("episode_return_mean", "Mean undiscounted return of the last episodes.")
 EPISODE_LENGTH_MEAN = _signal("episode_length_mean", "Mean length of the last episodes, in environment steps.")
+OTHER_SIGNAL = _gauge(
+    "ppo_signal",
+    "Further training signal of the last update, under a name of the trainer's own.",
+    lambda run: run.other_signals,
+    (NAME_LABEL,),
+)
 UPDATE_DURATION = _histogram(
     "ppo_update_duration_seconds",
     "Wall time of the PPO update, all epochs and minibatches.",

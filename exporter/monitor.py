@@ -22,7 +22,7 @@ from exporter.aggregator import RunAggregator
 from exporter.endpoint import SharedEndpoint
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import HeadGradientMeter, Heads, named_heads
-from exporter.health import Thresholds
+from exporter.health import STALLED_SECONDS, Thresholds
 from exporter.link import (
     DEFAULT_ADDRESS,
     DEFAULT_PORT,
@@ -37,11 +37,16 @@ from exporter.optimizers import has_closure, unwrapped
 from exporter.pending import PendingGradientSteps
 from exporter.progress import Progress
 from exporter.recording import after_backward
-from exporter.telemetry import emit_ppo_update
+from exporter.reporter import OnLevel, OnUpdate, RunReporter
 
 DEFAULT_WINDOW_STEPS = 64
 WINDOW_SECONDS = 30.0
 """A window of `window_steps` also ends at the first gradient step after this time."""
+_CHECK_SECONDS = 0.1
+"""A gradient that is not finite is said so soon, or at its step if that takes longer; on a device, where that costs
+some kernels, after the time below."""
+_DEVICE_CHECK_SECONDS = 1.0
+_IDLE_UPDATES = 3
 _MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
 
 _log = logging.getLogger(__name__)
@@ -82,6 +87,10 @@ class GradientMonitor:
         thresholds: CVs from which the run's level is warning and critical, `Thresholds` or a pair;
             label, status page, rules and dashboards follow them.
         info: labels of `ppo_run_info`, such as environment and seed.
+        on_update: called with the run's `RunSnapshot` after every window, for loggers of your own; its `scalars()` has
+            CV, shares, norms and signals by name.
+        on_level: called with the new `HealthLevel` and the `RunSnapshot` when the run's level has changed. Both are
+            called by the training thread, or on CUDA by one of the monitor's; an error in them is logged and counted.
         aggregator: where updates go; by default one that all monitors of the process share.
 
     Raises:
@@ -100,6 +109,8 @@ class GradientMonitor:
         grad_scaler: torch.amp.GradScaler | None = None,
         thresholds: Thresholds | Sequence[float] = Thresholds(),
         info: Mapping[str, str] | None = None,
+        on_update: OnUpdate | None = None,
+        on_level: OnLevel | None = None,
         aggregator: RunAggregator | None = None,
     ) -> None:
         if window_steps is not None and window_steps < 1:
@@ -114,9 +125,11 @@ class GradientMonitor:
         self._meter: HeadGradientMeter | None = None
         self._hooks: list = []
         self._progress = Progress()
+        self._reporter = RunReporter(run, self._aggregator, on_update, on_level)
         self._window_began_at: float | None = None
-        self._alive_at = 0.0
-        self._arriving: queue.SimpleQueue[tuple[PendingGradientSteps, dict[str, object]] | None] = queue.SimpleQueue()
+        self._alive_at = self._step_at = self._check_at = 0.0
+        self._idle_updates = self._idle_steps = 0
+        self._arriving: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
         self._publisher: threading.Thread | None = None
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._stepped: set[int] = set()
@@ -124,7 +137,6 @@ class GradientMonitor:
         self._pushgateways: list[tuple[MetricsServer, str]] = []
         self._lock = threading.RLock()
         self._pid = os.getpid()
-        self._has_logged_error = False
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
         self._is_registered = False
@@ -171,7 +183,7 @@ class GradientMonitor:
                 "gradients_ready() after it",
                 self.run,
             )
-        self._meter = meter
+        self._meter, self._step_at = meter, time.monotonic()
         # A compiled training step must not trace into them.
         for each in optimizers:
             self._hooks += [
@@ -342,6 +354,10 @@ class GradientMonitor:
         """
         with self._lock:
             self._progress.record(values)
+            if "environment_steps" in values and self._hooks:
+                idle = time.monotonic() - self._step_at
+                if idle > STALLED_SECONDS:
+                    self._blind(f"no gradient step was seen in {idle:.0f} s, though environments were stepped")
 
     def gradients_ready(self) -> None:
         """Measure the gradients of the next step as they are now, for a trainer that averages them by hand.
@@ -378,6 +394,9 @@ class GradientMonitor:
         with self._lock:
             self.record(**values)
             self._window_steps = None
+            self._idle_updates = 0 if self._window_began_at is not None else self._idle_updates + 1
+            if self._idle_updates >= _IDLE_UPDATES and self._hooks:
+                self._blind(f"no gradient step was seen in {self._idle_updates} updates")
             self._close_window()
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -404,20 +423,25 @@ class GradientMonitor:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
                 # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
                 # step, and so this hook, is not called. Either way such a step is none.
-                self._meter.record(scale, getattr(optimizer, "found_inf", None))
-                self._step_recorded()
+                if self._meter.record(scale, getattr(optimizer, "found_inf", None)):
+                    self._idle_steps = 0
+                    self._step_recorded()
+                    return
+                self._idle_steps += 1
+                if self._idle_steps % DEFAULT_WINDOW_STEPS == 0:
+                    self._blind(f"no head had a gradient in {self._idle_steps} gradient steps")
         except Exception as error:
-            self._failed(error)
+            self._reporter.failed(error)
 
     def _after_backward(self) -> None:
         try:
             with self._lock:
                 if self._meter is not None:
                     # What a GradScaler gives up has overflowed, and is no step.
-                    self._meter.take_early(may_give_up=self._grad_scaler is None)
-                    self._step_recorded()
+                    if self._meter.take_early(may_give_up=self._grad_scaler is None):
+                        self._step_recorded()
         except Exception as error:
-            self._failed(error)
+            self._reporter.failed(error)
 
     def _step_recorded(self) -> None:
         recorded = self._meter.recorded
@@ -426,10 +450,15 @@ class GradientMonitor:
         now = time.monotonic()
         if self._window_began_at is None:
             self._window_began_at = now
+        self._step_at = now
         is_long = self._window_steps is not None and now - self._window_began_at >= WINDOW_SECONDS
         if is_long or recorded >= (self._window_steps or _MOST_WINDOW_STEPS):
-            self._close_window()
-        elif now - self._alive_at >= WINDOW_SECONDS:
+            return self._close_window()
+        if now >= self._check_at:
+            self._check_at = now + (_CHECK_SECONDS if self._meter.parameters[0].is_cpu else _DEVICE_CHECK_SECONDS)
+            if (pending := self._meter.unchecked()) is not None:
+                self._hand_over(pending, None)
+        if now - self._alive_at >= WINDOW_SECONDS:
             self._alive_at = now
             self._aggregator.note_progress(self.run, time.time())
 
@@ -444,44 +473,43 @@ class GradientMonitor:
         self._alive_at = time.monotonic()
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}
         try:
-            pending = self._meter.start_collecting()
-            if self._publisher is None and (is_last or pending.is_ready):
-                return self._publish(pending, progress)
-            # Training must not wait for the device, nor a window for the next gradient step.
-            if self._publisher is None:
-                self._publisher = threading.Thread(target=self._publish_arriving, name="ppo-monitor", daemon=True)
-                self._publisher.start()
-            self._arriving.put((pending, progress))
+            self._hand_over(self._meter.start_collecting(), progress, is_last)
         except Exception as error:
-            self._failed(error)
+            self._reporter.failed(error)
+
+    def _hand_over(
+        self, pending: PendingGradientSteps, progress: dict[str, object] | None, is_last: bool = False
+    ) -> None:
+        """Publish a window, or without `progress` look into one that goes on."""
+        heads = self._meter.trainable_heads()
+        if self._publisher is None and (is_last or pending.is_ready):
+            return self._publish(pending, progress, heads)
+        # Training must not wait for the device, nor a window for the next gradient step.
+        if self._publisher is None:
+            self._publisher = threading.Thread(target=self._publish_arriving, name="ppo-monitor", daemon=True)
+            self._publisher.start()
+        self._arriving.put((pending, progress, heads))
 
     def _publish_arriving(self) -> None:
         while (window := self._arriving.get()) is not None:
             try:
                 self._publish(*window)
             except Exception as error:
-                self._failed(error)
+                self._reporter.failed(error)
 
-    def _publish(self, pending: PendingGradientSteps, progress: dict[str, object]) -> None:
-        metrics = pending.summary()
-        if not metrics["gradient_cv_per_step"]:  # all overflowed: what they counted goes to the next window
+    def _publish(self, pending: PendingGradientSteps, progress: dict[str, object] | None, heads: Sequence[str]) -> None:
+        if progress is None:
+            self._reporter.early(pending)
+        elif not self._reporter.window(pending, progress, self._global_norm, heads):
+            # All overflowed: what they counted goes to the next window.
             with self._lock:
                 self._progress.give_back(progress)
-            return
-        if not self._global_norm:
-            metrics["gradient_norm"] = None
-        progress["skipped_gradient_steps"] = pending.given_up_steps
-        emit_ppo_update(metrics, run=self.run, handler=self._aggregator, **progress)
 
-    def _failed(self, error: Exception) -> None:
-        self._aggregator.count_error(self.run)
-        if not self._has_logged_error:
-            self._has_logged_error = True
-            _log.error(
-                "run %s: gradients could not be measured; training goes on, further errors are only counted",
-                self.run,
-                exc_info=error,
-            )
+    def _blind(self, reason: str) -> None:
+        try:
+            self._reporter.blind(reason)
+        except Exception as error:
+            self._reporter.failed(error)
 
 
 _SERVING = inspect.signature(GradientMonitor.serve).parameters.keys() - {"self"}

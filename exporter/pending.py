@@ -63,9 +63,11 @@ class PendingGradientSteps:
         head_names: names of the heads, by index.
         blocks: layouts of the steps, in order.
         numbers: what was recorded, all steps one after the other, on the device.
+        first_step: how many steps were recorded before.
     """
 
-    def __init__(self, head_names: tuple[str, ...], blocks: list[Block], numbers: Tensor) -> None:
+    def __init__(self, head_names: tuple[str, ...], blocks: list[Block], numbers: Tensor, first_step: int = 0) -> None:
+        self.first_step = first_step
         self._head_names = head_names
         self._blocks = blocks
         self._arrived: list[_Steps] | None = None

@@ -18,6 +18,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._signals: dict[str, object] = {}
+        self._others: dict[str, float] = {}
         self._increments: Counter[str] = Counter()
 
     def record(self, values: dict[str, object]) -> None:
@@ -27,7 +28,11 @@ class Progress:
             TypeError: there is no signal of that name, or the value is no number.
             ValueError: the value is out of its range, a negative count say.
         """
+        others = dict(values.pop("signals", None) or {})
         checked = {name: _checked(name, value) for name, value in values.items()}
+        others = {name: None if value is None else _number(name, value, float) for name, value in others.items()}
+        PPOUpdatePayload(run="checked", signals={name: value or 0.0 for name, value in others.items()})
+        self._others = {name: value for name, value in {**self._others, **others}.items() if value is not None}
         for name, value in checked.items():
             if name in _INCREMENTS:
                 self._increments[name] += value or 0
@@ -38,7 +43,7 @@ class Progress:
 
     def take(self) -> dict[str, object]:
         """What a window has to say: fields of `PPOUpdatePayload`."""
-        progress = {**self._signals, **self._increments}
+        progress = {**self._signals, **self._increments, "signals": self._others}
         self._increments = Counter()
         for name in _ONCE:
             self._signals.pop(name, None)
@@ -57,9 +62,13 @@ def _checked(name: str, value: object) -> float | int | None:
         raise TypeError(f"no signal {name!r}{hint}")
     if value is None:
         return None
-    try:
-        number = int(value) if name in _INCREMENTS else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a number, got {value!r}") from error
+    number = _number(name, value, int if name in _INCREMENTS else float)
     PPOUpdatePayload(run="checked", **{name: number})
     return number
+
+
+def _number(name: str, value: object, kind: type) -> float | int:
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a number, got {value!r}") from error

@@ -65,6 +65,12 @@ class OpenBlock:
             self._discards.append(discard)
         self._given_up.append(given_up)
 
+    def raw(self) -> Tensor:
+        """The numbers of all steps, or the gradients that they will be made of."""
+        if self._buffer is None:
+            return torch.stack(self._vectors)
+        return self._buffer.gradients[self._start : self._start + len(self._given_up)]
+
     def close(self) -> tuple[Block, Tensor]:
         """The steps, and their numbers [steps, width of the layout]."""
         if self._buffer is None:
@@ -95,15 +101,15 @@ class Buffer:
         self._owners = tuple(owner for group in self._groups for parameter in group for owner in owners[parameter])
         sizes = [sum(parameter.numel() for parameter in group) for group in self._groups]
         first = self._groups[0][0]
-        self._gradients = torch.empty(_BUFFERED_STEPS, sum(sizes), dtype=first.dtype, device=first.device)
+        self.gradients = torch.empty(_BUFFERED_STEPS, sum(sizes), dtype=first.dtype, device=first.device)
         # [steps, rows, elements of a row] of each group, and where a step's gradients are copied to.
         self._rows = [
             part.unflatten(1, (sum(len(owners[parameter]) for parameter in group), -1))
-            for part, group in zip(self._gradients.split(sizes, 1), self._groups)
+            for part, group in zip(self.gradients.split(sizes, 1), self._groups)
         ]
         shapes = [(-1, *group[0].shape[1:]) for group in self._groups]
         self._places = [
-            (step, [part.view(shape) for part, shape in zip(step.split(sizes), shapes)]) for step in self._gradients
+            (step, [part.view(shape) for part, shape in zip(step.split(sizes), shapes)]) for step in self.gradients
         ]
         self.filled = 0
 

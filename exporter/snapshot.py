@@ -116,10 +116,10 @@ class GradientQuality:
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """One run. `signals` holds only those that are known; `last_update_timestamp_seconds` and
-    `level_since_timestamp_seconds`, of the update with which the level began, are None before
-    the first update of this process, and `update_interval_seconds`, the recent maximum of the time
-    between the ends of two updates, before its second; `recent_gradient_cvs` are those of the last
+    """One run. `signals` holds only those that are known, `other_signals` those with names of the trainer's own;
+    `last_update_timestamp_seconds` and `level_since_timestamp_seconds`, of the update with which the level began,
+    are None before the first update of this process, and `update_interval_seconds`, the recent maximum of the
+    time between the ends of two updates, before its second; `recent_gradient_cvs` are those of the last
     `HISTORY_UPDATES` updates, the oldest first."""
 
     run: str
@@ -130,6 +130,7 @@ class RunSnapshot:
     environment_steps: int = 0
     episodes: int = 0
     signals: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    other_signals: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     update_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
     rollout_duration_seconds: Histogram = Histogram.empty(DURATION_BUCKET_BOUNDS)
     rank_rollout_seconds: tuple[float, ...] = ()
@@ -143,6 +144,17 @@ class RunSnapshot:
     def stalled_after_seconds(self) -> float:
         """Age of the last update from which the run has stalled: longer for one whose updates take minutes."""
         return max(STALLED_SECONDS, STALLED_INTERVALS * (self.update_interval_seconds or 0.0))
+
+    def scalars(self) -> dict[str, float]:
+        """The last update by names such as `gradient/cv`, `gradient/share/HEAD` and `policy_loss`, for loggers."""
+        quality = self.gradient_quality
+        return {
+            "gradient/cv": quality.gradient_cv,
+            **{f"gradient/share/{head}": share for head, share in quality.head_shares.items()},
+            **{f"gradient/norm/{head}": norm for head, norm in quality.head_norms.items()},
+            **self.signals,
+            **self.other_signals,
+        }
 
     def plain(self) -> dict[str, Any]:
         """The run as dicts, lists, numbers and strings, for `from_plain` and `resumed`; also what JSON can say."""
@@ -165,7 +177,7 @@ class RunSnapshot:
         # What an earlier version has not kept; it is of this process anyway.
         times = dict.fromkeys(("level_since_timestamp_seconds", "update_interval_seconds"))
         quality = {**state["gradient_quality"], "thresholds": _plain(own.thresholds)}
-        earlier = RunSnapshot.from_plain({**state, **times, "gradient_quality": quality})
+        earlier = RunSnapshot.from_plain({"other_signals": {}, **state, **times, "gradient_quality": quality})
         quality = earlier.gradient_quality
         return replace(
             earlier,

@@ -135,6 +135,7 @@ class PPOUpdatePayload:
         update_duration_seconds: wall time of the update, >= 0.
         rollout_duration_seconds: wall time of collecting its experience, >= 0.
         rank_rollout_seconds: the same for every process that trains the run, in the order of their ranks.
+        signals: further training signals by names of the trainer's own.
         timestamp_seconds: Unix time at which the update ended.
 
     Raises:
@@ -164,6 +165,7 @@ class PPOUpdatePayload:
     update_duration_seconds: float | None = None
     rollout_duration_seconds: float | None = None
     rank_rollout_seconds: tuple[float, ...] = ()
+    signals: Mapping[str, float] = field(default_factory=dict)
     timestamp_seconds: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -172,10 +174,11 @@ class PPOUpdatePayload:
         plain: dict[str, object] = {
             "gradient_cv": _require_cv("gradient_cv", self.gradient_cv),
             "gradient_cv_per_step": tuple(_require_cv("gradient_cv_per_step", cv) for cv in self.gradient_cv_per_step),
-            "head_gradient_norms": _require_heads("head_gradient_norms", self.head_gradient_norms, _require_norm),
-            "nonfinite_gradient_steps": _require_heads(
+            "head_gradient_norms": _require_named("head_gradient_norms", self.head_gradient_norms, _require_norm),
+            "nonfinite_gradient_steps": _require_named(
                 "nonfinite_gradient_steps", self.nonfinite_gradient_steps, _require_count
             ),
+            "signals": _require_named("signals", self.signals, _require_number),
             "rank_rollout_seconds": tuple(
                 _require_seconds("rank_rollout_seconds", seconds) for seconds in self.rank_rollout_seconds
             ),
@@ -282,12 +285,12 @@ def _require_norm(name: str, value: object) -> float:
     return norm
 
 
-def _require_heads(
+def _require_named(
     name: str, values: Mapping[str, object], require: Callable[[str, object], float]
 ) -> Mapping[str, float]:
-    for head in values:
-        require_label_value(f"a head of {name}", head)
-    return MappingProxyType({head: require(f"{name}[{head!r}]", value) for head, value in values.items()})
+    for key in values:
+        require_label_value(f"a {'name' if name == 'signals' else 'head'} of {name}", key)
+    return MappingProxyType({key: require(f"{name}[{key!r}]", value) for key, value in values.items()})
 
 
 class PPOUpdateHandler(Protocol):

@@ -40,6 +40,7 @@ def one_update(aggregator: RunAggregator) -> None:
         update_duration_seconds=0.3,
         rollout_duration_seconds=0.2,
         rank_rollout_seconds=(0.2, 0.1),
+        signals={"kl_coef": 0.1},
         timestamp_seconds=1_700_000_000.5,
     )
 

@@ -33,6 +33,7 @@ def trained() -> RunAggregator:
             update_duration_seconds=0.3,
             rollout_duration_seconds=200.0,
             rank_rollout_seconds=(0.2, 0.1),
+            signals={"kl_coef": 0.1},
             timestamp_seconds=1_700_000_000.5,
         )
     aggregator.resume_run("r", aggregator.snapshot.runs["r"].plain())
@@ -42,6 +43,7 @@ def trained() -> RunAggregator:
         handler=aggregator,
         gradient_norm=math.inf,
         rank_rollout_seconds=(0.2, 0.1),
+        signals={"kl_coef": 0.1},
     )
     aggregator.count_error("r")
     aggregator.register_run("fresh", ["op"])

@@ -1,0 +1,143 @@
+"""What a monitor says of its run: to the aggregator, in the log, and to callbacks."""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+
+from exporter.aggregator import RunAggregator
+from exporter.health import HealthLevel
+from exporter.pending import PendingGradientSteps
+from exporter.snapshot import RunSnapshot
+from exporter.telemetry import emit_ppo_update
+
+OnUpdate = Callable[[RunSnapshot], object]
+OnLevel = Callable[[HealthLevel, RunSnapshot], object]
+
+_ABSENT_WINDOWS = 3
+_log = logging.getLogger(__name__)
+
+
+class RunReporter:
+    """Publishes the windows of a run, and what must neither wait for a window nor go unnoticed.
+
+    Args:
+        run: name of the run.
+        aggregator: where updates go.
+        on_update: called with the run's snapshot after every window.
+        on_level: called with a new level and the run's snapshot.
+    """
+
+    def __init__(
+        self, run: str, aggregator: RunAggregator, on_update: OnUpdate | None, on_level: OnLevel | None
+    ) -> None:
+        self._run = run
+        self._aggregator = aggregator
+        self._on_update = on_update
+        self._on_level = on_level
+        self._level = HealthLevel.HEALTHY
+        self._noted: Counter[str] = Counter()
+        self._absent: Counter[str] = Counter()
+        self._has_failed = self._is_nonfinite = self._is_blind = False
+
+    def window(
+        self, pending: PendingGradientSteps, progress: dict[str, object], has_norm: bool, heads: Collection[str]
+    ) -> bool:
+        """Publish a window.
+
+        Args:
+            pending: its steps.
+            progress: what the trainer says of it.
+            has_norm: whether their global norm is one of all parameters.
+            heads: those that may have a gradient.
+
+        Returns:
+            False where none of the steps counts, and nothing was published.
+        """
+        metrics = pending.summary()
+        if not metrics["gradient_cv_per_step"]:
+            return False
+        noted, self._noted, self._is_blind = self._noted, Counter(), False
+        if math.isfinite(metrics["gradient_cv"]):
+            self._is_nonfinite = False
+        else:
+            self._say_nonfinite(pending)
+        counts = metrics["nonfinite_gradient_steps"]
+        metrics["nonfinite_gradient_steps"] = {head: max(count - noted[head], 0) for head, count in counts.items()}
+        if not has_norm:
+            metrics["gradient_norm"] = None
+        progress["skipped_gradient_steps"] = pending.given_up_steps
+        emit_ppo_update(metrics, run=self._run, handler=self._aggregator, **progress)
+        self._look_for_absent(heads, counts.keys())
+        if self._on_update is not None and (run := self._aggregator.snapshot.runs.get(self._run)) is not None:
+            self._on_update(run)
+        self._tell_level()
+        return True
+
+    def early(self, pending: PendingGradientSteps) -> None:
+        """Say which of these steps, whose window has not ended, are not finite."""
+        if not pending.nonfinite_steps:
+            return
+        counts = Counter(
+            head for step in pending.result() for head, norm in step.head_norms.items() if not math.isfinite(norm)
+        )
+        self._noted += counts
+        self._aggregator.note_nonfinite(self._run, counts, time.time())
+        self._say_nonfinite(pending)
+        self._tell_level()
+
+    def blind(self, reason: str) -> None:
+        """Training goes on, and nothing of it is measured: count it, and say it once."""
+        self._aggregator.note_blindness(self._run)
+        if not self._is_blind:
+            self._is_blind = True
+            _log.error(
+                "run %s: %s. Have the optimizer or the heads been replaced since attach(), or does something else "
+                "take the steps? The CV is NaN until a step is measured",
+                self._run,
+                reason,
+            )
+        self._tell_level()
+
+    def failed(self, error: Exception) -> None:
+        """Something went wrong inside: count it, and say it once."""
+        self._aggregator.count_error(self._run)
+        if not self._has_failed:
+            self._has_failed = True
+            _log.error(
+                "run %s: gradients could not be measured; training goes on, further errors are only counted",
+                self._run,
+                exc_info=error,
+            )
+
+    def _say_nonfinite(self, pending: PendingGradientSteps) -> None:
+        if self._is_nonfinite:
+            return
+        self._is_nonfinite = True
+        steps = pending.result()
+        index = next(index for index, step in enumerate(steps) if not math.isfinite(step.cv))
+        heads = [head for head, norm in steps[index].head_norms.items() if not math.isfinite(norm)]
+        where = f"head{'s' * (len(heads) > 1)} {', '.join(heads)}" if heads else "what belongs to no head"
+        number = pending.first_step + index + 1
+        _log.error("run %s: the gradient of %s is NaN or infinite at gradient step %d", self._run, where, number)
+
+    def _look_for_absent(self, heads: Collection[str], present: Collection[str]) -> None:
+        for head in heads:
+            self._absent[head] = 0 if head in present else self._absent[head] + 1
+            if self._absent[head] == _ABSENT_WINDOWS:
+                self._aggregator.count_error(self._run)
+                _log.error(
+                    "run %s: head %s has had no gradient in %d windows, and is left out of the CV. Has it been "
+                    "replaced since attach(), or does nothing use it?",
+                    self._run,
+                    head,
+                    _ABSENT_WINDOWS,
+                )
+
+    def _tell_level(self) -> None:
+        run = self._aggregator.snapshot.runs.get(self._run)
+        if run is not None and (level := run.gradient_quality.health) is not self._level:
+            self._level = level
+            if self._on_level is not None:
+                self._on_level(level, run)

@@ -1,0 +1,292 @@
+"""What hides a bad gradient, or the lack of any, is said: each case by its real cause."""
+
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad
+
+from exporter import GradientMonitor, HealthLevel, RunAggregator
+from exporter.health import STALLED_SECONDS
+
+HEADS = ("left", "middle", "right")
+
+
+@pytest.fixture
+def heads() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({name: nn.Linear(4, 2) for name in HEADS})
+
+
+@pytest.fixture
+def aggregator() -> RunAggregator:
+    return RunAggregator()
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The monitor's time, which moves only when the test moves it."""
+    clock = SimpleNamespace(now=1000.0)
+    stand_in = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 1.7e9 + clock.now)
+    monkeypatch.setattr("exporter.monitor.time", stand_in)
+    return clock
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def backward(heads: nn.ModuleDict, bad: str | None = None) -> None:
+    heads.zero_grad()
+    for name, head in heads.items():
+        (head(torch.randn(8, 4)).square().mean() * (math.nan if name == bad else 1.0)).backward()
+
+
+def run_of(aggregator: RunAggregator):
+    return aggregator.snapshot.runs["r"]
+
+
+def steps(aggregator: RunAggregator) -> int:
+    return sum(run_of(aggregator).gradient_quality.steps_by_level.values())
+
+
+@pytest.mark.parametrize("width", [4, 6000])
+def test_a_gradient_that_is_not_finite_is_said_before_its_window_ends_and_counted_once(
+    aggregator, clock, caplog, width
+):
+    heads = nn.ModuleDict({name: nn.Linear(4, width) for name in HEADS})
+    optimizer = sgd(heads)
+    monitor = GradientMonitor(heads, "r", window_steps=None, before_clipping=True, aggregator=aggregator)
+    monitor.attach(optimizer)
+    for step in range(1, 8):
+        clock.now += 0.2
+        backward(heads, bad="middle" if step in (5, 6) else None)
+        nn.utils.clip_grad_norm_(heads.parameters(), 0.5)
+        with torch.no_grad():
+            weights = [parameter.clone() for parameter in heads.parameters()]
+        optimizer.step()
+        with torch.no_grad():  # so that the next step is a good one
+            for parameter, before in zip(heads.parameters(), weights):
+                parameter.copy_(before)
+        is_bad = step >= 5
+        assert run_of(aggregator).gradient_quality.health is (HealthLevel.CRITICAL if is_bad else HealthLevel.HEALTHY)
+        assert caplog.text.count("head middle is NaN or infinite at gradient step 5") == is_bad
+    assert run_of(aggregator).updates == 0
+    for _ in range(2):
+        assert run_of(aggregator).gradient_quality.nonfinite_steps == {"left": 0, "middle": 2, "right": 0}
+        monitor.update_completed()
+    assert run_of(aggregator).updates == 1 and run_of(aggregator).gradient_quality.gradient_cv == math.inf
+    assert caplog.text.count("NaN or infinite") == 1
+
+
+def test_a_trunk_that_is_not_finite_is_said_where_it_is_measured(heads, aggregator, caplog):
+    model = nn.ModuleDict({"trunk": nn.Linear(4, 4), "heads": heads})
+    optimizer = sgd(model)
+    GradientMonitor(heads, "r", window_steps=None, global_norm=True, aggregator=aggregator).attach(optimizer)
+    backward(heads)
+    (model["trunk"](torch.randn(8, 4)).mean() * math.nan).backward()
+    optimizer.step()
+    assert "the gradient of what belongs to no head is NaN or infinite at gradient step 1" in caplog.text
+    assert run_of(aggregator).gradient_quality.gradient_cv == math.inf
+
+
+def repairing(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    for parameter in heads.parameters():
+        parameter.grad.nan_to_num_()
+    optimizer.step()
+
+
+def skipping(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    if torch.isfinite(nn.utils.clip_grad_norm_(heads.parameters(), 0.5)):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize(("step", "skipped"), [(repairing, 0), (skipping, 4)])
+def test_gradients_that_the_trainer_repairs_or_skips_count_all_the_same(heads, aggregator, step, skipped, set_to_none):
+    optimizer = sgd(heads)
+    monitor = GradientMonitor(heads, "r", window_steps=None, before_clipping=True, aggregator=aggregator)
+    monitor.attach(optimizer)
+    for number in range(12):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        losses = {name: head(torch.randn(8, 4)).square().mean() for name, head in heads.items()}
+        if number % 3 == 2:
+            losses["right"] = losses["right"] * math.nan
+        sum(losses.values()).backward()
+        step(heads, optimizer)
+    monitor.detach()
+    quality = run_of(aggregator).gradient_quality
+    assert quality.nonfinite_steps == {"left": 0, "middle": 0, "right": 4}
+    assert (quality.skipped_steps, steps(aggregator)) == (skipped, 12)
+
+
+def test_a_trainer_that_skips_every_step_is_seen_too(heads, aggregator):
+    optimizer = sgd(heads)
+    GradientMonitor(heads, "r", window_steps=4, before_clipping=True, aggregator=aggregator).attach(optimizer)
+    for _ in range(9):
+        backward(heads, bad="left")
+        skipping(heads, optimizer)
+    assert run_of(aggregator).gradient_quality.skipped_steps == 8
+
+
+def test_gradients_that_are_good_and_given_up_are_no_steps(heads, aggregator):
+    """A trainer that stops an update at its KL limit, after backward."""
+    optimizer = sgd(heads)
+    monitor = GradientMonitor(heads, "r", before_clipping=True, aggregator=aggregator).attach(optimizer)
+    for number in range(6):
+        backward(heads)
+        if number % 2:
+            optimizer.step()
+    monitor.detach()
+    assert steps(aggregator) == 3
+
+
+def replaced_optimizer(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    backward(heads)
+    sgd(heads).step()
+
+
+def replaced_heads(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    other = nn.Linear(4, 2)
+    other(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+
+
+def functional(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    weights = dict(heads["left"].named_parameters())
+    gradients = grad(lambda w: functional_call(heads["left"], w, torch.randn(8, 4)).square().mean())(weights)
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter -= 0.1 * gradients[name]
+
+
+@pytest.mark.parametrize("train", [replaced_optimizer, replaced_heads, functional])
+@pytest.mark.parametrize("updates_before", [0, 2])
+def test_updates_without_a_step_are_said_once_counted_and_not_healthy(heads, aggregator, caplog, train, updates_before):
+    optimizer, levels = sgd(heads), []
+    monitor = GradientMonitor(heads, "r", aggregator=aggregator, on_level=lambda level, run: levels.append(level))
+    monitor.attach(optimizer)
+    for _ in range(updates_before):
+        backward(heads)
+        optimizer.step()
+        monitor.update_completed(environment_steps=8)
+    for _ in range(5):
+        train(heads, optimizer)
+        monitor.update_completed(environment_steps=8)
+    run = run_of(aggregator)
+    assert run.exporter_errors == 3 and run.gradient_quality.health is HealthLevel.CRITICAL
+    assert caplog.text.count("no gradient step was seen in 3 updates") == 1 and levels == [HealthLevel.CRITICAL]
+    backward(heads)
+    optimizer.step()
+    monitor.update_completed()
+    assert run_of(aggregator).gradient_quality.health is HealthLevel.HEALTHY and levels[-1] is HealthLevel.HEALTHY
+    assert run_of(aggregator).environment_steps == (updates_before + 5) * 8
+
+
+def test_steps_in_which_no_head_has_a_gradient_are_said_without_any_word_of_the_trainer(heads, aggregator, caplog):
+    optimizer = sgd(heads)
+    GradientMonitor(heads, "r", aggregator=aggregator).attach(optimizer)
+    for _ in range(64):
+        replaced_heads(heads, optimizer)
+    assert "no head had a gradient in 64 gradient steps" in caplog.text
+    assert run_of(aggregator).exporter_errors == 1 and math.isnan(run_of(aggregator).gradient_quality.gradient_cv)
+
+
+def test_environment_steps_without_a_gradient_step_are_said_after_a_time(heads, aggregator, clock, caplog):
+    optimizer = sgd(heads)
+    monitor = GradientMonitor(heads, "r", aggregator=aggregator).attach(optimizer)
+    for _ in range(4):
+        clock.now += 0.3 * STALLED_SECONDS
+        functional(heads, optimizer)
+        monitor.record(environment_steps=2048)
+    assert caplog.text.count(f"no gradient step was seen in {1.2 * STALLED_SECONDS:.0f} s") == 1
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_head_that_nothing_trains_any_more_is_said_unless_it_is_frozen(heads, aggregator, caplog, is_frozen):
+    optimizer = sgd(heads)
+    GradientMonitor(heads, "r", window_steps=1, aggregator=aggregator).attach(optimizer)
+    backward(heads)
+    optimizer.step()
+    in_use = dict(heads.items()) | {"right": nn.Linear(4, 2)}  # a mutation of the head, say
+    heads["right"].requires_grad_(not is_frozen)
+    for _ in range(5):
+        heads.zero_grad()
+        sum(head(torch.randn(8, 4)).square().mean() for head in in_use.values()).backward()
+        optimizer.step()
+    said = 0 if is_frozen else 1
+    assert caplog.text.count("head right has had no gradient in 3 windows") == said
+    assert run_of(aggregator).exporter_errors == said
+
+
+def test_an_error_after_backward_never_stops_training(heads, caplog):
+    class Broken(RunAggregator):
+        def note_nonfinite(self, *given) -> None:
+            raise OSError("no space left on device")
+
+    aggregator, optimizer = Broken(), sgd(heads)
+    GradientMonitor(heads, "r", before_clipping=True, aggregator=aggregator).attach(optimizer)
+    for _ in range(3):
+        backward(heads, bad="left")
+    assert run_of(aggregator).exporter_errors >= 1
+    assert caplog.text.count("training goes on") == 1
+
+
+def test_callbacks_get_every_update_and_every_change_of_level(heads, aggregator, caplog):
+    logged, levels = [], []
+    optimizer = sgd(heads)
+    monitor = GradientMonitor(
+        heads,
+        "r",
+        aggregator=aggregator,
+        on_update=lambda run: logged.append(run.scalars() | {"updates": run.updates}),
+        on_level=lambda level, run: levels.append((level, run.run)),
+    ).attach(optimizer)
+    for update in range(4):
+        backward(heads, bad="left" if update == 2 else None)
+        if update == 2:
+            weights = [parameter.detach().clone() for parameter in heads.parameters()]
+        optimizer.step()
+        if update == 2:
+            with torch.no_grad():
+                for parameter, before in zip(heads.parameters(), weights):
+                    parameter.copy_(before)
+        monitor.update_completed(policy_loss=update, signals={"kl_coef": torch.tensor(0.5)})
+    assert [entry["updates"] for entry in logged] == [1, 2, 3, 4]
+    assert logged[-1]["gradient/cv"] == run_of(aggregator).gradient_quality.gradient_cv
+    assert sum(logged[-1][f"gradient/share/{head}"] for head in HEADS) == pytest.approx(1.0)
+    assert (logged[-1]["policy_loss"], logged[-1]["kl_coef"]) == (3.0, 0.5)
+    assert levels == [(HealthLevel.CRITICAL, "r"), (HealthLevel.HEALTHY, "r")] and "training goes on" not in caplog.text
+
+
+def test_a_callback_that_fails_stops_nothing(heads, aggregator, caplog):
+    def fail(run) -> None:
+        raise ConnectionError("no logger there")
+
+    optimizer = sgd(heads)
+    GradientMonitor(heads, "r", window_steps=1, on_update=fail, aggregator=aggregator).attach(optimizer)
+    for _ in range(2):
+        backward(heads)
+        optimizer.step()
+    assert (run_of(aggregator).updates, run_of(aggregator).exporter_errors) == (2, 2)
+    assert caplog.text.count("training goes on") == 1
+
+
+def test_signals_have_names_of_their_own(heads, aggregator, caplog):
+    caplog.set_level(logging.WARNING)
+    optimizer = sgd(heads)
+    monitor = GradientMonitor(heads, "r", aggregator=aggregator).attach(optimizer)
+    monitor.record(signals={"kl_coef": 0.1, "sigma": 2})
+    monitor.record(signals={"sigma": None, "reward_scale": 3.0})
+    for wrong, error in (({"a": "low"}, TypeError), ({"": 1.0}, ValueError), ({3: 1.0}, TypeError)):
+        with pytest.raises(error):
+            monitor.record(signals=wrong, episodes=1)
+    backward(heads)
+    optimizer.step()
+    monitor.update_completed()
+    assert run_of(aggregator).other_signals == {"kl_coef": 0.1, "reward_scale": 3.0}
+    assert run_of(aggregator).episodes == 0
