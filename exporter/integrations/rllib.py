@@ -32,6 +32,7 @@ _MODULE_RESULTS = {
     "vf_explained_var": "explained_variance",
     "default_optimizer_learning_rate": "learning_rate",
 }
+_COEFFICIENTS = {"curr_kl_coeff": "kl_coef", "curr_entropy_coeff": "entropy_coef"}
 _OPTIONS = "gradient_monitor"  # key of `learner_config_dict`
 _ALL_MODULES = "__all_modules__"
 _GOODBYE_SECONDS = 20.0  # a push may take most of it
@@ -195,7 +196,7 @@ class GradientMonitoring(TorchLearner):
         }
         self._resting_since = now
 
-    def record_results(self, results: Mapping[str, Mapping[str, float]]) -> None:
+    def record_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Publish the last update with what RLlib says of it.
 
         Args:
@@ -203,7 +204,7 @@ class GradientMonitoring(TorchLearner):
         """
         self._publish(results)
 
-    def _publish(self, results: Mapping[str, Mapping[str, float]] = {}) -> None:
+    def _publish(self, results: Mapping[str, Mapping[str, Any]] = {}) -> None:
         durations, self._unpublished = self._unpublished, {}
         for module_id, monitor in self._monitors.items():
             values = {**results.get(_ALL_MODULES, {}), **results.get(module_id, {})}
@@ -312,7 +313,7 @@ def _before_shutdown(*, algorithm: Algorithm, **_: Any) -> None:
 def _send_results(*, algorithm: Algorithm, result: Mapping[str, Any], **_: Any) -> None:
     """Callback `on_train_result`: what the learners cannot know, in RLlib's own numbers."""
     sampled = result.get("env_runners", {})
-    results: dict[str, dict[str, float]] = {
+    results: dict[str, dict[str, Any]] = {
         _ALL_MODULES: {
             signal: float(sampled[key])
             for key, signal in (
@@ -330,6 +331,9 @@ def _send_results(*, algorithm: Algorithm, result: Mapping[str, Any], **_: Any) 
     for module_id, values in result.get("learners", {}).items():
         if module_id != _ALL_MODULES:
             results[module_id] = {ours: float(values[key]) for key, ours in _MODULE_RESULTS.items() if key in values}
+            results[module_id]["signals"] = {
+                ours: float(values[key]) for key, ours in _COEFFICIENTS.items() if key in values
+            }
     for module_id, value in sampled.get("module_episode_returns_mean", {}).items():
         if value == value:
             results.setdefault(module_id, {})["episode_return_mean"] = float(value)
@@ -342,7 +346,7 @@ def _say_goodbye(learner: TorchLearner) -> None:
         learner.say_goodbye()
 
 
-def _record(learner: TorchLearner, results: Mapping[str, Mapping[str, float]]) -> None:
+def _record(learner: TorchLearner, results: Mapping[str, Mapping[str, Any]]) -> None:
     if isinstance(learner, GradientMonitoring):
         learner.record_results(results)
 

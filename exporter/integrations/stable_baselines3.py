@@ -18,8 +18,10 @@ from exporter.action_spaces import space_heads
 from exporter.aggregator import RunAggregator
 from exporter.heads import Rows
 from exporter.health import Thresholds
-from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT, Registry
+from exporter.link import DEFAULT_ADDRESS, Registry
 from exporter.monitor import GradientMonitor
+from exporter.reporter import OnLevel, OnUpdate
+from exporter.snapshot import RunSnapshot
 
 # Keys of SB3's logger (PPO, and A2C where it has another) -> our signals. The entropy has the other sign there.
 _SIGNALS = {
@@ -82,6 +84,9 @@ class PrometheusCallback(BaseCallback):
         info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
         thresholds: as for `GradientMonitor`.
         before_clipping, global_norm: as for `GradientMonitor`. SB3 always clips, so norms are taken before by default.
+        log_gradients: record `gradient/cv`, `gradient/share/HEAD` and `gradient/norm/HEAD` of each update in SB3's
+            logger too, beside its own values of that update.
+        on_update, on_level: as for `GradientMonitor`.
         keep_serving: leave the endpoint open when `learn()` is over, or not; by default as `learn()` was called.
         aggregator: as for `GradientMonitor`.
         verbose: 1 prints the URL.
@@ -102,7 +107,7 @@ class PrometheusCallback(BaseCallback):
     def __init__(
         self,
         run: str | None = None,
-        port: int = DEFAULT_PORT,
+        port: int | None = None,
         address: str = DEFAULT_ADDRESS,
         *,
         targets_dir: str | Path | None = None,
@@ -115,6 +120,9 @@ class PrometheusCallback(BaseCallback):
         thresholds: Thresholds | Sequence[float] = Thresholds(),
         before_clipping: bool = True,
         global_norm: bool = False,
+        log_gradients: bool = False,
+        on_update: OnUpdate | None = None,
+        on_level: OnLevel | None = None,
         keep_serving: bool | None = None,
         aggregator: RunAggregator | None = None,
         verbose: int = 0,
@@ -137,6 +145,10 @@ class PrometheusCallback(BaseCallback):
         self._thresholds = Thresholds.of(thresholds)
         self._before_clipping = before_clipping
         self._global_norm = global_norm
+        self._log_gradients = log_gradients
+        self._on_update = on_update
+        self._on_level = on_level
+        self._logged_update: RunSnapshot | None = None
         self._keep_serving = keep_serving
         self._aggregator = aggregator
         self._stays_open: bool | None = keep_serving
@@ -194,6 +206,7 @@ class PrometheusCallback(BaseCallback):
         if before is not None and before._thread in (None, threading.get_ident()):
             before.close()
         self._uncounted_episodes = 0
+        self._logged_update = None
         monitor = GradientMonitor(
             policy_heads(self.model.policy, self._head_names),
             run,
@@ -210,6 +223,8 @@ class PrometheusCallback(BaseCallback):
                 "exporter_version": version("ppo-gradient-exporter"),
                 **self._info,
             },
+            on_update=self._after_update,
+            on_level=self._on_level,
             aggregator=self._aggregator,
         )
         try:
@@ -233,7 +248,17 @@ class PrometheusCallback(BaseCallback):
         self._uncounted_episodes += np.count_nonzero(self.locals["dones"])
         return True
 
+    def _after_update(self, run: RunSnapshot) -> None:
+        self._logged_update = run
+        if self._on_update is not None:
+            self._on_update(run)
+
     def _on_rollout_end(self) -> None:
+        # SB3 dumps what it has logged of the last update right after this.
+        if self._log_gradients and self._logged_update is not None:
+            for name, value in self._logged_update.scalars().items():
+                if name.startswith("gradient/"):
+                    self.logger.record(name, value)
         self._update_started = time.perf_counter()
 
     def _on_training_end(self) -> None:

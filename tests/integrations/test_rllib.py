@@ -151,7 +151,7 @@ def scrape(port: int, updates: int, run: str = "levers") -> dict[str, float]:
         for family in text_string_to_metric_families(fetch(f"http://127.0.0.1:{port}/metrics")[1]):
             for sample in family.samples:
                 if sample.labels.get("run") == run:
-                    head = sample.labels.get("head")
+                    head = sample.labels.get("head") or (sample.name == "ppo_signal" and sample.labels["name"])
                     values[f"{sample.name}/{head}" if head else sample.name] = sample.value
         return values if values.get("ppo_updates_total") == updates else None
 
@@ -267,6 +267,7 @@ def test_cv_and_signals_are_rllibs_own_and_the_goodbye_is_said(num_learners, tra
             "ppo_approx_kl": own["mean_kl_loss"],
             "ppo_explained_variance": own["vf_explained_var"],
             "ppo_learning_rate": own["default_optimizer_learning_rate"],
+            "ppo_signal/kl_coef": own["curr_kl_coeff"],
             "ppo_episode_return_mean": sampled["episode_return_mean"],
             "ppo_episode_length_mean": sampled["episode_len_mean"],
             "ppo_environment_steps_total": number * 64 * max(num_learners, 1),

@@ -316,6 +316,29 @@ def test_metrics_agree_with_what_sb3_logs(target_kl, callback, tmp_path: Path):
             assert values["ppo_gradient_cv_per_step_count"] == number * 2 * 2
 
 
+def test_gradients_are_in_sb3s_own_log_beside_the_losses_of_their_update(callback, tmp_path: Path):
+    model, cvs = ppo(), []
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    served = callback(log_gradients=True, on_update=lambda run: cvs.append(run.gradient_quality.gradient_cv))
+    model.learn(4 * 32, callback=served)
+    rows = list(csv.DictReader((tmp_path / "progress.csv").open()))
+    assert rows[0]["gradient/cv"] == ""
+    assert [float(row["gradient/cv"]) for row in rows[1:]] == pytest.approx(cvs[:-1], rel=1e-6)
+    assert float(rows[1]["gradient/share/action_0"]) > 0 and float(rows[1]["gradient/norm/action_2"]) > 0
+
+
+def test_an_algorithm_that_steps_its_policy_by_another_way_is_said_to_be_unmeasured(callback, caplog):
+    class ByHand(PPO):
+        def train(self) -> None:
+            with torch.no_grad():
+                self.policy.action_net.bias += 0.01
+
+    model = ByHand("MlpPolicy", Levers(spaces.MultiDiscrete(NVEC)), n_steps=16, batch_size=16, device="cpu")
+    model.learn(8 * 16, callback=callback())
+    (message,) = [record.message for record in caplog.records if "no gradient step was seen" in record.message]
+    assert "levers" in message
+
+
 @pytest.mark.parametrize("options", [{}, {"before_clipping": False, "global_norm": True}])
 def test_fifty_updates_are_bit_identical_with_and_without_the_callback(options, callback):
     def trained(observed_by) -> PPO:
