@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .PHONY: help setup run test test-integrations grafana dashboards drill
 
 help:  ## list the targets
-	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 27
 
 setup: .venv/.complete .servers/.complete  ## build .venv and fetch the servers; nothing when nothing changed
 
@@ -30,9 +30,10 @@ test: setup  ## run every test; pytest's options: make test ARGS="-k name"
 # What does not fit beside the project's own dependencies has environments of its own, in .integrations/.
 OTHERS := $(notdir $(basename $(wildcard tests/integrations/environments/*.txt)))
 
-test-integrations: setup $(OTHERS:%=.integrations/%/.complete)  ## run the tests of every other trainer; builds their environments
-	@.venv/bin/python -m pytest tests/integrations $(ARGS)
-	@for name in $(OTHERS); do echo "$$name:"; .integrations/$$name/bin/python -m pytest tests/integrations $(ARGS); done
+test-integrations: setup $(OTHERS:%=.integrations/%/.complete)  ## run the tests of every trainer; builds environments for them
+	@for python in .venv/bin/python $(OTHERS:%=.integrations/%/bin/python); do \
+		echo "$$python:"; $$python -m pytest tests/integrations $(ARGS) || [ $$? = 5 ]; \
+	done  # 5: it has none of the tests that ARGS asks for
 
 .integrations/%/.complete: tests/integrations/environments/%.txt pyproject.toml
 	@rm -f $@; echo "Building .integrations/$* ..."; \

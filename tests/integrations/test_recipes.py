@@ -28,6 +28,7 @@ LIBRARIES = {
     "rsl_rl": "rsl_rl",
     "skrl": "skrl",
     "stable_baselines3": "stable_baselines3",
+    "tianshou": "tianshou",
     "torchrl": "torchrl",
     "trl": "trl",
 }
