@@ -5,10 +5,10 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup run test grafana dashboards drill
+.PHONY: help setup run test test-integrations grafana dashboards drill
 
 help:  ## list the targets
-	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 27
 
 setup: .venv/.complete .servers/.complete  ## build .venv and fetch the servers; nothing when nothing changed
 
@@ -26,6 +26,20 @@ dashboards: .venv/.complete  ## write grafana/dashboards/ again, after a change 
 
 test: setup  ## run every test; pytest's options: make test ARGS="-k name"
 	@.venv/bin/python -m pytest $(ARGS)
+
+# What does not fit beside the project's own dependencies has environments of its own, in .integrations/.
+OTHERS := $(notdir $(basename $(wildcard tests/integrations/environments/*.txt)))
+
+test-integrations: setup $(OTHERS:%=.integrations/%/.complete)  ## run the tests of every trainer; builds environments for them
+	@for python in .venv/bin/python $(OTHERS:%=.integrations/%/bin/python); do \
+		echo "$$python:"; $$python -m pytest tests/integrations $(ARGS) || [ $$? = 5 ]; \
+	done  # 5: it has none of the tests that ARGS asks for
+
+.integrations/%/.complete: tests/integrations/environments/%.txt pyproject.toml
+	@rm -f $@; echo "Building .integrations/$* ..."; \
+	$(PYTHON) -m venv --clear .integrations/$*; \
+	.integrations/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< -e .; \
+	touch $@
 
 # A stamp is written last, so that an interrupted set-up is done again.
 .venv/.complete: pyproject.toml constraints.txt

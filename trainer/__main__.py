@@ -32,13 +32,14 @@ def _train(stop: StopRequest) -> int:
         return stop.exit_code
 
     from trainer.agent import NonFiniteGradientError
+    from trainer.environments import UnsupportedEnvironment
     from trainer.training import LostRankError, train
 
     try:
         return train(config, telemetry, stop)
     except ConfigError as error:
         return _failed(error, 2)
-    except (StartError, LostRankError, NonFiniteGradientError) as error:
+    except (StartError, LostRankError, NonFiniteGradientError, UnsupportedEnvironment) as error:
         return _failed(error, 1)
 
 

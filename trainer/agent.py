@@ -13,7 +13,7 @@ from exporter.heads import HeadGradientMeter
 from exporter.telemetry import PPOUpdateMetrics
 from trainer.distributed import Ranks
 from trainer.drill import Drill
-from trainer.policy import ActorCritic
+from trainer.policy import ActorCritic, load_tensors
 from trainer.rollout import Rollout
 
 _BETA1, _BETA2 = 0.9, 0.999  # Adam's
@@ -80,7 +80,7 @@ class _Samples(NamedTuple):
     """A rollout in one row of samples.
 
     Attributes:
-        valid: numbers of the samples to learn from, counted over all ranks.
+        valid: numbers of the samples to learn from, counted over all ranks; where they are shuffled.
         all_advantages: of the samples of all ranks.
         observations, actions: [samples of this rank, ...].
         scalars: [4, samples of this rank]: log-probability, advantage, target, old output.
@@ -101,7 +101,8 @@ class PPOAgent:
     Args:
         policy: network to train, on its device.
         hyperparameters: see `PPOHyperparameters`.
-        generator: shuffles the minibatches; on the policy's device or on the CPU.
+        generator: shuffles the minibatches; on the policy's device, or on the CPU. Several ranks want it on the CPU:
+            which samples are a rank's own is then known without waiting for the device.
         drill: a fault to inject, for testing alerts.
         ranks: the processes that train this policy together.
     """
@@ -140,8 +141,7 @@ class PPOAgent:
             KeyError, RuntimeError, TypeError, ValueError: the state is that of another network, or none.
         """
         self.policy.load_state_dict(state["policy"])
-        for name, tensor in self._optimizer_state().items():
-            tensor.copy_(state["optimizer"][name])
+        load_tensors(self._optimizer_state(), state["optimizer"])
         self._generator.set_state(state["generator"])
         self.updates = state["updates"]
 
@@ -185,15 +185,16 @@ class PPOAgent:
         that clipping sees only what is learned.
         """
         gather = self._ranks.gather
-        valid = gather(rollout.valid).flatten().nonzero()[:, 0].to(self.policy.device, non_blocking=True)
-        returns, values = (gather(part).flatten()[valid] for part in (rollout.returns, rollout.values))
+        valid = gather(rollout.valid).flatten().nonzero()[:, 0]
+        there = valid.to(self.policy.device, non_blocking=True)
+        returns, values = (gather(part).flatten()[there] for part in (rollout.returns, rollout.values))
         moments = self.policy.return_moments
         old_outputs = (rollout.values - moments.mean) / moments.std
         if self._hyperparameters.normalize_returns:
             moments.update(returns)
         targets = (rollout.returns - moments.mean) / moments.std
         return _Samples(
-            valid,
+            valid.to(self._generator.device, non_blocking=True),
             gather(rollout.advantages).flatten(),
             rollout.observations.flatten(0, 1),
             rollout.actions.flatten(0, 1),
@@ -207,11 +208,13 @@ class PPOAgent:
         Every rank shuffles all samples alike, and works on those of its own environments.
         """
         count, generator = len(samples.valid), self._generator
-        permutation = torch.randperm(count, generator=generator, device=generator.device)
-        shuffled = samples.valid[permutation.to(samples.valid.device, non_blocking=True)]
+        shuffled = samples.valid[torch.randperm(count, generator=generator, device=generator.device)]
         parts = shuffled.tensor_split(max(1, round(count / self._hyperparameters.minibatch_size)))
         own_parts = [self._ranks.own_samples(part, num_envs) for part in parts]
-        own, sizes = torch.cat(own_parts), [len(part) for part in own_parts]
+        sizes = [len(part) for part in own_parts]
+        shuffled, own = (
+            numbers.to(self.policy.device, non_blocking=True) for numbers in (shuffled, torch.cat(own_parts))
+        )
         for part, of_all_ranks, observations, actions, scalars in zip(
             parts,
             samples.all_advantages.index_select(0, shuffled).split([len(part) for part in parts]),
@@ -251,11 +254,13 @@ class PPOAgent:
         error = seen.outputs - targets
         by_output, squared_error = error, error * error
         if hp.value_clip_range is not None:
-            change = (seen.outputs - old_outputs).clamp_(-hp.value_clip_range, hp.value_clip_range)
-            clipped_error = change.add_(old_outputs).sub_(targets)
+            change = seen.outputs - old_outputs
+            clipped_change = change.clamp(-hp.value_clip_range, hp.value_clip_range)
+            clipped_error = clipped_change + old_outputs - targets
             squared_clipped_error = clipped_error * clipped_error
-            # Where the clipped error is larger, the change is outside the range and has no gradient.
-            by_output = torch.where(squared_clipped_error > squared_error, 0.0, error)
+            # Inside the range the clipped error may be larger too, by rounding; only outside there is no gradient.
+            is_flat = (clipped_change != change) & (squared_clipped_error > squared_error)
+            by_output = torch.where(is_flat, 0.0, error)
             squared_error = torch.maximum(squared_error, squared_clipped_error)
         statistics[1] = squared_error
 

@@ -94,9 +94,10 @@ class Ranks:
 
     def gather_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors [environments, ...] of all ranks by name, one below the other."""
-        of_ranks = self.gather_objects(dict(tensors))
         if self.size == 1:
-            return of_ranks[0]
+            return dict(tensors)
+        # Through the CPU: a tensor that comes from another GPU would stay there.
+        of_ranks = self.gather_objects({name: tensor.cpu() for name, tensor in tensors.items()})
         return {name: torch.cat([of_rank[name] for of_rank in of_ranks]) for name in tensors}
 
     def own_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

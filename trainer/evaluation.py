@@ -120,7 +120,7 @@ def evaluate(arguments: Sequence[str], stop: StopRequest) -> int:
         policy.load_state_dict(content["agent"]["policy"])
     except UnsupportedEnvironment as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: its weights do not fit {config.env} as this version trains it: {' '.join(str(error).split())}"
         ) from error

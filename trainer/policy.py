@@ -129,7 +129,7 @@ class RunningMoments:
         return {"mean": self.mean, "std": self.std, "averages": self._averages}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        _load(self.state_dict(), state)
+        load_tensors(self.state_dict(), state)
 
 
 class Activations(NamedTuple):
@@ -262,7 +262,8 @@ class ActorCritic:
 
         Args:
             observations: [batch, observation_size], float32.
-            uniforms: of the same kind on the policy's device, [heads, batch] in [0, 1): the chance in the sampling.
+            uniforms: [heads, batch] in [0, 1), the chance in the sampling: a NumPy array for NumPy observations and a
+                policy on the CPU, else a tensor on the policy's device.
         """
         if isinstance(observations, Tensor):
             return self.distribution(self.forward(observations).logits).sample(uniforms)
@@ -300,7 +301,7 @@ class ActorCritic:
         Raises:
             KeyError, ValueError: it is that of another one.
         """
-        _load(self.parameters, state)
+        load_tensors(self.parameters, state)
         self.return_moments.load_state_dict(state["return_moments"])
 
 
@@ -356,7 +357,12 @@ def _orthogonal_(weight: Tensor, gain: float) -> None:
     weight.copy_(torch.nn.init.orthogonal_(torch.empty(weight.shape), gain))
 
 
-def _load(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def load_tensors(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into `tensors` by name.
+
+    Raises:
+        KeyError, ValueError: a name is missing, or a shape differs.
+    """
     for name, tensor in tensors.items():
         if state[name].shape != tensor.shape:
             raise ValueError(f"{name} must be {list(tensor.shape)}, got {list(state[name].shape)}")

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from trainer.distributed import Ranks
-from trainer.environments import TrainingEnvironment
+from trainer.environments import TrainingEnvironment, UnsupportedEnvironment
 from trainer.policy import ActorCritic
 
 EPISODE_WINDOW = 100
@@ -73,11 +73,12 @@ def generalized_advantages(
         Advantages [steps, environments]; none flows across the end of an episode.
     """
     errors = torch.add(rewards, next_values, alpha=gamma).sub_(values)
-    decay = (~episode_ends).to(errors.dtype) * (gamma * gae_lambda)
     advantages = torch.empty_like(errors)
-    following = torch.zeros_like(errors[0])
-    for error, kept, advantage in reversed(list(zip(errors, decay, advantages))):
-        following = torch.addcmul(error, kept, following, out=advantage)
+    later = torch.zeros_like(errors[0])
+    for error, is_end, advantage in reversed(list(zip(errors, episode_ends, advantages))):
+        torch.add(error, later, alpha=gamma * gae_lambda, out=advantage)
+        # Not by a factor of 0: what comes after the end may be NaN.
+        later = torch.where(is_end, error, advantage, out=advantage)
     return advantages
 
 
@@ -195,7 +196,7 @@ class RolloutCollector:
             if not self._as_tensors:
                 if truncated.any():
                     truncated_only[step] = cut = truncated & ~terminated
-                    final = infos["final_obs"] if mode is AutoresetMode.SAME_STEP else next_observations
+                    final = _final(infos) if mode is AutoresetMode.SAME_STEP else next_observations
                     final_observations += list(final[cut])
                 if mode is AutoresetMode.DISABLED:
                     next_observations = environment.reset_ended(next_observations, ended[step])
@@ -271,8 +272,22 @@ class RolloutCollector:
 
 
 def _as_array(tensor: Tensor) -> np.ndarray | Tensor:
-    """The NumPy array of a tensor on the CPU, in the same memory."""
+    """The NumPy array of a tensor on the CPU, in the same memory; a tensor elsewhere as it is."""
     return tensor.numpy() if tensor.is_cpu else tensor
+
+
+def _final(infos: Mapping[str, Any]) -> np.ndarray:
+    """Final observations of the environments whose episode ended.
+
+    Raises:
+        UnsupportedEnvironment: the environment does not hand them over.
+    """
+    if "final_obs" not in infos:
+        raise UnsupportedEnvironment(
+            "the environment declares SAME_STEP autoreset and has cut an episode short, but infos lacks `final_obs`, "
+            "the final observations, from which a truncated episode is continued"
+        )
+    return infos["final_obs"]
 
 
 def _copied(observations: np.ndarray | Tensor) -> np.ndarray | Tensor:

@@ -58,19 +58,20 @@ class Training:
         torch.set_num_threads(config.threads)
         initialization, sampling, shuffling = _seeds(config.seed, 3)
         device = ranks.device(config.device)
+        _check_device(device, config.device)
         self.environment = _make_environment(config, ranks, device)
         self.notes = list(self.environment.notes)
         drill = _make_drill(config, self.environment)
         torch.manual_seed(initialization)
-        try:
-            policy = make_policy(config, self.environment, device)
-            generators = [torch.Generator(device).manual_seed(seed) for seed in (sampling, shuffling)]
-        except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"device {config.device!r}: {str(error).splitlines()[0]}") from error
+        policy = make_policy(config, self.environment, device)
+        self._generators = {
+            "collector": torch.Generator(device).manual_seed(sampling),
+            "agent": torch.Generator(device if ranks.size == 1 else "cpu").manual_seed(shuffling),
+        }
         hyperparameters = PPOHyperparameters(
             **{name: getattr(config, name) for name in PPOHyperparameters.__dataclass_fields__}
         )
-        self.agent = PPOAgent(policy, hyperparameters, generators[1], drill, ranks)
+        self.agent = PPOAgent(policy, hyperparameters, self._generators["agent"], drill, ranks)
         self.collector = RolloutCollector(
             self.environment,
             policy,
@@ -78,7 +79,7 @@ class Training:
             gamma=config.gamma,
             gae_lambda=config.gae_lambda,
             seed=config.seed,
-            generator=generators[0],
+            generator=self._generators["collector"],
             ranks=ranks,
         )
         self.aggregator = _make_aggregator(config, self.environment)
@@ -183,11 +184,12 @@ class Training:
     def _load_state_dict(self, state: dict[str, Any]) -> None:
         # Where the run cannot go on exactly, it must not see again what it has seen.
         sampling, shuffling, episodes = _seeds((self.config.seed, state["updates"]), 3)
-        saved_device = state["config"]["device"]
-        if torch.device(saved_device).type != torch.device(self.config.device).type:
-            self.notes.append(f"random numbers begin anew, for {self.config.device} cannot continue {saved_device}")
-            for part, seed in (("collector", sampling), ("agent", shuffling)):
-                state[part]["generator"] = torch.Generator(self.config.device).manual_seed(seed).get_state()
+        for part, seed in (("collector", sampling), ("agent", shuffling)):
+            generator = self._generators[part]
+            # A GPU's generator cannot continue that of a CPU.
+            if state[part]["generator"].shape != generator.get_state().shape:
+                self.notes.append(f"random numbers of the {part} begin anew on {generator.device}")
+                state[part]["generator"] = generator.manual_seed(seed).get_state()
         self.agent.load_state_dict(state["agent"])
         self.collector.load_state_dict(state["collector"], seed=episodes)
         torch.set_rng_state(state["torch_generator"])
@@ -312,6 +314,16 @@ def _closing_line(training: Training, how: str, checkpoint: Path | None) -> str:
         + f", {run.gradient_quality.skipped_steps} gradient steps skipped"
         + (f"; checkpoint {checkpoint}" if checkpoint else "")
     )
+
+
+def _check_device(device: str, name: str) -> None:
+    """Check that `device` can be used, and make it the current one; errors call it `name`."""
+    try:
+        torch.zeros(1, device=device)
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def _make_environment(config: TrainerConfig, ranks: Ranks, device: str) -> TrainingEnvironment:

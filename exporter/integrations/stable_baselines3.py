@@ -1,5 +1,6 @@
 """Stable-Baselines3: a callback that measures an on-policy algorithm and serves it with SB3's own logger values."""
 
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -8,17 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
 
+from exporter.action_spaces import space_heads
 from exporter.aggregator import RunAggregator
-from exporter.heads import Rows, row_heads
+from exporter.heads import Rows
 from exporter.health import Thresholds
-from exporter.link import DEFAULT_ADDRESS, DEFAULT_PORT, Registry
+from exporter.link import DEFAULT_ADDRESS, Registry
 from exporter.monitor import GradientMonitor
+from exporter.reporter import OnLevel, OnUpdate
+from exporter.snapshot import RunSnapshot
 
 # Keys of SB3's logger (PPO, and A2C where it has another) -> our signals. The entropy has the other sign there.
 _SIGNALS = {
@@ -37,38 +40,21 @@ def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict
     """Action heads of an actor-critic policy: rows of its one `action_net`, in the action space's order.
 
     Args:
-        policy: `model.policy`. `Discrete` is one head, `MultiDiscrete` one per
-            entry of `nvec`, `MultiBinary` one per bit.
-        names: the heads' names; by default `action_0`, `action_1`, ..., or `action` for `Discrete`.
+        policy: `model.policy`. Heads are those of `space_heads`; a dimension of a `Box` has its entry of `log_std`
+            too where the policy has one for each.
+        names: one for every part of the action, those with a single choice included; by default
+            `action_0`, `action_1`, ..., or `action` for `Discrete`.
 
     Raises:
-        TypeError: the policy has no `action_net`, or its action space has no discrete heads.
-        ValueError: `names` has the wrong length or a name twice, or the rows of
-            `action_net` are not those of the action space.
+        TypeError, ValueError: as `space_heads`, or the policy has no `action_net`.
     """
-    space = policy.action_space
-    match space:
-        case spaces.Discrete():
-            sizes = [int(space.n)]
-        case spaces.MultiDiscrete():
-            sizes = [int(size) for size in space.nvec.flat]
-        case spaces.MultiBinary():
-            sizes = [1] * int(np.prod(space.shape))
-        case _:
-            raise TypeError(
-                f"no action heads in a {type(space).__name__} action space; "
-                "supported are Discrete, MultiDiscrete and MultiBinary"
-            )
-    layer = getattr(policy, "action_net", None)
+    layer, space = getattr(policy, "action_net", None), policy.action_space
     if not isinstance(layer, torch.nn.Module):
         raise TypeError(f"{type(policy).__name__} has no action_net; an actor-critic policy is needed")
-    if names is None:
-        names = ["action"] if isinstance(space, spaces.Discrete) else [f"action_{i}" for i in range(len(sizes))]
-    elif isinstance(names, str) or len(names) != len(sizes):
-        raise ValueError(f"the {type(space).__name__} action space has {len(sizes)} heads, but the names are {names!r}")
-    elif len(set(names)) < len(names):
-        raise ValueError(f"heads need distinct names, got {list(names)!r}")
-    return row_heads(layer, dict(zip(names, sizes)))
+    log_std = getattr(policy, "log_std", None)
+    if log_std is not None and log_std.shape != (np.prod(space.shape),):
+        log_std = None  # with `use_sde` it belongs to features
+    return space_heads(layer, space, names, log_std=log_std)
 
 
 class PrometheusCallback(BaseCallback):
@@ -82,12 +68,13 @@ class PrometheusCallback(BaseCallback):
     loss, for one, is the mean squared error without its coefficient.
 
     The endpoint is there for one `learn()`: at its end the run, its target file and
-    the endpoint go, and a later `learn()` starts from zero. With `keep_serving` they
-    stay, and `learn()` of the same model with the same callback goes on counting,
-    until `close()`. After an exception or Ctrl-C in `learn()` they stay as well,
-    because SB3 does not tell callbacks: what was measured can still be read, and
-    the alert on a stalled run fires unless the next `learn()` of this run in this thread
-    takes them over, `close()` ends them, or the script ends.
+    the endpoint go, and a later `learn()` starts from zero. After a `learn()` with
+    `reset_num_timesteps=False`, one of several, they stay, and `learn()` of the same model
+    with the same callback goes on counting, until `close()` or the end of the script.
+    After an exception or Ctrl-C in `learn()` they stay as well, because SB3 does not tell
+    callbacks: what was measured can still be read, and the alert on a stalled run fires
+    unless the next `learn()` of this run in this thread takes them over, `close()` ends
+    them, or the script ends.
 
     Args:
         run: name of the run; by default the environment's id and the model's seed, or the time without one.
@@ -97,7 +84,10 @@ class PrometheusCallback(BaseCallback):
         info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
         thresholds: as for `GradientMonitor`.
         before_clipping, global_norm: as for `GradientMonitor`. SB3 always clips, so norms are taken before by default.
-        keep_serving: leave the endpoint open when `learn()` is over.
+        log_gradients: record `gradient/cv`, `gradient/share/HEAD` and `gradient/norm/HEAD` of each update in SB3's
+            logger too, beside its own values of that update.
+        on_update, on_level: as for `GradientMonitor`.
+        keep_serving: leave the endpoint open when `learn()` is over, or not; by default as `learn()` was called.
         aggregator: as for `GradientMonitor`.
         verbose: 1 prints the URL.
 
@@ -117,7 +107,7 @@ class PrometheusCallback(BaseCallback):
     def __init__(
         self,
         run: str | None = None,
-        port: int = DEFAULT_PORT,
+        port: int | None = None,
         address: str = DEFAULT_ADDRESS,
         *,
         targets_dir: str | Path | None = None,
@@ -130,7 +120,10 @@ class PrometheusCallback(BaseCallback):
         thresholds: Thresholds | Sequence[float] = Thresholds(),
         before_clipping: bool = True,
         global_norm: bool = False,
-        keep_serving: bool = False,
+        log_gradients: bool = False,
+        on_update: OnUpdate | None = None,
+        on_level: OnLevel | None = None,
+        keep_serving: bool | None = None,
         aggregator: RunAggregator | None = None,
         verbose: int = 0,
     ) -> None:
@@ -152,8 +145,13 @@ class PrometheusCallback(BaseCallback):
         self._thresholds = Thresholds.of(thresholds)
         self._before_clipping = before_clipping
         self._global_norm = global_norm
+        self._log_gradients = log_gradients
+        self._on_update = on_update
+        self._on_level = on_level
+        self._logged_update: RunSnapshot | None = None
         self._keep_serving = keep_serving
         self._aggregator = aggregator
+        self._stays_open: bool | None = keep_serving
         self._thread: int | None = None  # that is in learn(), or was when an exception ended it
         self._measured_policy: BasePolicy | None = None
         self._counted_timesteps = 0
@@ -193,6 +191,9 @@ class PrometheusCallback(BaseCallback):
             self.close()
             self._open()
         self._thread = threading.get_ident()
+        self._stays_open = self._keep_serving
+        if self._stays_open is None:
+            self._stays_open = not self.locals.get("reset_num_timesteps", True)
         self._counted_timesteps = self.model.num_timesteps
         self._update_started = None
 
@@ -205,6 +206,7 @@ class PrometheusCallback(BaseCallback):
         if before is not None and before._thread in (None, threading.get_ident()):
             before.close()
         self._uncounted_episodes = 0
+        self._logged_update = None
         monitor = GradientMonitor(
             policy_heads(self.model.policy, self._head_names),
             run,
@@ -221,6 +223,8 @@ class PrometheusCallback(BaseCallback):
                 "exporter_version": version("ppo-gradient-exporter"),
                 **self._info,
             },
+            on_update=self._after_update,
+            on_level=self._on_level,
             aggregator=self._aggregator,
         )
         try:
@@ -244,7 +248,17 @@ class PrometheusCallback(BaseCallback):
         self._uncounted_episodes += np.count_nonzero(self.locals["dones"])
         return True
 
+    def _after_update(self, run: RunSnapshot) -> None:
+        self._logged_update = run
+        if self._on_update is not None:
+            self._on_update(run)
+
     def _on_rollout_end(self) -> None:
+        # SB3 dumps what it has logged of the last update right after this.
+        if self._log_gradients and self._logged_update is not None:
+            for name, value in self._logged_update.scalars().items():
+                if name.startswith("gradient/"):
+                    self.logger.record(name, value)
         self._update_started = time.perf_counter()
 
     def _on_training_end(self) -> None:
@@ -253,7 +267,7 @@ class PrometheusCallback(BaseCallback):
         if self.monitor is None:
             return
         self.monitor.detach()
-        if not self._keep_serving:
+        if not self._stays_open:
             self.close()
 
     def _export_update(self) -> None:
@@ -280,9 +294,12 @@ class PrometheusCallback(BaseCallback):
 
 
 def _environment_name(env: VecEnv) -> str | None:
-    """Id of the environment, its class where it has none; None where it runs in other processes."""
-    environments = getattr(env.unwrapped, "envs", None)
-    if not environments:
+    """Id of the environment, its class where it has none; None where it says neither."""
+    # Its text and not its `spec`: a worker process ends when it has to send a spec that cannot be pickled, and one
+    # that contains a lambda cannot.
+    try:
+        text = str(env.env_method("__str__", indices=0)[0])
+    except Exception:  # from a vector environment that is not made of Gymnasium's; a name is no reason not to train
         return None
-    environment = environments[0].unwrapped
-    return environment.spec.id if environment.spec is not None else type(environment).__name__
+    found = re.search(r"<(\w+)(?:<([^<>]+)>| instance)>+$", text)
+    return found and (found[2] or found[1])

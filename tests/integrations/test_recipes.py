@@ -23,11 +23,18 @@ LIBRARIES = {
     "accelerate": "accelerate",
     "cleanrl": "gymnasium",
     "lightning": "lightning",
+    "rl_games": "rl_games",
+    "rllib": "ray",
+    "rsl_rl": "rsl_rl",
+    "skrl": "skrl",
     "stable_baselines3": "stable_baselines3",
+    "tianshou": "tianshou",
     "torchrl": "torchrl",
     "trl": "trl",
 }
 
+
+PROSE = {"README", "esper"}
 
 # Plain loops whose heads are `heads` of `agent` or `policy`, with 16 gradient steps in an update.
 LOOPS = {"cleanrl", "torchrl"}
@@ -48,7 +55,7 @@ def totals_and_heads(text: str) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def test_every_recipe_is_run_here():
-    assert {path.stem for path in RECIPES.glob("*.md")} == set(LIBRARIES)
+    assert {path.stem for path in RECIPES.glob("*.md")} - PROSE == set(LIBRARIES)
 
 
 @pytest.mark.parametrize("recipe", sorted(LOOPS))

@@ -15,9 +15,14 @@ import torch
 from conftest import fetch, wait_until
 from gymnasium import spaces
 from prometheus_client.parser import text_string_to_metric_families
+
+pytest.importorskip("stable_baselines3")
+
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import SubprocVecEnv
 from torch.distributions import Categorical
 
 from exporter import GradientMonitor, HeadGradientMeter, RunAggregator
@@ -165,10 +170,54 @@ def test_wrong_head_names_are_refused_before_training(names, callback):
     assert model.num_timesteps == 0
 
 
-def test_a_continuous_action_space_is_refused_with_the_supported_ones(callback):
-    model = PPO("MlpPolicy", gymnasium.make("Pendulum-v1"), device="cpu")
-    with pytest.raises(TypeError, match="Box.*Discrete, MultiDiscrete and MultiBinary"):
-        model.learn(64, callback=callback())
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_a_dimension_of_a_box_is_a_head_of_its_mean_and_its_own_log_std(use_sde):
+    model = ppo(spaces.Box(-1.0, 1.0, (3,)), use_sde=use_sde)
+    policy, generator = model.policy, torch.Generator().manual_seed(0)
+    meter = HeadGradientMeter(policy_heads(policy, ["hip", "knee", "foot"]))
+    if use_sde:
+        policy.reset_noise(8)
+    _, log_prob, _ = policy.evaluate_actions(
+        torch.randn(8, 4, generator=generator), torch.randn(8, 3, generator=generator)
+    )
+    log_prob.mean().backward()
+    meter.record()
+    layer, (step,) = policy.action_net, meter.collect()
+    squares = layer.weight.grad.square().sum(1) + layer.bias.grad.square()
+    if not use_sde:  # whose standard deviations belong to features, not to dimensions
+        squares = squares + policy.log_std.grad.square()
+    assert list(step.head_norms) == ["hip", "knee", "foot"]
+    assert list(step.head_norms.values()) == pytest.approx(squares.sqrt().tolist(), rel=1e-5)
+
+
+def test_parts_with_a_single_choice_are_no_heads_and_the_log_says_so(callback, caplog):
+    served = callback(keep_serving=True, head_names=["a", "fixed", "b"])
+    with caplog.at_level("INFO"):
+        ppo(spaces.MultiDiscrete([3, 1, 4])).learn(32, callback=served)
+    values = scrape(served.url, 1)
+    assert values["ppo_head_gradient_norm/b"] > 0 and values["ppo_gradient_cv_ceiling"] == pytest.approx(2**0.5)
+    assert not any("fixed" in name for name in values)
+    assert [record.message for record in caplog.records if "fixed" in record.message] == [
+        "no heads, for they have a single choice: fixed"
+    ]
+    with pytest.raises(ValueError, match="no part of .* has two choices"):
+        policy_heads(ppo(spaces.MultiDiscrete([1, 1])).policy)
+
+
+def gymnasium_with_a_lambda() -> gymnasium.Env:
+    return gymnasium.wrappers.TransformAction(gymnasium.make("CartPole-v1"), lambda action: action, spaces.Discrete(2))
+
+
+def test_environments_in_other_processes_have_their_name(callback):
+    """Also with a specification that cannot be sent, for it contains a lambda."""
+    env = make_vec_env(gymnasium_with_a_lambda, 2, vec_env_cls=SubprocVecEnv)
+    try:
+        served = callback(None, keep_serving=True)
+        PPO("MlpPolicy", env, n_steps=8, batch_size=16, n_epochs=1, seed=3, device="cpu").learn(16, callback=served)
+        assert scrape(served.url, 1) and served.monitor.run == "CartPole-v1-seed3"
+        assert 'environment="CartPole-v1"' in fetch(served.url)[1]
+    finally:
+        env.close()
 
 
 def test_off_policy_algorithms_are_refused(callback):
@@ -179,11 +228,28 @@ def test_off_policy_algorithms_are_refused(callback):
 
 def test_trpo_is_refused_with_the_reason(callback):
     """It is on-policy, but its optimizer never steps the heads."""
-    trpo = type("TRPO", (PPO,), {})
+    trpo = pytest.importorskip("sb3_contrib").TRPO
     model = type("MyTRPO", (trpo,), {})("MlpPolicy", Levers(spaces.Discrete(4)), n_steps=64, device="cpu")
     with pytest.raises(TypeError, match="MyTRPO cannot be measured: TRPO updates the policy by a line search"):
         model.learn(64, callback=callback())
     assert model.num_timesteps == 0
+
+
+class MaskedLevers(Levers):
+    def action_masks(self) -> np.ndarray:
+        return np.array([True] * sum(NVEC))
+
+
+@pytest.mark.parametrize("algorithm, policy", [("MaskablePPO", "MlpPolicy"), ("RecurrentPPO", "MlpLstmPolicy")])
+def test_ppo_of_contrib_is_measured_like_ppo(algorithm, policy, callback):
+    kind = getattr(pytest.importorskip("sb3_contrib"), algorithm)
+    model = kind(policy, MaskedLevers(spaces.MultiDiscrete(NVEC)), n_steps=32, batch_size=16, n_epochs=2, device="cpu")
+    served = callback(keep_serving=True)
+    model.learn(64, callback=served)
+    values = scrape(served.url, 2)
+    assert values["ppo_gradient_cv_per_step_count"] == 2 * 2 * 2
+    assert all(values[f"ppo_head_gradient_norm/action_{i}"] > 0 for i in range(3))
+    assert values["ppo_policy_loss"] == pytest.approx(model.logger.name_to_value["train/policy_gradient_loss"])
 
 
 def test_impossible_thresholds_are_refused_before_training():
@@ -250,6 +316,29 @@ def test_metrics_agree_with_what_sb3_logs(target_kl, callback, tmp_path: Path):
             assert values["ppo_gradient_cv_per_step_count"] == number * 2 * 2
 
 
+def test_gradients_are_in_sb3s_own_log_beside_the_losses_of_their_update(callback, tmp_path: Path):
+    model, cvs = ppo(), []
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    served = callback(log_gradients=True, on_update=lambda run: cvs.append(run.gradient_quality.gradient_cv))
+    model.learn(4 * 32, callback=served)
+    rows = list(csv.DictReader((tmp_path / "progress.csv").open()))
+    assert rows[0]["gradient/cv"] == ""
+    assert [float(row["gradient/cv"]) for row in rows[1:]] == pytest.approx(cvs[:-1], rel=1e-6)
+    assert float(rows[1]["gradient/share/action_0"]) > 0 and float(rows[1]["gradient/norm/action_2"]) > 0
+
+
+def test_an_algorithm_that_steps_its_policy_by_another_way_is_said_to_be_unmeasured(callback, caplog):
+    class ByHand(PPO):
+        def train(self) -> None:
+            with torch.no_grad():
+                self.policy.action_net.bias += 0.01
+
+    model = ByHand("MlpPolicy", Levers(spaces.MultiDiscrete(NVEC)), n_steps=16, batch_size=16, device="cpu")
+    model.learn(8 * 16, callback=callback())
+    (message,) = [record.message for record in caplog.records if "no gradient step was seen" in record.message]
+    assert "levers" in message
+
+
 @pytest.mark.parametrize("options", [{}, {"before_clipping": False, "global_norm": True}])
 def test_fifty_updates_are_bit_identical_with_and_without_the_callback(options, callback):
     def trained(observed_by) -> PPO:
@@ -300,8 +389,9 @@ def test_the_endpoint_lives_as_long_as_learn_and_a_second_one_starts_anew(callba
     assert len(during) == 2
 
 
-def test_kept_open_it_goes_on_counting_in_a_loop_of_learn(callback):
-    served, model = callback(keep_serving=True), ppo()
+@pytest.mark.parametrize("keep_serving", [True, None])
+def test_in_a_loop_of_learn_it_stays_open_and_goes_on_counting(keep_serving, callback):
+    served, model = callback(keep_serving=keep_serving), ppo()
     for number in (1, 2, 3):
         model.learn(64, callback=served, reset_num_timesteps=False)
         values = scrape(served.url, 2 * number)
@@ -343,7 +433,6 @@ def test_after_ctrl_c_the_same_callback_goes_on_where_it_was(callback):
     assert [values["ppo_gradient_cv_per_step_count"] for values in during] == [4, 8, 12]
     assert [values["ppo_environment_steps_total"] for values in during] == [32, 64, 96]
     assert [values["ppo_episodes_total"] for values in during] == [3, 6, 9]
-    assert served.url is None
 
 
 def test_training_without_the_callback_in_between_is_not_measured(callback):

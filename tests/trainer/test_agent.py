@@ -35,13 +35,24 @@ def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
         tensor.unflatten(0, shape) for tensor in (observations, actions, log_probs, values)
     )
     advantages = torch.from_numpy(rng.normal(50.0, 3.0, size=shape).astype(np.float32)).to(policy.device)
-    noise = torch.from_numpy(rng.normal(scale=0.2, size=shape).astype(np.float32)).to(policy.device)
+    # As if the weights had moved since: ratios and values are inside and outside of their clip ranges.
+    noise, value_noise = torch.from_numpy(rng.normal(size=(2, *shape)).astype(np.float32)).to(policy.device)
     valid = torch.ones(shape, dtype=torch.bool)
     valid[2] = False
     for tensor in (observations, advantages):
         tensor[2] = math.nan
     returns = advantages + values
-    return Rollout(observations, actions, log_probs + noise, values, advantages, returns, valid, SAMPLES, 0)
+    return Rollout(
+        observations,
+        actions,
+        log_probs + 0.2 * noise,
+        values + 0.15 * value_noise,
+        advantages,
+        returns,
+        valid,
+        SAMPLES,
+        0,
+    )
 
 
 def make_agent(policy: ActorCritic, drill: str | None = None, **changes) -> PPOAgent:

@@ -198,6 +198,14 @@ def test_a_strangers_checkpoint_cannot_run_code(cli, checkpoint, tmp_path, comma
     assert not proof.exists()
 
 
+def test_weights_of_another_network_are_refused_by_evaluate(cli, checkpoint):
+    content = torch.load(checkpoint, weights_only=True)
+    content["config"]["hidden_size"] += 1
+    torch.save(content, checkpoint)
+    _, err = cli("evaluate", checkpoint, code=1)
+    assert "its weights do not fit host-growth" in err and "Traceback" not in err
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(checkpoint, trained):
     before = checkpoint.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

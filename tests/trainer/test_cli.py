@@ -256,6 +256,8 @@ def test_a_nan_is_skipped_and_shown_or_stops_the_run_with_the_head_named(tmp_pat
         ),
         (["--env", "Taxi-v4"], "observation space Discrete(500) is not supported; supported is a Box"),
         (["--device", "cudda"], "device 'cudda'"),
+        # Where the environment would live on the device too.
+        (["--device", "cuda:99", "--num-envs", "1024"], "device 'cuda:99'"),
         (["--drill", "dominate:opp:1-2"], "host-growth has no head 'opp'; its heads are slot, blueprint, alpha"),
         (
             "--env CartPole-v1 --vectorization vector_entry_point --rollout-steps 1 --minibatch-size 2".split(),

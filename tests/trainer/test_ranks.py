@@ -157,6 +157,24 @@ def test_ranks_whose_torchrun_was_killed_end_with_a_checkpoint_and_leave_the_tar
     assert len(list((tmp_path / "targets").glob("*.json"))) == 1
 
 
+def test_a_rank_that_stays_silent_is_given_up_after_the_timeout(tmp_path):
+    flags = ("--run-name", "demo", "--total-timesteps", "10000000", "--rank-timeout", "8")
+    output = tmp_path / "log"
+    with output.open("w") as log:
+        job = subprocess.Popen(command(2, tmp_path, *flags), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        silent = None
+        try:
+            wait_until(lambda: re.search(r"^update ", output.read_text(), re.MULTILINE), "an update")
+            silent = ranks_in(tmp_path)[1]
+            os.kill(silent, signal.SIGSTOP)
+            wait_until(lambda: "rank 0 cannot go on without the others" in output.read_text(), "an error", 40)
+        finally:
+            if silent is not None:
+                os.kill(silent, signal.SIGKILL)
+            job.terminate()
+            job.wait(60)
+
+
 def test_environments_that_ranks_cannot_share_evenly_are_refused(tmp_path):
     done = subprocess.run(command(3, tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0

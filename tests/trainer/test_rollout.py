@@ -6,7 +6,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from trainer.environments import training_environment
+from trainer.environments import UnsupportedEnvironment, training_environment
 from trainer.environments.host_growth import HostGrowthVectorEnv
 from trainer.evaluation import play
 from trainer.policy import ActorCritic
@@ -136,6 +136,27 @@ def test_gae_agrees_with_its_definition_as_a_sum_of_discounted_errors():
                 if ends[step, env]:
                     break
             assert advantages[start, env].item() == pytest.approx(total.item())
+
+
+def test_nothing_that_comes_after_an_episode_reaches_into_it():
+    rewards, ends = torch.ones(4, 1), torch.tensor([[False], [True], [False], [False]])
+    rewards[2] = float("nan")
+    advantages = generalized_advantages(rewards, torch.zeros(4, 1), torch.zeros(4, 1), ends, GAMMA, LAMBDA)
+    assert advantages.isnan().flatten().tolist() == [False, False, True, False]
+
+
+def test_a_truncated_episode_without_its_final_observation_is_an_error_that_says_so():
+    class Forgetful(SyncVectorEnv):
+        def step(self, actions):
+            *result, _ = super().step(actions)
+            return *result, {}
+
+    envs = Forgetful([lambda: Corridor(3, True)], autoreset_mode=AutoresetMode.SAME_STEP)
+    policy, generator = ActorCritic(1, {"action": 2}, 16), torch.Generator()
+    environment = training_environment("corridor", envs)
+    options = {"steps": 4, "gamma": GAMMA, "gae_lambda": LAMBDA, "seed": 1, "generator": generator}
+    with pytest.raises(UnsupportedEnvironment, match="final_obs"):
+        RolloutCollector(environment, policy, **options).collect()
 
 
 def test_an_environment_of_tensors_gives_the_rollouts_that_it_gives_in_arrays():

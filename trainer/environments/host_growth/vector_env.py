@@ -210,7 +210,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         self._slots.see()
 
     def _state(self) -> dict[str, Tensor]:
-        """What changes within an episode, in place; views with the environment as their first axis."""
+        """What changes within an episode: the tensors themselves, the environment as their first axis."""
         host, seeds = self._networks.host_adam, self._networks.seeds_adam
         of_seeds = {"seeds": self._networks.seeds, "seed_mean": seeds.mean, "seed_square": seeds.square}
         return {
@@ -278,7 +278,8 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
     def _minibatch(self) -> tuple[Tensor, Tensor]:
         """Points [N, 3, B] and signs [N, B] of this step."""
         start = self._step * _BATCH % TRAINING_POINTS
-        return (tensor[..., start : start + _BATCH] for tensor in self._episodes[:2])
+        points, signs, *_ = self._episodes
+        return points[..., start : start + _BATCH], signs[..., start : start + _BATCH]
 
     def _training_levels(self) -> Tensor:
         slots = self._slots

@@ -1,0 +1,52 @@
+"""What trainers of robots have in common: a Gaussian policy, one head a joint."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from exporter.heads import Rows
+
+
+def joint_heads(
+    count: int, mean: nn.Module, spread: nn.Module | Tensor | None = None, names: Sequence[str] | None = None
+) -> dict[str, list[Rows]]:
+    """One head for each dimension of a continuous action.
+
+    Args:
+        count: dimensions of the action.
+        mean: the layer whose rows are the means, and after them, it may be, as many for each further parameter of
+            the distribution.
+        spread: standard deviations or their logarithms, a parameter [count] or a layer with as many rows. One that all
+            dimensions share belongs to none.
+        names: of the joints, in the action's order; by default `joint_0`, `joint_1`, ...
+
+    Raises:
+        ValueError: `names` has another length or a name twice, or the layer's rows are no multiple of `count`.
+    """
+    names = [f"joint_{i}" for i in range(count)] if names is None else list(names)
+    if len(names) != count or len(set(names)) < count:
+        raise ValueError(f"the action has {count} dimensions, which need as many distinct names; got {names!r}")
+    parts = list(mean.parameters())
+    if any(len(part) % count for part in parts):
+        raise ValueError(f"a layer of {len(parts[0])} rows cannot be shared by {count} dimensions of the action")
+    if isinstance(spread, nn.Module):
+        parts += spread.parameters()
+    elif spread is not None and spread.shape == (count,):
+        parts.append(spread)
+    return {
+        name: [Rows(part, row, row + 1) for part in parts for row in range(index, len(part), count)]
+        for index, name in enumerate(names)
+    }
+
+
+def last_linear(module: nn.Module, rows: Sequence[int]) -> nn.Linear:
+    """The last linear layer of a module that has one of these numbers of rows.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and layer.out_features in rows]
+    if not layers:
+        wanted = " or ".join(map(str, rows))
+        raise ValueError(f"{type(module).__name__} has no linear layer with {wanted} outputs, one for each action")
+    return layers[-1]

@@ -1,0 +1,355 @@
+"""RLlib's new API stack: a config helper whose learners measure their modules and serve them with RLlib's own results.
+
+The measurement and the endpoint are where the gradients are: in the process of the first learner.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import ray
+import torch
+import tree
+from gymnasium import spaces
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
+from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.utils.spaces.space_utils import get_base_struct_from_space
+
+from exporter.heads import Head, Rows
+from exporter.health import Thresholds
+from exporter.monitor import GradientMonitor
+
+# RLlib's results of a module and of the env runners -> our signals.
+_MODULE_RESULTS = {
+    "policy_loss": "policy_loss",
+    "vf_loss": "value_loss",
+    "entropy": "entropy",
+    "mean_kl_loss": "approx_kl",
+    "vf_explained_var": "explained_variance",
+    "default_optimizer_learning_rate": "learning_rate",
+}
+_COEFFICIENTS = {"curr_kl_coeff": "kl_coef", "curr_entropy_coeff": "entropy_coef"}
+_OPTIONS = "gradient_monitor"  # key of `learner_config_dict`
+_ALL_MODULES = "__all_modules__"
+_GOODBYE_SECONDS = 20.0  # a push may take most of it
+_log = logging.getLogger(__name__)
+
+
+def module_heads(module: RLModule) -> dict[str, list[Rows]]:
+    """Action heads of a module with RLlib's default policy head: rows of the last layer of `module.pi`.
+
+    `Discrete` is one head, `MultiDiscrete` one per entry, `Box` one per dimension (its mean and its log standard
+    deviation). Parts of a `Dict` or `Tuple` have their key or place in the name. What has a single choice is left out.
+
+    Args:
+        module: an `RLModule` of torch, also one that is wrapped for several learners.
+
+    Raises:
+        TypeError: an action space of another kind.
+        ValueError: there is no such layer, its rows are not those of the action space, or nothing has two choices.
+    """
+    module = module.unwrapped()
+    layers = [
+        layer for layer in getattr(module, "pi", torch.nn.Module()).modules() if isinstance(layer, torch.nn.Linear)
+    ]
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no `pi` that ends in a linear layer; "
+            "give monitored(heads=...) a function from module to heads"
+        )
+    layer, log_std = layers[-1], getattr(module.pi, "log_std", None)
+    # The rows of each head; those of a Box are all means, then all logarithms of standard deviations.
+    rows: dict[str, list[int]] = {}
+    next_row = 0
+    for path, space in tree.flatten_with_path(get_base_struct_from_space(module.action_space)):
+        name = "_".join(["action", *map(str, path)] if not path or isinstance(path[0], int) else map(str, path))
+        match space:
+            case spaces.Discrete():
+                sizes = {name: int(space.n)}
+            case spaces.MultiDiscrete():
+                sizes = {f"{name}_{i}": int(size) for i, size in enumerate(space.nvec.flat)}
+            case spaces.Box():
+                sizes = {f"{name}_{i}": 1 for i in range(space.shape[0])}
+            case _:
+                raise TypeError(f"no action heads in a {type(space).__name__} action space")
+        for head, size in sizes.items():
+            rows[head] = list(range(next_row, next_row + size))
+            next_row += size
+        if isinstance(space, spaces.Box) and log_std is None:
+            for head in sizes:
+                rows[head].append(next_row)
+                next_row += 1
+    if next_row != layer.out_features:
+        raise ValueError(
+            f"the last layer of `pi` has {layer.out_features} rows, but the action space "
+            f"{module.action_space} makes {next_row}; give monitored(heads=...) a function from module to heads"
+        )
+    is_continuous = isinstance(module.action_space, spaces.Box)
+    single = [head for head, own in rows.items() if len(own) == 1 and not (is_continuous and log_std is not None)]
+    if single:
+        _log.info("left out of the action heads, for they have a single choice: %s", ", ".join(single))
+    heads = {
+        head: [Rows(part, row, row + 1) for part in layer.parameters() for row in own]
+        + ([Rows(log_std, own[0], own[0] + 1)] if log_std is not None else [])
+        for head, own in rows.items()
+        if head not in single
+    }
+    if not heads:
+        raise ValueError(
+            f"nothing to measure: every part of the action space {module.action_space} has a single choice"
+        )
+    return heads
+
+
+class GradientMonitoring(TorchLearner):
+    """Goes before a torch learner, `class Mine(GradientMonitoring, PPOTorchLearner)`; `monitored` does so by itself.
+
+    Measures every module that is trained, on the first learner only, for they all have the same gradients.
+    They are taken after they have been averaged over the learners, and before RLlib clips them and sets NaN to zero.
+
+    Attributes:
+        metrics_url: where `/metrics` is served; None where it is not.
+    """
+
+    metrics_url: str | None = None
+
+    def build(self) -> None:
+        super().build()
+        self._monitors: dict[str, GradientMonitor] = {}
+        self._unpublished: dict[str, float] = {}  # durations of an update that waits for its results
+        self._resting_since = time.perf_counter()
+        for module_id in self.module.keys():
+            self._measure(module_id)
+
+    def _measure(self, module_id: str) -> None:
+        options = dict(self.config.learner_config_dict.get(_OPTIONS, {}))
+        is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if not is_first or not self.should_module_be_updated(module_id):
+            return
+        module = self.module[module_id]
+        heads = (options.pop("heads", None) or module_heads)(module)
+        if heads is None or module_id in self._monitors:
+            return
+        names = options.pop("head_names", None)
+        if names is not None:
+            if len(names) != len(heads):
+                raise ValueError(f"module {module_id} has the heads {', '.join(heads)}, but the names are {names!r}")
+            heads = dict(zip(names, heads.values(), strict=True))
+        environment = _name(self.config.env)
+        seed = self.config.seed
+        suffix = time.strftime("%Y%m%d-%H%M%S") if seed is None else f"seed{seed}"
+        run = options.pop("run", None) or f"{environment}-{suffix}"
+        monitor = GradientMonitor(
+            heads,
+            run if len(self.module.keys()) == 1 else f"{run}-{module_id}",
+            window_steps=None,
+            before_clipping=True,  # which is after averaging, for that is DistributedDataParallel's
+            global_norm=options.pop("global_norm"),
+            thresholds=options.pop("thresholds"),
+            info={
+                "environment": environment,
+                "algorithm": self.config.algo_class.__name__,
+                **({} if seed is None else {"seed": str(seed)}),
+                "module": module_id,
+                "learners": str(self.config.num_learners),
+                "device": str(self.device),
+                "torch_version": torch.__version__,
+                "ray_version": ray.__version__,
+                "exporter_version": version("ppo-gradient-exporter"),
+                **options.pop("info"),
+            },
+        )
+        try:
+            monitor.attach(self._optimizer_of(module_id, heads))
+            self.metrics_url = monitor.serve(**options)
+        except BaseException:
+            monitor.close()
+            raise
+        self._monitors[module_id] = monitor
+        print(f"{monitor.run}: metrics at {self.metrics_url}", flush=True)
+
+    def _optimizer_of(self, module_id: str, heads: Mapping[str, Head]) -> torch.optim.Optimizer:
+        """The optimizer that owns the first head's first parameter."""
+        head = next(iter(heads.values()))
+        first = next(iter(head.parameters() if isinstance(head, torch.nn.Module) else head))
+        first = first.parameter if isinstance(first, Rows) else first
+        for optimizer, parameters in self._optimizer_parameters.items():
+            if any(parameter is first for parameter in parameters):
+                return optimizer
+        raise ValueError(f"no optimizer of this learner steps the heads of module {module_id}")
+
+    def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        self._publish()  # of an update whose results have not come, as when a train() makes several
+        self._update_began_at = time.perf_counter()
+        super().before_gradient_based_update(timesteps=timesteps)
+
+    def after_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
+        super().after_gradient_based_update(timesteps=timesteps)
+        now = time.perf_counter()
+        self._unpublished = {
+            "update_duration_seconds": now - self._update_began_at,
+            "rollout_duration_seconds": self._update_began_at - self._resting_since,
+        }
+        self._resting_since = now
+
+    def record_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Publish the last update with what RLlib says of it.
+
+        Args:
+            results: module -> signals; `__all_modules__` for all of them.
+        """
+        self._publish(results)
+
+    def _publish(self, results: Mapping[str, Mapping[str, Any]] = {}) -> None:
+        durations, self._unpublished = self._unpublished, {}
+        for module_id, monitor in self._monitors.items():
+            values = {**results.get(_ALL_MODULES, {}), **results.get(module_id, {})}
+            if durations:
+                monitor.update_completed(**durations, **values)
+            else:
+                monitor.record(**values)
+
+    def add_module(self, *, module_id: str, **kwargs: Any) -> Any:
+        specification = super().add_module(module_id=module_id, **kwargs)
+        self._measure(module_id)
+        return specification
+
+    def remove_module(self, module_id: str, **kwargs: Any) -> Any:
+        if monitor := self._monitors.pop(module_id, None):
+            monitor.close()
+        return super().remove_module(module_id, **kwargs)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.say_goodbye()
+
+    def say_goodbye(self) -> None:
+        """Publish the last update, and take the runs off the endpoint; harmless when that has been done."""
+        self._publish()
+        while self._monitors:
+            self._monitors.popitem()[1].close()
+        self.metrics_url = None
+
+
+def monitored(
+    config: AlgorithmConfig,
+    run: str | None = None,
+    *,
+    heads: Callable[[RLModule], Mapping[str, Head] | None] | None = None,
+    head_names: Sequence[str] | None = None,
+    global_norm: bool = False,
+    thresholds: Thresholds | Sequence[float] = Thresholds(),
+    info: Mapping[str, str] | None = None,
+    **serve: Any,
+) -> AlgorithmConfig:
+    """Let the learners of `config` measure their gradients and serve them; call it last.
+
+    Args:
+        config: for PPO, APPO or what else has torch learners; changed in place.
+        run: name of the run; of several modules each has its own, followed by the module's id. By default the
+            environment and the seed, or the time without one.
+        heads: action heads of a module, or None for one that is not to be measured; by default `module_heads`.
+        head_names: in the order of `heads`, where that gives other names.
+        global_norm, thresholds: as for `GradientMonitor`.
+        info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
+        serve: as for `GradientMonitor.serve`: `port`, `address`, `targets_dir`, ...
+
+    Returns:
+        `config`.
+
+    Raises:
+        TypeError: it is of the old API stack, or its learner is none of torch.
+        ValueError: `thresholds` are not 0 < warning < critical.
+    """
+    learner_class = config.learner_class if config.enable_rl_module_and_learner else None
+    if learner_class is None or not issubclass(learner_class, TorchLearner):
+        raise TypeError(
+            f"{type(config).__name__} has no torch learner to measure; "
+            "the new API stack with framework='torch' is needed"
+        )
+    if not issubclass(learner_class, GradientMonitoring):
+        learner_class = type(f"Monitored{learner_class.__name__}", (GradientMonitoring, learner_class), {})
+    options = {
+        "run": run,
+        "heads": heads,
+        "head_names": head_names,
+        "global_norm": global_norm,
+        "thresholds": Thresholds.of(thresholds),
+        "info": dict(info or {}),
+        **serve,
+    }
+    config.learners(learner_class=learner_class, learner_config_dict={_OPTIONS: options})
+    return config.callbacks(
+        on_algorithm_init=_with(_before_shutdown, config.callbacks_on_algorithm_init),
+        on_train_result=_with(_send_results, config.callbacks_on_train_result),
+    )
+
+
+def _with(callback: Callable, others: Callable | list[Callable] | None) -> list[Callable]:
+    others = others if isinstance(others, list) else [] if others is None else [others]
+    return [*(other for other in others if other is not callback), callback]
+
+
+def _before_shutdown(*, algorithm: Algorithm, **_: Any) -> None:
+    """Callback `on_algorithm_init`: let learners say goodbye before `algorithm.stop()` ends their processes.
+
+    RLlib has no callback there, and Ray kills what its actors have started, the exporter too, before it asks them.
+    """
+    group = algorithm.learner_group
+    shutdown = group.shutdown
+
+    def goodbye_and_shutdown() -> None:
+        group.shutdown = shutdown  # a second time nobody is there
+        group.foreach_learner(_say_goodbye, timeout_seconds=_GOODBYE_SECONDS)
+        shutdown()
+
+    group.shutdown = goodbye_and_shutdown
+
+
+def _send_results(*, algorithm: Algorithm, result: Mapping[str, Any], **_: Any) -> None:
+    """Callback `on_train_result`: what the learners cannot know, in RLlib's own numbers."""
+    sampled = result.get("env_runners", {})
+    results: dict[str, dict[str, Any]] = {
+        _ALL_MODULES: {
+            signal: float(sampled[key])
+            for key, signal in (
+                ("episode_return_mean", "episode_return_mean"),
+                ("episode_len_mean", "episode_length_mean"),
+            )
+            if key in sampled and sampled[key] == sampled[key]  # NaN: no episode has ended
+        }
+        | {
+            signal: int(sampled[key])
+            for key, signal in (("num_env_steps_sampled", "environment_steps"), ("num_episodes", "episodes"))
+            if key in sampled
+        }
+    }
+    for module_id, values in result.get("learners", {}).items():
+        if module_id != _ALL_MODULES:
+            results[module_id] = {ours: float(values[key]) for key, ours in _MODULE_RESULTS.items() if key in values}
+            results[module_id]["signals"] = {
+                ours: float(values[key]) for key, ours in _COEFFICIENTS.items() if key in values
+            }
+    for module_id, value in sampled.get("module_episode_returns_mean", {}).items():
+        if value == value:
+            results.setdefault(module_id, {})["episode_return_mean"] = float(value)
+    # Nobody waits; calls to a learner are carried out in order.
+    algorithm.learner_group.foreach_learner(_record, timeout_seconds=0.0, results=results)
+
+
+def _say_goodbye(learner: TorchLearner) -> None:
+    if isinstance(learner, GradientMonitoring):
+        learner.say_goodbye()
+
+
+def _record(learner: TorchLearner, results: Mapping[str, Mapping[str, Any]]) -> None:
+    if isinstance(learner, GradientMonitoring):
+        learner.record_results(results)
+
+
+def _name(environment: object) -> str:
+    return environment if isinstance(environment, str) else getattr(environment, "__name__", "rllib")
