@@ -65,7 +65,9 @@ def test_a_file_with_the_lines_of_the_recipe_serves_every_step_of_its_heads(file
     ):
         while process.poll() is None:
             try:
-                scraped = fetch(f"http://127.0.0.1:{port}/metrics")[1]
+                text = fetch(f"http://127.0.0.1:{port}/metrics")[1]
+                if "ppo_head_gradient_norm{" in text:  # not before the first update, nor after the goodbye
+                    scraped = text
             except (OSError, HTTPException):  # not yet there, or just gone
                 pass
             time.sleep(0.01)
