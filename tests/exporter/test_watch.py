@@ -64,6 +64,7 @@ def test_a_port_that_is_taken_ends_no_training_and_a_targets_folder_asks_for_non
         return int(url.split(":")[2].split("/")[0])
 
     with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier listener may linger
         try:
             other.bind(("127.0.0.1", DEFAULT_PORT))
             other.listen()
