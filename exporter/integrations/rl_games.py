@@ -12,7 +12,8 @@ from torch import nn
 
 from exporter.heads import Head, row_heads
 from exporter.integrations.joints import joint_heads
-from exporter.monitor import GradientMonitor, watch
+from exporter.monitor import GradientMonitor
+from exporter.one_call import watch
 
 
 def network_heads(network: nn.Module, names: Sequence[str] | None = None) -> dict[str, Head]:

@@ -11,7 +11,8 @@ from rsl_rl.runners import OnPolicyRunner
 
 from exporter.heads import Rows
 from exporter.integrations.joints import joint_heads, last_linear
-from exporter.monitor import GradientMonitor, watch
+from exporter.monitor import GradientMonitor
+from exporter.one_call import watch
 
 _LOSSES = {"surrogate": "policy_loss", "value": "value_loss", "entropy": "entropy"}
 
@@ -81,20 +82,17 @@ def watch_runner(
 
     def measured_update() -> dict[str, float]:
         nonlocal resting_since
-        began = time.perf_counter()
-        losses = update()
-        ended = time.perf_counter()
-        logger = runner.logger
-        monitor.update_completed(
-            **{ours: losses[key] for key, ours in _LOSSES.items() if key in losses},
-            learning_rate=algorithm.learning_rate,
-            environment_steps=runner.cfg["num_steps_per_env"] * runner.env.num_envs * runner.gpu_world_size,
-            episode_return_mean=statistics.fmean(logger.rewbuffer) if logger.rewbuffer else None,
-            episode_length_mean=statistics.fmean(logger.lenbuffer) if logger.lenbuffer else None,
-            update_duration_seconds=ended - began,
-            rollout_duration_seconds=began - resting_since,
-        )
-        resting_since = ended
+        with monitor.update(rollout_duration_seconds=time.perf_counter() - resting_since):
+            losses = update()
+            logger = runner.logger
+            monitor.record(
+                **{ours: losses[key] for key, ours in _LOSSES.items() if key in losses},
+                learning_rate=algorithm.learning_rate,
+                environment_steps=runner.cfg["num_steps_per_env"] * runner.env.num_envs * runner.gpu_world_size,
+                episode_return_mean=statistics.fmean(logger.rewbuffer) if logger.rewbuffer else None,
+                episode_length_mean=statistics.fmean(logger.lenbuffer) if logger.lenbuffer else None,
+            )
+        resting_since = time.perf_counter()
         return losses
 
     algorithm.update = measured_update

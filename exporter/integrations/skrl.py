@@ -14,7 +14,8 @@ from torch import nn
 from exporter.action_spaces import space_heads
 from exporter.heads import Rows
 from exporter.integrations.joints import last_linear
-from exporter.monitor import GradientMonitor, watch
+from exporter.monitor import GradientMonitor
+from exporter.one_call import watch
 
 # Keys of skrl's tracking data -> our signals.
 _SIGNALS = {
@@ -95,21 +96,18 @@ def watch_agent(
 
     def measured_update(**timing: int) -> None:
         nonlocal resting_since
-        began = time.perf_counter()
-        update(**timing)
-        ended = time.perf_counter()
-        tracked = {key: values for key, values in agent.tracking_data.items() if values}
-        values = {ours: tracked[key][-1] for key, ours in _SIGNALS.items() if key in tracked}
-        if entropy := tracked.get("Loss / Entropy loss"):
-            values["entropy"] = -entropy[-1] / agent.cfg.entropy_loss_scale
-        monitor.update_completed(
-            **values,
-            learning_rate=agent.optimizer.param_groups[0]["lr"],
-            environment_steps=agent.cfg.rollouts * agent.memory.num_envs,
-            update_duration_seconds=ended - began,
-            rollout_duration_seconds=began - resting_since,
-        )
-        resting_since = ended
+        with monitor.update(rollout_duration_seconds=time.perf_counter() - resting_since):
+            update(**timing)
+            tracked = {key: values for key, values in agent.tracking_data.items() if values}
+            values = {ours: tracked[key][-1] for key, ours in _SIGNALS.items() if key in tracked}
+            if entropy := tracked.get("Loss / Entropy loss"):
+                values["entropy"] = -entropy[-1] / agent.cfg.entropy_loss_scale
+            monitor.record(
+                **values,
+                learning_rate=agent.optimizer.param_groups[0]["lr"],
+                environment_steps=agent.cfg.rollouts * agent.memory.num_envs,
+            )
+        resting_since = time.perf_counter()
 
     agent.update = measured_update
     return monitor
