@@ -126,15 +126,6 @@ class PendingGradientSteps:
             for norms, total in zip(block.norms, block.totals)
         ]
 
-    def last(self) -> GradientStep:
-        """The last step.
-
-        Raises:
-            IndexError: there is none.
-        """
-        block = self._steps()[-1]
-        return GradientStep(dict(zip(block.names, block.norms[-1])), block.totals[-1])
-
     def _steps(self) -> list[_Steps]:
         """All steps that count, neighbours of one layout together: usually that is all of them."""
         if self._arrived is None:

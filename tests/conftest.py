@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -262,3 +263,12 @@ def hurried(text: str, speed: int) -> str:
     return re.sub(
         r"(?<![\w.])(\d+)([smhd])(?!\w)", lambda found: f"{int(found[1]) * _MILLISECONDS[found[2]] // speed}ms", text
     )
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The monitor's time, which moves only when the test moves it."""
+    clock = SimpleNamespace(now=1000.0)
+    stand_in = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 1.7e9 + clock.now)
+    monkeypatch.setattr("exporter.monitor.time", stand_in)
+    return clock

@@ -207,7 +207,7 @@ def test_the_norm_of_a_flat_gradient_is_the_global_norm_and_heads_keep_their_own
         flat.grad.normal_()
         global_norm = meter.measure()
         assert global_norm.item() == pytest.approx(flat.grad.norm().item(), rel=1e-6)
-    step = meter.start_collecting().last()
+    step = meter.collect()[-1]
     assert step.global_norm == pytest.approx(flat.grad.norm().item(), rel=1e-6)
     assert step.head_norms["left"] == pytest.approx(reference_norm(net["left"].parameters()), rel=1e-6)
     if rows:

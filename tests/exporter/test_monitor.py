@@ -9,7 +9,6 @@ import threading
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,15 +70,6 @@ def monitor_of(policy: Policy, aggregator: RunAggregator, run: str = "walker-17"
 
 def adam(policy: nn.Module, **options) -> torch.optim.Optimizer:
     return torch.optim.Adam(policy.parameters(), lr=1e-3, **options)
-
-
-@pytest.fixture
-def clock(monkeypatch) -> SimpleNamespace:
-    """The monitor's time, which moves only when the test moves it."""
-    clock = SimpleNamespace(now=1000.0)
-    stand_in = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 1.7e9 + clock.now)
-    monkeypatch.setattr("exporter.monitor.time", stand_in)
-    return clock
 
 
 def quality(aggregator: RunAggregator, run: str = "walker-17"):

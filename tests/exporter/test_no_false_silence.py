@@ -2,7 +2,6 @@
 
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,15 +25,6 @@ def heads() -> nn.ModuleDict:
 @pytest.fixture
 def aggregator() -> RunAggregator:
     return RunAggregator()
-
-
-@pytest.fixture
-def clock(monkeypatch) -> SimpleNamespace:
-    """The monitor's time, which moves only when the test moves it."""
-    clock = SimpleNamespace(now=1000.0)
-    stand_in = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 1.7e9 + clock.now)
-    monkeypatch.setattr("exporter.monitor.time", stand_in)
-    return clock
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:

@@ -1,18 +1,15 @@
 """Every recipe's program as it stands in the documentation, run with the real library and scraped while it trains."""
 
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
-import time
-from http.client import HTTPException
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import fetch, free_ports, wait_until
+from programs import last_scrape
 from prometheus_client.parser import text_string_to_metric_families
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -101,24 +98,7 @@ def test_the_program_trains_to_its_end_and_serves_its_heads(recipe: str, tmp_pat
     program = program_of(recipe, port)
     path = tmp_path / "program.py"
     path.write_text(program)
-    log = tmp_path / "log"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    scraped = ""
-    with (
-        log.open("w") as output,
-        subprocess.Popen(
-            [sys.executable, path], cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT
-        ) as process,
-    ):
-        while process.poll() is None:
-            try:
-                text = fetch(f"http://127.0.0.1:{port}/metrics")[1]
-                if "ppo_head_gradient_norm{" in text:  # not before the first update, nor after the goodbye
-                    scraped = text
-            except (OSError, HTTPException):  # not yet there, or just gone
-                pass
-            time.sleep(0.02)
-    assert process.returncode == 0, log.read_text()
+    scraped = last_scrape([sys.executable, path], tmp_path, port)
     totals, by_head = totals_and_heads(scraped)
     assert len(by_head) >= 2 and all(norm > 0 for norm in by_head.values())
     assert totals["ppo_gradient_cv"] > 0

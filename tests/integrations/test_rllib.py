@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-import gymnasium
+import levers
 import numpy as np
 import pytest
 import torch
@@ -25,31 +25,18 @@ from ray.rllib.env.multi_agent_env import MultiAgentEnv  # noqa: E402
 from exporter.heads import HeadGradientMeter  # noqa: E402
 from exporter.integrations.rllib import module_heads, monitored  # noqa: E402
 
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # learners cannot import it
+for module in (sys.modules[__name__], levers):
+    cloudpickle.register_pickle_by_value(module)  # learners cannot import it
 OBSERVATIONS = spaces.Box(-1.0, 1.0, (4,), np.float32)
 NVEC = (3, 4, 2)
 HEADS = ["action_0", "action_1", "action_2"]
 
 
-class Levers(gymnasium.Env):
-    """Each part of the action pays when it names the largest observation, the first ten times as much; 10 steps."""
+class Levers(levers.Levers):
+    """As RLlib makes environments."""
 
     def __init__(self, config: dict) -> None:
-        self.observation_space, self.action_space = OBSERVATIONS, spaces.MultiDiscrete(NVEC)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        super().reset(seed=seed)
-        self._steps = 0
-        return self._observe(), {}
-
-    def step(self, action):
-        hits = np.atleast_1d(action) == self._observation.argmax()
-        self._steps += 1
-        return self._observe(), float(10 * hits[0] + hits[1:].sum()), self._steps == 10, False, {}
-
-    def _observe(self) -> np.ndarray:
-        self._observation = self.np_random.uniform(-1, 1, 4).astype(np.float32)
-        return self._observation
+        super().__init__(spaces.MultiDiscrete(NVEC))
 
 
 class Three(MultiAgentEnv):

@@ -5,14 +5,12 @@ Nothing of theirs is in this repository: SINGLE_FILES names a folder that has cl
 
 import os
 import re
-import subprocess
 import sys
-import time
-from http.client import HTTPException
 from pathlib import Path
 
 import pytest
-from conftest import fetch, free_ports
+from conftest import free_ports
+from programs import last_scrape
 from prometheus_client.parser import text_string_to_metric_families
 
 from stack.servers import ROOT
@@ -52,26 +50,12 @@ def test_a_file_with_the_lines_of_the_recipe_serves_every_step_of_its_heads(file
     if heads is JOINTS:
         pytest.importorskip("mujoco")
     port = free_ports().prometheus
-    program, log = tmp_path / Path(file).name, tmp_path / "log"
+    program = tmp_path / Path(file).name
     program.write_text(changed(file, (Path(folder) / file).read_text(), port))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     updates = 12
     per_update = int(arguments[arguments.index("--num-steps") + 1]) * (4 if file == "cleanrl/ppo.py" else 1)
     command = [sys.executable, program, *arguments, "--total-timesteps", str(updates * per_update)]
-    scraped = ""
-    with (
-        log.open("w") as output,
-        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT) as process,
-    ):
-        while process.poll() is None:
-            try:
-                text = fetch(f"http://127.0.0.1:{port}/metrics")[1]
-                if "ppo_head_gradient_norm{" in text:  # not before the first update, nor after the goodbye
-                    scraped = text
-            except (OSError, HTTPException):  # not yet there, or just gone
-                pass
-            time.sleep(0.01)
-    assert process.returncode == 0, log.read_text()
+    scraped = last_scrape(command, tmp_path, port, WANDB_MODE="disabled")
     samples = [sample for family in text_string_to_metric_families(scraped) for sample in family.samples]
     values = {sample.name: sample.value for sample in samples}
     norms = {s.labels["head"]: s.value for s in samples if s.name == "ppo_head_gradient_norm"}
