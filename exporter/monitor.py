@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
 from exporter.endpoint import RunEndpoints, SharedEndpoint
+from exporter.goodbye import at_goodbye, is_crash
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import HeadGradientMeter, Heads, named_heads
 from exporter.health import STALLED_SECONDS, Thresholds
-from exporter.link import DEFAULT_ADDRESS, Registry, at_goodbye, is_crash
+from exporter.link import DEFAULT_ADDRESS, Registry
 from exporter.optimizers import has_closure, is_one_of_several, unwrapped
 from exporter.progress import Progress
 from exporter.recording import after_backward, hidden_from_compiler
