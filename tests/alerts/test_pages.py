@@ -87,10 +87,10 @@ def fails_inside(run: Run, scrape: int) -> None:
 
 
 def starts_anew(run: Run, scrape: int) -> bool:
-    """Critical, down for half a minute, without an update for 7 minutes, then critical again."""
+    """Critical, down for half a minute, without an update for 15 minutes, then critical again."""
     if scrape == 9:
         run.start()
-    elif scrape < 9 or scrape > 23:
+    elif scrape < 9 or scrape > 39:
         critical(run, scrape)
     return scrape == 9
 
@@ -161,7 +161,7 @@ def test_people_are_told_what_happens_once_and_nothing_else(start_site):  # noqa
     assert told(site).keys() - early == pages | warnings
     # What a run says before its first update ends no alert.
     (anew,) = (run for run in runs if run.name == "anew")
-    wait_until(lambda: anew.scrapes > 24, "the run has an update again", 30)
+    wait_until(lambda: anew.scrapes > 45, "the run has updates again", 60)
     assert not site.notified("resolved", run="anew")
 
     # Trainers that go down together come together, but for those that a busy machine scrapes late.
