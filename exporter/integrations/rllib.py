@@ -77,16 +77,18 @@ class GradientMonitoring(TorchLearner):
 
     Measures every module that is trained, on the first learner only, for they all have the same gradients.
     They are taken after they have been averaged over the learners, and before RLlib clips them and sets NaN to zero.
-
-    Attributes:
-        metrics_url: where `/metrics` is served; None where it is not.
     """
 
-    metrics_url: str | None = None
+    _monitors: Mapping[str, GradientMonitor] = {}
+
+    @property
+    def metrics_url(self) -> str | None:
+        """Where `/metrics` is served; None where it is not."""
+        return next((monitor.url for monitor in self._monitors.values()), None)
 
     def build(self) -> None:
         super().build()
-        self._monitors: dict[str, GradientMonitor] = {}
+        self._monitors = {}
         self._unpublished: dict[str, float] = {}  # durations of an update that waits for its results
         self._resting_since = time.perf_counter()
         for module_id in self.module.keys():
@@ -132,12 +134,12 @@ class GradientMonitoring(TorchLearner):
         )
         try:
             monitor.attach(self._optimizer_of(module_id, heads))
-            self.metrics_url = monitor.serve(**options)
+            monitor.serve(**options)
         except BaseException:
             monitor.close()
             raise
         self._monitors[module_id] = monitor
-        print(f"{monitor.run}: metrics at {self.metrics_url}", flush=True)
+        print(f"{monitor.run}: metrics at {monitor.url}", flush=True)
 
     def _optimizer_of(self, module_id: str, heads: Mapping[str, Head]) -> torch.optim.Optimizer:
         """The optimizer that owns the first head's first parameter."""
@@ -199,7 +201,6 @@ class GradientMonitoring(TorchLearner):
         self._publish()
         while self._monitors:
             self._monitors.popitem()[1].close()
-        self.metrics_url = None
 
 
 def monitored(

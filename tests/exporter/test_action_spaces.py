@@ -54,7 +54,9 @@ def test_a_joint_has_its_row_of_the_mean_and_its_entry_of_the_log_std(shape, wid
     optimizer = torch.optim.SGD([*actor.parameters(), log_std], lr=0.1)
     aggregator = RunAggregator()
     GradientMonitor(heads, "r", window_steps=1, aggregator=aggregator).attach(optimizer)
-    torch.distributions.Normal(actor(torch.randn(8, 4)), log_std.flatten().exp()).log_prob(torch.ones(8, 3)).sum().backward()
+    torch.distributions.Normal(actor(torch.randn(8, 4)), log_std.flatten().exp()).log_prob(
+        torch.ones(8, 3)
+    ).sum().backward()
     layer = actor[-1]
     expected = {
         name: torch.cat([layer.weight.grad[i], layer.bias.grad[i : i + 1], log_std.grad.flatten()[i : i + 1]])
