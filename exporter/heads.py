@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -40,7 +40,8 @@ def named_heads(heads: Heads) -> dict[str, Head]:
         TypeError: `heads` are neither.
     """
     if hasattr(heads, "items"):
-        return dict(heads.items())
+        # An iterator can be walked once only; a detached monitor may be attached again.
+        return {name: list(head) if isinstance(head, Iterator) else head for name, head in heads.items()}
     if not hasattr(heads, "__iter__") or isinstance(heads, (str, Tensor)):
         raise TypeError(
             f"heads must be a mapping of names to modules, parameters or rows, got {type(heads).__name__}; "

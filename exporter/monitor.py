@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
@@ -129,20 +128,14 @@ class GradientMonitor:
         Raises:
             RuntimeError: the monitor is attached already.
             TypeError: not an optimizer, or a head that is made of something else than parameters.
-            ValueError: the heads cannot be measured (see `HeadGradientMeter`), the
-                optimizer does not own one of their parameters (the message names the
-                head), or another monitor measures a run of this name. One whose optimizer
-                is gone, or this one, gives way, as does any in an interactive session.
+            ValueError: the heads cannot be measured (see `HeadGradientMeter`), the optimizer does not own one of their
+                parameters (the message names the head), or another monitor measures a run of this name. One whose
+                optimizer is gone, or this one, gives way, as does any in an interactive session.
         """
         if self._hooks:
             raise RuntimeError(f"monitor of run {self.run!r} is attached already; detach() it first")
         optimizers = unwrapped(optimizer)
         owned = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
-        # An iterator of parameters can be walked once only; a detached monitor may be attached again.
-        self.heads = {
-            name: list(head) if not isinstance(head, (torch.nn.Module, Tensor)) and hasattr(head, "__iter__") else head
-            for name, head in self.heads.items()
-        }
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
         if self._registration.begin(optimizers, meter.head_names, self._info, self._thresholds):
@@ -181,6 +174,9 @@ class GradientMonitor:
             last_first.callback(self._registration.end, crashed)
             self._endpoints.leave(last_first, crashed)
             self.detach()
+
+    def __deepcopy__(self, memo: object) -> "GradientMonitor":
+        return self  # whoever copies an agent that keeps it has one training still
 
     def __enter__(self) -> "GradientMonitor":
         return self
