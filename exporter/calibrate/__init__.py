@@ -10,7 +10,7 @@ from pathlib import Path
 
 from exporter.calibrate.proposal import CRITICAL_PART, DEFAULT_RATE, LEAST_RUNS, NoThresholds, heads_of, propose
 from exporter.calibrate.report import data_lines, histogram_lines, proposal_lines, write_plot
-from exporter.calibrate.sources import Prometheus, SourceError, runs_of_files
+from exporter.calibrate.sources import RUN_COLUMNS, Prometheus, SourceError, runs_of_files
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -70,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         default=[],
         help="text files of the exporter, OpenMetrics dumps, tables (.csv with columns run, heads, gradient_cv, one "
-        "row an update), each possibly .gz, .xz or .bz2; or folders of them",
+        f"row an update; runs may be named by {', '.join(RUN_COLUMNS[1:])} too), each possibly .gz, .xz or .bz2; or "
+        "folders of them",
     )
     add(
         "--false-alarm-rate",

@@ -1,6 +1,7 @@
 """From healthy runs to thresholds that they, and runs like them, seldom reach."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ DEFAULT_RATE = 0.01
 CRITICAL_PART = 0.1
 """The critical threshold may be reached by this part of the updates that may reach the warning threshold."""
 LEAST_RUNS = 2
+STEP_SHARE = 0.05
+"""The part of single gradient steps that may reach the critical threshold: half of that which makes
+PPOCriticalGradientSteps fire, for a window of its own has more or fewer of them."""
 _DECIMALS = 1000
 
 
@@ -26,10 +30,13 @@ class Proposal:
     Attributes:
         worst: of the warning and of the critical threshold: the largest share (0 to 1) of updates of a run that reach
             the threshold which the other runs give, and the name of that run.
+        steps: share (0 to 1) of single gradient steps that are at or above the critical threshold, at most; None where
+            the runs do not say.
     """
 
     thresholds: Thresholds
     worst: tuple[tuple[float, str], tuple[float, str]]
+    steps: float | None
 
 
 def heads_of(runs: Sequence[HealthyRun], heads: int | None = None) -> tuple[list[HealthyRun], int]:
@@ -57,10 +64,11 @@ def heads_of(runs: Sequence[HealthyRun], heads: int | None = None) -> tuple[list
 
 
 def propose(runs: Sequence[HealthyRun], heads: int, rate: float = DEFAULT_RATE) -> Proposal:
-    """The lowest thresholds that healthy updates reach no more often than they may.
+    """The lowest thresholds that healthy updates and gradient steps reach no more often than they may.
 
     Of n updates the k-th largest CV is exceeded by one more update of the same kind with a probability of k/(n + 1).
     Updates of one run resemble each other more than those of the next one: `Proposal.worst` says how much that is.
+    Single steps spread wider than their mean, the CV of an update, and have an alert of their own: see `STEP_SHARE`.
 
     Args:
         rate: share of updates, 0 to 1, that may reach the warning threshold; a tenth of it may reach the critical one.
@@ -86,16 +94,16 @@ def propose(runs: Sequence[HealthyRun], heads: int, rate: float = DEFAULT_RATE) 
     thresholds, ceiling = _thresholds(runs, rate), gradient_cv_ceiling(heads)
     if thresholds.critical >= ceiling:
         raise NoThresholds(
-            f"healthy updates come up to a CV of {max(max(run.cvs) for run in runs):.3f}, and {heads} heads reach "
-            f"{ceiling:.3f} at most: the CV does not tell these runs from bad ones. Watch other signals of them, "
-            "such as shares and norms of single heads, or allow a higher --false-alarm-rate"
+            f"the critical threshold of these runs would be {thresholds.critical:.3f}, and {heads} heads reach a CV of "
+            f"{ceiling:.3f} at most: the CV does not tell healthy runs of this kind from others. Watch shares and norms "
+            "of single heads, or allow a higher --false-alarm-rate"
         )
     judged = []
     for run in runs:
         by_others = _thresholds([other for other in runs if other is not run], rate)
         judged.append([(share(run.cvs, threshold), run.name) for threshold in vars(by_others).values()])
     worst = tuple(max(each) for each in zip(*judged, strict=True))
-    return Proposal(thresholds, worst)
+    return Proposal(thresholds, worst, _reaching(thresholds.critical, runs))
 
 
 def share(cvs: Sequence[float], threshold: float) -> float:
@@ -109,10 +117,26 @@ def _thresholds(runs: Sequence[HealthyRun], rate: float) -> Thresholds:
     def above(part: float) -> float:
         """With three decimals, just above the largest CV that is to stay below it."""
         reached = max(0, math.floor(part * (len(largest_first) + 1) + 1e-9) - 1)
-        return math.floor(largest_first[reached] * _DECIMALS + 1) / _DECIMALS
+        return math.floor(round(largest_first[reached] * _DECIMALS, 6) + 1) / _DECIMALS
 
     warning, critical = above(rate), above(rate * CRITICAL_PART)
-    return Thresholds(warning, max(critical, warning + 1 / _DECIMALS))
+    above_bound = _steps_above(runs)
+    for_steps = min((bound for bound in above_bound if above_bound[bound] <= STEP_SHARE), default=0.0)
+    return Thresholds(warning, max(critical, for_steps, warning + 1 / _DECIMALS))
+
+
+def _steps_above(runs: Sequence[HealthyRun]) -> dict[float, float]:
+    """Finite bound of a CV -> share of the single gradient steps above it, as far as the runs know."""
+    below = Counter()
+    for run in runs:
+        below.update(run.steps)
+    total = below.pop(math.inf, 0.0)
+    return {bound: 1 - count / total for bound, count in below.items()} if total else {}
+
+
+def _reaching(threshold: float, runs: Sequence[HealthyRun]) -> float | None:
+    """At most this share of the single gradient steps; None where the runs do not know."""
+    return min((part for bound, part in _steps_above(runs).items() if bound <= threshold), default=None)
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:

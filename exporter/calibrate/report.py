@@ -52,6 +52,10 @@ def proposal_lines(cvs: Sequence[float], heads: int, proposal: Proposal) -> Iter
     for name, value in (("usual warning", WARNING_THRESHOLD), ("usual critical", CRITICAL_THRESHOLD)):
         yield f"{name:18} {value:8.3f}   {share(cvs, value):7.2%}"
     yield f"{'ceiling':18} {gradient_cv_ceiling(heads):8.3f}   the largest CV of {heads} heads"
+    if proposal.steps is None:
+        yield "single gradient steps: not known here; they reach critical more often, see PPOCriticalGradientSteps"
+    else:
+        yield f"single gradient steps: at most {proposal.steps:.1%} reach the proposed critical"
     if unreachable := unreachable_critical_warning(heads):
         yield unreachable
     yield ""

@@ -10,6 +10,7 @@ import math
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -22,16 +23,26 @@ from exporter.link import PUSH_JOB
 from exporter.metrics import (
     GRADIENT_CV,
     GRADIENT_CV_CEILING,
+    GRADIENT_CV_PER_STEP,
     GRADIENT_CV_THRESHOLD,
     HEALTH_LABEL,
     LEVEL_LABEL,
     RUN_LABEL,
 )
 
-RUN_COLUMN, HEADS_COLUMN, CV_COLUMN, FAULT_COLUMN = "run", "heads", "gradient_cv", "fault"
+HEADS_COLUMN, CV_COLUMN, FAULT_COLUMN = "heads", "gradient_cv", "fault"
+RUN_COLUMNS = ("run", "task", "environment", FAULT_COLUMN, "seed")
+"""Those of them that a table has tell its runs apart."""
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _SUFFIXES = (".prom", ".txt", ".om", ".csv")
-_BEGINNINGS = tuple(f"{family.name}{{" for family in (GRADIENT_CV, GRADIENT_CV_CEILING, GRADIENT_CV_THRESHOLD))
+_BUCKET, _BOUND_LABEL = f"{GRADIENT_CV_PER_STEP.name}_bucket", "le"
+_QUERIES = {
+    GRADIENT_CV.name: "{}",
+    GRADIENT_CV_CEILING.name: "max_over_time({})",
+    GRADIENT_CV_THRESHOLD.name: "last_over_time({})",
+    _BUCKET: "increase({})",
+}
+_BEGINNINGS = tuple(f"{name}{{" for name in _QUERIES)
 _ANSWER_SECONDS = 120
 
 Sample = tuple[str, Mapping[str, str], float, float]
@@ -50,6 +61,7 @@ class HealthyRun:
         heads: contributing heads, None where the source does not say.
         cvs: finite gradient CV of each update, in the order of time.
         nonfinite: updates whose CV was not finite, which `cvs` leaves out.
+        steps: upper bound of a CV -> gradient steps at or below it, where the source knows single steps.
         judged_by: warning and critical threshold that the run itself had, empty where the source does not say.
     """
 
@@ -57,6 +69,7 @@ class HealthyRun:
     heads: int | None = None
     cvs: list[float] = field(default_factory=list)
     nonfinite: int = 0
+    steps: dict[float, float] = field(default_factory=dict)
     judged_by: tuple[float, ...] = ()
 
     def add(self, cv: float) -> None:
@@ -96,14 +109,9 @@ class Prometheus:
         # A Pushgateway keeps the last update of a run for ever.
         matchers = ", ".join(filter(None, (f'job!="{PUSH_JOB}"', given)))
         span = f"[{max(1, math.ceil(self.end - self.start))}s]"
-        queries = {
-            GRADIENT_CV.name: "{}",
-            GRADIENT_CV_CEILING.name: "max_over_time({})",
-            GRADIENT_CV_THRESHOLD.name: "last_over_time({})",
-        }
         samples = [
             (name, series["metric"], float(at), float(value))
-            for name, query in queries.items()
+            for name, query in _QUERIES.items()
             for series in self._query(query.format(f"{name}{{{matchers}}}{span}"))
             for at, value in series.get("values") or [series["value"]]
         ]
@@ -199,14 +207,16 @@ def _read_table(file: TextIO, path: Path, where: Mapping[str, str], runs: dict[s
     """Add the rows of a table, one an update, to `runs`."""
     rows = csv.DictReader(file)
     columns = rows.fieldnames or ()
-    if missing := [column for column in (RUN_COLUMN, CV_COLUMN, *where) if column not in columns]:
+    of_run = [column for column in RUN_COLUMNS if column in columns]
+    if missing := [column for column in (*(of_run or RUN_COLUMNS[:1]), CV_COLUMN, *where) if column not in columns]:
         raise SourceError(f"{path} has no column {', '.join(missing)}, but {', '.join(columns) or 'nothing'}")
     faults = set()
     for row in rows:
         if any(row[column] != value for column, value in where.items()):
             continue
         faults.add(row.get(FAULT_COLUMN))
-        run = runs.setdefault(row[RUN_COLUMN], HealthyRun(row[RUN_COLUMN]))
+        name = " ".join(row[column] or "" for column in of_run)
+        run = runs.setdefault(name, HealthyRun(name))
         try:
             run.add(float(row[CV_COLUMN] or "nan"))
             if row.get(HEADS_COLUMN):
@@ -225,25 +235,26 @@ def _read_table(file: TextIO, path: Path, where: Mapping[str, str], runs: dict[s
 
 def _runs(samples: Iterable[Sample]) -> list[HealthyRun]:
     """A run for each set of labels; values that follow each other and are equal are one update, scraped again."""
+    runs: dict[Any, HealthyRun] = {}
     cvs: dict[Any, list[tuple[float, float]]] = {}
-    heads: dict[Any, int] = {}
-    thresholds: dict[Any, dict[str, float]] = {}
     for name, labels, at, value in samples:
-        key = frozenset((k, v) for k, v in labels.items() if k not in ("__name__", HEALTH_LABEL, LEVEL_LABEL))
+        own = {k: v for k, v in labels.items() if k not in ("__name__", HEALTH_LABEL, LEVEL_LABEL, _BOUND_LABEL)}
+        run = runs.setdefault(frozenset(own.items()), HealthyRun(own.get(RUN_LABEL, "?")))
         if name == GRADIENT_CV.name:
-            cvs.setdefault(key, []).append((at, value))
+            cvs.setdefault(frozenset(own.items()), []).append((at, value))
         elif name == GRADIENT_CV_CEILING.name and math.isfinite(value):
-            heads[key] = max(heads.get(key, 0), round(value**2))
+            run.heads = max(run.heads or 0, round(value**2))
         elif name == GRADIENT_CV_THRESHOLD.name:
-            thresholds.setdefault(key, {})[labels[LEVEL_LABEL]] = value
-    runs = []
+            run.judged_by = tuple(sorted({*run.judged_by, value}))
+        elif name == _BUCKET:
+            bound = float(labels[_BOUND_LABEL])
+            run.steps[bound] = max(run.steps.get(bound, 0.0), value)
     for key, series in cvs.items():
-        labels = dict(key)
-        names = [labels.pop(RUN_LABEL, "?"), *(labels[name] for name in sorted(labels))]
-        run = HealthyRun(" ".join(names), heads.get(key), judged_by=tuple(sorted(thresholds.get(key, {}).values())))
         updates = [cv for cv, _ in groupby(cv for _, cv in sorted(series, key=lambda sample: sample[0]))]
         for cv in updates[1:] if updates[0] == 0.0 else updates:  # 0 is what a run has before its first update
-            run.add(cv)
-        if run.cvs or run.nonfinite:
-            runs.append(run)
-    return runs
+            runs[key].add(cv)
+    names = Counter(run.name for run in runs.values())
+    for key, run in runs.items():
+        if names[run.name] > 1:
+            run.name = " ".join(value for _, value in sorted(key))
+    return [run for run in runs.values() if run.cvs or run.nonfinite]

@@ -88,6 +88,11 @@ def proposed(output: str) -> tuple[float, float]:
     return float(python[0]), float(python[1])
 
 
+def without_steps(output: str) -> str:
+    """But for single gradient steps, of which a table knows nothing and Prometheus not the first of a run."""
+    return re.sub("single gradient steps: .*", "", output)
+
+
 def write_table(path: Path, runs: dict[str, list], heads: int | str = 3, **columns: str) -> Path:
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     is_new = not path.exists()
@@ -129,7 +134,7 @@ def test_prometheus_text_files_and_table_give_the_same_thresholds(healthy, tmp_p
     for path in sorted((healthy / "files").iterdir()):
         number = int(path.stem[-4:])
         for line in path.read_text().splitlines():
-            if line.startswith(("ppo_gradient_cv{", "ppo_gradient_cv_ceiling{", "ppo_gradient_cv_threshold{")):
+            if line.startswith(("ppo_gradient_cv{", "ppo_gradient_cv_ceiling{", "ppo_gradient_cv_per_step_bucket{")):
                 # Each update is scraped twice.
                 lines += [f"{line} {began + 10 * number + again:.3f}" for again in (0, 5)]
     dump = tmp_path / "dump.om"
@@ -145,14 +150,14 @@ def test_prometheus_text_files_and_table_give_the_same_thresholds(healthy, tmp_p
         [*command, "--range", "2h", "--selector", '{run=~"seed."}'], cwd=ROOT, capture_output=True, text=True
     )
     assert asked.returncode == 0, asked.stderr
-    assert "200 updates" in asked.stdout
+    assert "200 updates" in asked.stdout and "single gradient steps: at most" in asked.stdout
     for source in (healthy / "files", healthy / "table.csv"):
         assert calibrate.main([*RATE, str(source)]) == 0
-        assert capsys.readouterr().out == asked.stdout
+        assert without_steps(capsys.readouterr().out) == without_steps(asked.stdout)
     lines = [line for line in dump.read_text().splitlines() if "other" not in line]
     dump.write_text("\n".join(lines))
     assert calibrate.main([*RATE, str(dump)]) == 0
-    assert capsys.readouterr().out == asked.stdout
+    assert without_steps(capsys.readouterr().out) == without_steps(asked.stdout)
 
     told = failure(capsys, "--prometheus", url, "--selector", '{run="seed9"}')
     assert told.endswith(
@@ -175,6 +180,24 @@ def test_thresholds_are_passed_as_often_as_chosen(tmp_path, capsys):
     assert re.search(r"^proposed warning +0\.991 +0\.90%; 1\.00% \(b\)$", output, re.MULTILINE)
     assert re.search(r"^usual warning +0\.500 +50\.00%$", output, re.MULTILINE)
     assert re.search(r"^ +0\.950 +50 #+ <- warning 0\.991$", output, re.MULTILINE)
+
+
+def test_single_gradient_steps_do_not_reach_critical_as_often_as_their_alert_allows(tmp_path, capsys):
+    (allowed,) = re.findall(r"ratio_increase5m >= ([\d.]+)\n.*?for: 2m", (ROOT / "alerts/ppo.rules.yml").read_text())
+    lines = []
+    for run in "ab":
+        lines += [f'ppo_gradient_cv_ceiling{{run="{run}"}} 2.6457513']
+        lines += [f'ppo_gradient_cv{{run="{run}"}} 0.{300 + number} {number}' for number in range(100)]
+        # Of 1,000 steps 80 are above 0.5 and 20 above 0.6.
+        for bound, count in {"0.4": 900, "0.5": 920, "0.6": 980, "+Inf": 1000}.items():
+            lines += [f'ppo_gradient_cv_per_step_bucket{{le="{bound}",run="{run}"}} {count}']
+    dump = tmp_path / "dump.om"
+    dump.write_text("\n".join(lines))
+    assert calibrate.main([*RATE, str(dump)]) == 0
+    output = capsys.readouterr().out
+    assert proposed(output) == (0.396, 0.6)  # of updates alone 0.4
+    (share,) = re.findall(r"single gradient steps: at most (.+)% reach the proposed critical", output)
+    assert float(share) == 2.0 <= 100 * float(allowed) / 2
 
 
 def test_a_run_unlike_the_others_is_named(tmp_path, capsys):
@@ -205,7 +228,9 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(tmp_path, capsys):
 
 def test_no_critical_threshold_at_or_above_the_ceiling(tmp_path, capsys):
     path = write_table(tmp_path / "t.csv", {run: [0.3] * 1000 + [1.4142] * 200 for run in "ab"}, heads=2)
-    assert failure(capsys, path).startswith("healthy updates come up to a CV of 1.414, and 2 heads reach 1.414 at most")
+    assert failure(capsys, path).startswith(
+        "the critical threshold of these runs would be 1.416, and 2 heads reach a CV of 1.414 at most: "
+    )
 
 
 def test_runs_of_different_numbers_of_heads_are_not_mixed(tmp_path, capsys):
@@ -222,13 +247,18 @@ def test_runs_of_different_numbers_of_heads_are_not_mixed(tmp_path, capsys):
 
 
 def test_rows_with_a_fault_are_left_out_only_when_somebody_says_so(tmp_path, capsys):
-    path = tmp_path / "t.csv"
-    write_table(path, {"a": [0.3] * 100, "b": [0.3] * 100}, fault="none")
-    path.write_text(path.read_text() + "".join("c,3,1.5,sign_error\r\n" for _ in range(100)))
-    assert failure(capsys, *RATE, path).endswith("--where fault=VALUE with one of none, sign_error")
+    path, lines = tmp_path / "t.csv", ["task,fault,seed,heads,update,gradient_cv"]
+    for seed in (1, 2):
+        lines += [
+            f"drone,{fault},{seed},3,{n},{cv}" for n in range(100) for fault, cv in (("none", 0.3), ("sign", 1.5))
+        ]
+    path.write_text("\n".join(lines))
+    assert failure(capsys, *RATE, path).endswith("--where fault=VALUE with one of none, sign")
     assert calibrate.main([*RATE, "--where", "fault=none", str(path)]) == 0
     assert "2 runs of 3 heads, 200 updates" in capsys.readouterr().out
-    assert failure(capsys, "--where", "env=x", path) == f"{path} has no column env, but run, heads, gradient_cv, fault"
+    assert failure(capsys, "--where", "env=x", path).startswith(
+        f"{path} has no column env, but task, fault, seed, heads"
+    )
 
 
 @pytest.mark.parametrize(
