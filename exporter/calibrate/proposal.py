@@ -95,8 +95,8 @@ def propose(runs: Sequence[HealthyRun], heads: int, rate: float = DEFAULT_RATE) 
     if thresholds.critical >= ceiling:
         raise NoThresholds(
             f"the critical threshold of these runs would be {thresholds.critical:.3f}, and {heads} heads reach a CV of "
-            f"{ceiling:.3f} at most: the CV does not tell healthy runs of this kind from others. Watch shares and norms "
-            "of single heads, or allow a higher --false-alarm-rate"
+            f"{ceiling:.3f} at most: the CV does not tell healthy runs of this kind from others. Watch the shares and "
+            "norms of heads, or allow a higher --false-alarm-rate"
         )
     judged = []
     for run in runs:

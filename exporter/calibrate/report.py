@@ -44,13 +44,15 @@ def histogram_lines(cvs: Sequence[float], marks: dict[str, float]) -> Iterator[s
 def proposal_lines(cvs: Sequence[float], heads: int, proposal: Proposal) -> Iterator[str]:
     """The thresholds beside the usual ones and the ceiling, then the lines to paste."""
     warning, critical = vars(proposal.thresholds).values()
-    yield f"{'':18}       CV   healthy updates that reach it; worst run, by thresholds of the others"
-    for name, value, (worst, run) in zip(
-        ("proposed warning", "proposed critical"), (warning, critical), proposal.worst, strict=True
+    yield f"{'':18} {'CV':>8}   healthy updates that reach it; in the worst run, by thresholds of the others"
+    for name, value, worst in (
+        ("proposed warning", warning, proposal.worst[0]),
+        ("proposed critical", critical, proposal.worst[1]),
+        ("usual warning", WARNING_THRESHOLD, None),
+        ("usual critical", CRITICAL_THRESHOLD, None),
     ):
-        yield f"{name:18} {value:8.3f}   {share(cvs, value):7.2%}; {worst:.2%} ({run})"
-    for name, value in (("usual warning", WARNING_THRESHOLD), ("usual critical", CRITICAL_THRESHOLD)):
-        yield f"{name:18} {value:8.3f}   {share(cvs, value):7.2%}"
+        in_worst = f"; {worst[0]:.2%} ({worst[1]})" if worst and worst[0] else ""
+        yield f"{name:18} {value:8.3f}   {share(cvs, value):7.2%}{in_worst}"
     yield f"{'ceiling':18} {gradient_cv_ceiling(heads):8.3f}   the largest CV of {heads} heads"
     if proposal.steps is None:
         yield "single gradient steps: not known here; they reach critical more often, see PPOCriticalGradientSteps"
