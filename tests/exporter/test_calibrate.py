@@ -129,6 +129,7 @@ def test_three_heads_calibrated_on_healthy_runs_are_told_of_a_fault_that_two_cou
     assert levels == {2.0: HealthLevel.WARNING, thresholds[1]: HealthLevel.CRITICAL}
 
 
+@pytest.mark.processes
 def test_prometheus_text_files_and_table_give_the_same_thresholds(healthy, tmp_path, servers, start_prometheus, capsys):
     began, lines = time.time() - 3600, []
     for path in sorted((healthy / "files").iterdir()):
@@ -138,7 +139,8 @@ def test_prometheus_text_files_and_table_give_the_same_thresholds(healthy, tmp_p
                 # Each update is scraped twice.
                 lines += [f"{line} {began + 10 * number + again:.3f}" for again in (0, 5)]
     dump = tmp_path / "dump.om"
-    dump.write_text("\n".join([*lines, 'ppo_gradient_cv{health="critical",run="other"} 1.7 %.3f' % began, "# EOF\n"]))
+    other = f'ppo_gradient_cv{{health="critical",run="other"}} 1.7 {began:.3f}'
+    dump.write_text("\n".join([*lines, other, "# EOF\n"]))
     command = [servers.promtool, "tsdb", "create-blocks-from", "openmetrics", dump, tmp_path / "prometheus"]
     subprocess.run(command, check=True, capture_output=True)
     port = free_ports().prometheus
