@@ -17,14 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exporter.link import (
-    DEFAULT_ADDRESS,
-    DEFAULT_MAX_REQUESTS,
-    DEFAULT_PORT,
-    PROTOCOL_VERSION,
-    WebConfigError,
-    host_and_port,
-)
+from exporter.child import PROTOCOL_VERSION, WebConfigError, host_and_port
+from exporter.link import DEFAULT_ADDRESS, DEFAULT_MAX_REQUESTS, DEFAULT_PORT
 from exporter.serving.access import Access
 from exporter.serving.application import Application
 from exporter.serving.deliveries import Deliveries
