@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
 from exporter.endpoint import RunEndpoints
+from exporter.goodbye import is_crash
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import HeadGradientMeter, Heads, named_heads
 from exporter.health import STALLED_SECONDS, Thresholds
-from exporter.link import DEFAULT_ADDRESS, Registry, is_crash
+from exporter.link import DEFAULT_ADDRESS, Registry
 from exporter.optimizers import has_closure, is_one_of_several, unaveraged_warning, unwrapped
 from exporter.progress import Progress
 from exporter.recording import after_backward, hidden_from_compiler

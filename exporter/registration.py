@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
 from exporter.endpoint import SharedEndpoint
+from exporter.goodbye import at_goodbye
 from exporter.health import Thresholds
-from exporter.link import at_goodbye
 
 # Monitors of one process share it unless they are given another: one endpoint for all of them.
 _process_aggregator = RunAggregator()

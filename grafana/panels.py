@@ -165,7 +165,7 @@ def bars(*panel: Any, names: str, **more: Any) -> dict:
 
 
 def level_timeline(*panel: Any) -> dict:
-    """When a run was at which level; expects numbers of `LEVELS`. Needs no legend: the level now has word and colour too."""
+    """When a run was at which level; expects numbers of `LEVELS`. No legend: *Level now* has it."""
     options = dict(
         showValue="never",
         rowHeight=0.9,
