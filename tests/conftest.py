@@ -19,13 +19,16 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 
+import trainer.__main__
 from stack import configuration
 from stack.configuration import Ports
 from stack.processes import ChildProcess
 from stack.servers import ROOT, Servers, ServersMissing, package_root, provide
 
-# In the background of a shell SIGINT is ignored, which trainers would inherit; a handler they do not inherit.
+# In the background of a shell SIGINT is ignored, under nohup SIGHUP. Trainers would inherit that, but no handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 Result = TypeVar("Result")
 _MILLISECONDS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -263,6 +266,21 @@ def hurried(text: str, speed: int) -> str:
     return re.sub(
         r"(?<![\w.])(\d+)([smhd])(?!\w)", lambda found: f"{int(found[1]) * _MILLISECONDS[found[2]] // speed}ms", text
     )
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
+    """Runs `python -m trainer ...` to its end, in this process, which has torch already; output and errors."""
+
+    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, arguments)])
+        capsys.readouterr()
+        exit_code = trainer.__main__.main()
+        out, err = capsys.readouterr()
+        assert exit_code == code, (out, err)
+        return out, err
+
+    return run
 
 
 @pytest.fixture
