@@ -1,4 +1,7 @@
-"""`python -m exporter`: the exporter process. A training process starts it and hands it snapshots on standard input."""
+"""`python -m exporter`: the exporter process. A training process starts it and hands it snapshots on standard input.
+
+`python -m exporter calibrate` is for people: exporter/calibrate.
+"""
 
 import argparse
 import contextlib
@@ -33,6 +36,10 @@ _log = logging.getLogger("exporter")
 
 def main() -> int:
     """Serve until the training process says goodbye or has gone. Returns the exit code."""
+    if sys.argv[1:2] == ["calibrate"]:
+        from exporter import calibrate
+
+        return calibrate.main(sys.argv[2:])
     parent = os.getppid()
     parser = _parser()
     arguments = parser.parse_args()
@@ -70,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m exporter",
         description="Serve the metrics of a training process, which starts this program and ends it.",
+        epilog="`python -m exporter calibrate --help`: thresholds from healthy runs, for which nothing has to train.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
