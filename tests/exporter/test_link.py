@@ -22,8 +22,8 @@ from endpoint import UPDATE, trained_aggregator
 from runs import exporter_process, names
 
 from exporter import GradientMonitor, MetricsServer, RunAggregator, emit_ppo_update
+from exporter.child import PROTOCOL_VERSION, WebConfigError
 from exporter.health import STALLED_SECONDS
-from exporter.link import PROTOCOL_VERSION, WebConfigError
 from stack.servers import ROOT
 
 # Trains no more; its last update was some seconds ago.

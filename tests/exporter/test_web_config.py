@@ -18,7 +18,7 @@ from conftest import free_ports, wait_until
 from endpoint import Answer, ask, client_context, exporters, hold, make_certificate, trained_aggregator
 
 from exporter import MetricsServer
-from exporter.link import WebConfigError
+from exporter.child import WebConfigError
 from exporter.serving.web_config import WebConfigFile
 
 ALICE = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
