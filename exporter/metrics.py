@@ -65,7 +65,7 @@ class MetricFamily:
             return [((label,), value) for label, value in value.items()]
         return [] if value is None else [((), value)]
 
-    def collect(self, runs: Iterable, process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
+    def collect(self, runs: Iterable[Any], process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
         """The family with the samples of all `runs` (or collections), each with the labels of this process.
 
         Values become floats here, so that none that a float cannot hold fails the rendering of all of them.

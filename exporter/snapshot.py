@@ -181,9 +181,9 @@ class RunSnapshot:
         own = self.gradient_quality
         # What an earlier version has not kept; the times are of this process anyway.
         times = dict.fromkeys(("level_since_timestamp_seconds", "update_interval_seconds"))
-        no_signals = dict.fromkeys(HEAD_SIGNALS, {})
-        quality = {**no_signals, **state["gradient_quality"], "thresholds": _plain(own.thresholds)}
-        earlier = RunSnapshot.from_plain({"other_signals": {}, **state, **times, "gradient_quality": quality})
+        no_signals: dict[str, dict[str, float]] = dict.fromkeys(HEAD_SIGNALS, {})
+        gradient_quality = {**no_signals, **state["gradient_quality"], "thresholds": _plain(own.thresholds)}
+        earlier = RunSnapshot.from_plain({"other_signals": {}, **state, **times, "gradient_quality": gradient_quality})
         quality = earlier.gradient_quality
         return replace(
             earlier,
@@ -234,7 +234,7 @@ def _plain(value: Any) -> Any:
 def _from_plain(kind: Any, value: Any) -> Any:
     """What `_plain` made of a value of the type `kind`, as that again."""
     arguments = get_args(kind)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return kind(**{name: _from_plain(hint, value[name]) for name, hint in _hints(kind).items()})
     if NoneType in arguments:
         return None if value is None else _from_plain(arguments[0], value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from exporter.gradient_cv import gradient_cv
 
@@ -331,7 +331,7 @@ class PPOUpdateHandler(Protocol):
 
 
 def emit_ppo_update(
-    metrics: Mapping[str, object], *, run: str, handler: PPOUpdateHandler, **progress: object
+    metrics: Mapping[str, Any], *, run: str, handler: PPOUpdateHandler, **progress: Any
 ) -> PPOUpdatePayload:
     """Hand one update to `handler` as a validated payload.
 
