@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from exporter.health import Thresholds
 from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
-from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload, require_label_value, require_timestamp
+from exporter.telemetry import HEAD_SIGNALS, TRAINING_SIGNALS, PPOUpdatePayload, require_label_value, require_timestamp
 
 _INTERVAL_DECAY = 0.9
 """What an update leaves of the longest interval before it: after seven shorter ones about half counts."""
@@ -203,6 +203,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload, interval_secon
             cv_per_step=quality.cv_per_step.observe(payload.gradient_cv_per_step),
             nonfinite_steps=_added(quality.nonfinite_steps, payload.nonfinite_gradient_steps),
             skipped_steps=quality.skipped_steps + payload.skipped_gradient_steps,
+            **{name: getattr(payload, name) for name in HEAD_SIGNALS},
         ),
         recent_gradient_cvs=(*before.recent_gradient_cvs, payload.gradient_cv)[-HISTORY_UPDATES:],
         updates=before.updates + 1,

@@ -141,6 +141,32 @@ HEAD_GRADIENT_SHARE = _gauge(
     lambda run: run.gradient_quality.head_shares,
     (HEAD_LABEL,),
 )
+HEAD_ENTROPY_RATIO = _gauge(
+    "ppo_head_entropy_ratio",
+    "Mean entropy of the head in the last update to the logarithm of its number of choices, 0 (always the same choice) "
+    "to 1 (all alike); discrete heads only.",
+    lambda run: run.gradient_quality.head_entropy_ratios,
+    (HEAD_LABEL,),
+)
+HEAD_APPROX_KL = _gauge(
+    "ppo_head_approx_kl",
+    "Approximate KL divergence between the head's policies before and during the last update, in nats.",
+    lambda run: run.gradient_quality.head_approx_kls,
+    (HEAD_LABEL,),
+)
+HEAD_CLIP_FRACTION = _gauge(
+    "ppo_head_clip_fraction",
+    "Fraction of samples in the last update for which the ratio of the head's own probabilities was outside the clip "
+    "range, 0 to 1.",
+    lambda run: run.gradient_quality.head_clip_fractions,
+    (HEAD_LABEL,),
+)
+HEAD_UPDATE_RATIO = _gauge(
+    "ppo_head_update_ratio",
+    "L2 norm of what the last update changed in the head's weights, to their norm before it.",
+    lambda run: run.gradient_quality.head_update_ratios,
+    (HEAD_LABEL,),
+)
 NONFINITE_GRADIENTS = _counter(
     "ppo_nonfinite_gradients_total",
     "Gradient steps in which the head's gradient norm was NaN or infinite.",
@@ -254,6 +280,10 @@ METRIC_FAMILIES = (
     GRADIENT_CV_PER_STEP,
     HEAD_GRADIENT_NORM,
     HEAD_GRADIENT_SHARE,
+    HEAD_ENTROPY_RATIO,
+    HEAD_APPROX_KL,
+    HEAD_CLIP_FRACTION,
+    HEAD_UPDATE_RATIO,
     NONFINITE_GRADIENTS,
     SKIPPED_GRADIENT_STEPS,
     GRADIENT_NORM,
