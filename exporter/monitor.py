@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
@@ -29,8 +28,8 @@ DEFAULT_WINDOW_STEPS = 64
 WINDOW_SECONDS = 30.0
 """A window of `window_steps` also ends at the first gradient step after this time."""
 _CHECK_SECONDS = 0.1
-"""A gradient that is not finite is said so soon, or at its step if that takes longer; on a device, where that costs
-some kernels, after the time below."""
+"""The first gradient that is not finite is said at once, and how many there are so often within a window; on a device,
+for which nobody waits, all after the time below."""
 _DEVICE_CHECK_SECONDS = 1.0
 _IDLE_UPDATES = 3
 _MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
@@ -54,7 +53,7 @@ class GradientMonitor:
     in one head is in all of them: `before_clipping` tells which head it was.
 
     Args:
-        heads: head name -> module, parameters, or `Rows` of a layer that heads share; or a list of them. See also
+        heads: head name -> modules, parameters, or `Rows` of a layer that heads share; or a list of them. See also
             `heads_from`, `space_heads` and `row_heads`.
         run: name of the run, its label on `/metrics`.
         window_steps: gradient steps that make a window, or fewer where they take longer
@@ -130,20 +129,14 @@ class GradientMonitor:
         Raises:
             RuntimeError: the monitor is attached already.
             TypeError: not an optimizer, or a head that is made of something else than parameters.
-            ValueError: the heads cannot be measured (see `HeadGradientMeter`), the
-                optimizer does not own one of their parameters (the message names the
-                head), or another monitor measures a run of this name. One whose optimizer
-                is gone, or this one, gives way, as does any in an interactive session.
+            ValueError: the heads cannot be measured (see `HeadGradientMeter`), the optimizer does not own one of their
+                parameters (the message names the head), or another monitor measures a run of this name. One whose
+                optimizer is gone, or this one, gives way, as does any in an interactive session.
         """
         if self._hooks:
             raise RuntimeError(f"monitor of run {self.run!r} is attached already; detach() it first")
         optimizers = unwrapped(optimizer)
         owned = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
-        # An iterator of parameters can be walked once only; a detached monitor may be attached again.
-        self.heads = {
-            name: list(head) if not isinstance(head, (torch.nn.Module, Tensor)) and hasattr(head, "__iter__") else head
-            for name, head in self.heads.items()
-        }
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
         if self._registration.begin(optimizers, meter.head_names, self._info, self._thresholds):
@@ -182,6 +175,9 @@ class GradientMonitor:
             last_first.callback(self._registration.end, crashed)
             self._endpoints.leave(last_first, crashed)
             self.detach()
+
+    def __deepcopy__(self, memo: object) -> "GradientMonitor":
+        return self  # whoever copies an agent that keeps it has one training still
 
     def __enter__(self) -> "GradientMonitor":
         return self
@@ -347,12 +343,15 @@ class GradientMonitor:
             with self._lock:
                 if self._meter is not None:
                     # What a GradScaler gives up has overflowed, and is no step.
-                    if self._meter.take_early(may_give_up=self._grad_scaler is None):
-                        self._step_recorded()
+                    may_give_up = self._grad_scaler is None
+                    if self._meter.take_early(may_give_up=may_give_up):
+                        self._step_recorded(was_given_up=True)
+                    if may_give_up and self._meter.is_finite() is False:
+                        self._reporter.foresee(self._meter.early)
         except Exception as error:
             self._reporter.failed(error)
 
-    def _step_recorded(self) -> None:
+    def _step_recorded(self, was_given_up: bool = False) -> None:
         recorded = self._meter.recorded
         if not recorded:
             return
@@ -363,10 +362,10 @@ class GradientMonitor:
         is_long = self._window_steps is not None and now - self._window_began_at >= WINDOW_SECONDS
         if is_long or recorded >= (self._window_steps or _MOST_WINDOW_STEPS):
             return self._close_window()
-        if now >= self._check_at:
-            self._check_at = now + (_CHECK_SECONDS if self._meter.parameters[0].is_cpu else _DEVICE_CHECK_SECONDS)
-            if (pending := self._meter.unchecked()) is not None:
-                self._reporter.hand_over(pending)
+        is_finite = self._meter.is_finite()
+        if now >= self._check_at and (was_given_up or not is_finite):
+            self._check_at = now + (_DEVICE_CHECK_SECONDS if is_finite is None else _CHECK_SECONDS)
+            self._reporter.hand_over(self._meter.unchecked())
         if now - self._alive_at >= WINDOW_SECONDS:
             self._alive_at = now
             self._aggregator.note_progress(self.run, time.time())

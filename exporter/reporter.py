@@ -79,6 +79,13 @@ class RunReporter:
             self._publisher.start()
         self._arriving.put((pending, progress, trainable_heads))
 
+    def foresee(self, step: Callable[[], PendingGradientSteps]) -> None:
+        """Say that gradients are not finite before their step, which may never come; counted they are with it."""
+        if not self._is_nonfinite and (pending := step()).nonfinite_steps:
+            self._aggregator.note_nonfinite(self._run, {}, time.time())
+            self._say_nonfinite(pending)
+            self._tell_level()
+
     def wait(self) -> None:
         """Until all is published that was handed over."""
         publisher, self._publisher = self._publisher, None

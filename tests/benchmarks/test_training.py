@@ -29,6 +29,7 @@ def benchmark(tmp_path: Path):
     return run
 
 
+@pytest.mark.soak
 def test_throughput_compares_trainers_and_cleans_up_after_them(benchmark):
     pytest.importorskip("torchrl")
     trainers = ("--trainers", "ours", "sb3", "torchrl_ppo")
@@ -41,6 +42,7 @@ def test_throughput_compares_trainers_and_cleans_up_after_them(benchmark):
         assert start in done.stdout
 
 
+@pytest.mark.soak
 def test_runs_that_were_kept_are_not_trained_again(benchmark, tmp_path):
     command = (
         "learning",

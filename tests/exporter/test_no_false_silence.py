@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 from torch import nn
 from torch.func import functional_call, grad
 
 from exporter import GradientMonitor, HealthLevel, RunAggregator
 from exporter.health import STALLED_SECONDS
+from exporter.metrics import build_registry
 from exporter.serving.state import State
 from exporter.serving.status import StatusPage
 
@@ -43,6 +45,13 @@ def run_of(aggregator: RunAggregator):
 
 def steps(aggregator: RunAggregator) -> int:
     return sum(run_of(aggregator).gradient_quality.steps_by_level.values())
+
+
+def page(aggregator: RunAggregator) -> str:
+    """The status page."""
+    state = State({})
+    state.take(aggregator.snapshot.plain(), {})
+    return StatusPage(state).answer()[2].decode()
 
 
 @pytest.mark.parametrize("width", [4, 6000])
@@ -86,17 +95,12 @@ def test_a_trunk_that_is_not_finite_is_said_where_it_is_measured(heads, aggregat
 
 
 def test_a_run_before_its_first_window_is_not_shown_as_stable(heads, aggregator):
-    def page() -> str:
-        state = State({})
-        state.take(aggregator.snapshot.plain(), {})
-        return StatusPage(state).answer()[2].decode()
-
     optimizer = sgd(heads)
     GradientMonitor(heads, "r", window_steps=None, before_clipping=True, aggregator=aggregator).attach(optimizer)
-    assert "No update yet" in page() and ">CV:0.000 stable<" not in page()
+    assert "No update yet" in page(aggregator) and ">CV:0.000 stable<" not in page(aggregator)
     backward(heads, bad="left")
     optimizer.step()
-    assert ">CV:inf BAD<" in page() and "No update yet</" not in page().split("<figure>")[0]
+    assert ">CV:inf BAD<" in page(aggregator) and "No update yet</" not in page(aggregator).split("<figure>")[0]
 
 
 def repairing(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
@@ -108,6 +112,55 @@ def repairing(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
 def skipping(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
     if torch.isfinite(nn.utils.clip_grad_norm_(heads.parameters(), 0.5)):
         optimizer.step()
+
+
+def stopping(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    """Takes no step, and it may be long until its next backward pass."""
+
+
+@pytest.mark.parametrize("width", [4, 6000])
+@pytest.mark.parametrize(("step", "counted"), [(repairing, 1), (skipping, 0), (stopping, 0)])
+def test_the_first_one_is_said_at_once_everywhere_whatever_the_trainer_does_with_it(
+    aggregator, caplog, step, counted, width
+):
+    heads = nn.ModuleDict({name: nn.Linear(4, width) for name in HEADS})
+    optimizer, levels = sgd(heads), []
+    monitor = GradientMonitor(
+        *(heads, "r"),
+        window_steps=None,
+        before_clipping=True,
+        on_level=lambda level, run: levels.append(level),
+        aggregator=aggregator,
+    ).attach(optimizer)
+    for number in range(1, 8):
+        backward(heads, bad="middle" if number == 7 else None)
+        if number < 7:
+            optimizer.step()
+    assert caplog.text.count("the gradient of head middle is NaN or infinite at gradient step 7") == 1
+    assert levels == [HealthLevel.CRITICAL] and ">CV:inf BAD<" in page(aggregator)
+    step(heads, optimizer)
+    served = generate_latest(build_registry(aggregator)).decode()
+    assert 'ppo_gradient_cv{health="critical",run="r"} +Inf' in served
+    assert f'ppo_nonfinite_gradients_total{{head="middle",run="r"}} {counted}.0' in served
+    # A step that was skipped is known as such when the next one comes.
+    for _ in range(2):
+        backward(heads)
+        optimizer.step()
+    assert run_of(aggregator).gradient_quality.nonfinite_steps == {"left": 0, "middle": 1, "right": 0}
+    monitor.update_completed()
+    assert run_of(aggregator).gradient_quality.nonfinite_steps == {"left": 0, "middle": 1, "right": 0}
+    assert run_of(aggregator).gradient_quality.skipped_steps == 1 - counted
+    assert caplog.text.count("NaN or infinite") == 1
+
+
+def test_an_overflow_that_the_scaler_gives_up_is_not_said(heads, aggregator, caplog):
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), sgd(heads)
+    GradientMonitor(heads, "r", before_clipping=True, grad_scaler=scaler, aggregator=aggregator).attach(optimizer)
+    scaler.scale(heads["left"](torch.full((8, 4), 1e38)).mean() * 1e38).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert "NaN or infinite" not in caplog.text
+    assert run_of(aggregator).gradient_quality.health is HealthLevel.HEALTHY
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])

@@ -110,7 +110,7 @@ def serve(configure: Callable[[str], Path]) -> Iterator[Callable[..., MetricsSer
         ("http_server_config:\n  headers:\n    X-Other: a\n", ": http_server_config.headers.X-Other: unknown key"),
         ('http_server_config: {headers: {X-XSS-Protection: "a\\r\\nB: c"}}\n', "X-XSS-Protection: must be a header's"),
         ("basic_auth_users:\n  alice: secret\n", ": basic_auth_users.alice: must be a bcrypt hash"),
-        (f"basic_auth_users:\n  a: {ALICE.replace('2b', '2')}\n", ": basic_auth_users.a: must be a bcrypt hash"),
+        ("basic_auth_users:\n  a: $2$04$" + "." * 53 + "\n", ": basic_auth_users.a: must be a bcrypt hash"),
         ("basic_auth_users:\n  a:\n", ": basic_auth_users.a: must be a bcrypt hash"),
         ("basic_auth_users: [a]\n", ": basic_auth_users: must be `key: value` lines"),
         ("rate_limit:\n  interval: 1s\n", ": rate_limit.burst: must be a whole number of at least 1"),

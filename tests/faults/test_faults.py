@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Observability, fetch, free_ports, wait_until
+from conftest import GENTLY, Observability, fetch, free_ports, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from stack.servers import ROOT, Servers
@@ -52,7 +52,7 @@ def train(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     processes = []
 
     def start(run: str, *flags: str, python: tuple = ("-m", "trainer"), stdout: int = subprocess.DEVNULL):
-        command = [sys.executable, *python, "--run", run, "--metrics-port", "0", *TINY]
+        command = [*GENTLY, sys.executable, *python, "--run", run, "--metrics-port", "0", *TINY]
         command += ["--targets-dir", tmp_path / "targets", "--checkpoint-dir", tmp_path / "checkpoints", *flags]
         processes.append(subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True))
         return processes[-1]
@@ -395,6 +395,7 @@ with MetricsServer(aggregator, port=0) as server:
 """
 
 
+@pytest.mark.soak
 def test_ten_thousand_updates_under_a_scrape_every_ten_milliseconds_leave_memory_flat_and_one_level_each():
     with subprocess.Popen(
         [sys.executable, "-c", EMIT], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

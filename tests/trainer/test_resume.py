@@ -1,15 +1,12 @@
 """A run that was interrupted goes on as if nothing had happened."""
 
 import json
-import multiprocessing
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +19,7 @@ from exporter.link import MetricsServer
 from exporter.snapshot import RunSnapshot
 from trainer.agent import NonFiniteGradientError
 from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_files import checkpoints_in, load, resolve
+from trainer.checkpoint_files import checkpoints_in, load
 from trainer.config import ConfigError, StartError, TelemetryConfig, TrainerConfig
 from trainer.parsing import parse_config
 from trainer.stop import StopRequest
@@ -350,20 +347,18 @@ def test_without_checkpoints_nothing_is_written(tiny, place):
     assert not Path(tiny.checkpoint_dir).exists()
 
 
-def test_from_the_command_line_a_signal_then_resume(tmp_path):
-    """Two real processes; the second has the port, the folders and nothing else."""
-    places = [
-        "--metrics-port",
-        "0",
-        "--targets-dir",
-        tmp_path / "targets",
-        "--checkpoint-dir",
-        tmp_path / "checkpoints",
-    ]
+def test_from_the_command_line_a_signal_then_resume(cli, tmp_path):
+    """The second one has the port, the folders and nothing else."""
+    places = ["--metrics-port", "0", "--targets-dir", tmp_path / "targets"]
+    places += ["--checkpoint-dir", tmp_path / "checkpoints"]
     small = ["--num-envs", "4", "--rollout-steps", "8", "--minibatch-size", "16", "--total-timesteps", "3200000"]
-    command = [sys.executable, "-m", "trainer", *places]
-    options = {"cwd": REPOSITORY, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*command, *small, "--log-interval", "1"], **options)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *places, *small, "--log-interval", "1"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not process.stdout.readline().startswith("update 5/"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -372,70 +367,7 @@ def test_from_the_command_line_a_signal_then_resume(tmp_path):
     update, path = re.search(r"SIGINT after update (\d+) of .*; checkpoint (\S+)$", out).groups()
     assert path.endswith(f"host-growth-seed1/update-{int(update):08d}.pt")
     end = 32 * (int(update) + 3)
-    again = subprocess.run([*command, "--resume", "--total-timesteps", str(end)], timeout=60, **options)
-    assert again.returncode == 0, again.stderr
-    assert f"from {path} on, metrics at http" in again.stdout.splitlines()[0]
-    assert re.search(rf"^update {int(update) + 3}/{int(update) + 3} steps {end} ", again.stdout, re.M)
-    assert again.stderr == f"warning: other settings than in the checkpoint: total_timesteps 3200000 -> {end}\n"
-
-
-# 200 times SIGKILL
-
-KILLS = 200
-ENDLESS = replace(
-    TINY,
-    num_envs=2,
-    rollout_steps=2,
-    minibatch_size=2,
-    epochs=1,
-    total_timesteps=10**9,
-    anneal_learning_rate=False,
-    checkpoint_every=1,
-    keep_checkpoints=2,
-)
-
-
-def train_until_killed(folder: str, log: str, progress) -> None:
-    """Starts or resumes the run in `folder`; writes the CV of every update to `log`, and releases `progress` for it."""
-    flags = ["--resume", folder] if checkpoints_in(Path(folder)) else []
-    config = parse_config(flags)[0] if flags else replace(ENDLESS, checkpoint_dir=str(Path(folder).parent))
-    training = Training(config)
-    with Checkpoints(training) as checkpoints, open(log, "a") as file:
-        while True:
-            progress.release()
-            training.update(StopRequest())
-            checkpoints.updated()
-            quality = training.run_snapshot.gradient_quality
-            # One write, which a SIGKILL does not cut in two.
-            os.write(file.fileno(), f"{training.updates} {quality.gradient_cv!r}\n".encode())
-
-
-def test_kill_9_at_200_random_moments_never_leaves_a_run_that_cannot_be_resumed(tmp_path):
-    moments = random.Random(0)
-    processes = multiprocessing.get_context("fork")
-    Training(replace(ENDLESS, checkpoint_every=0))  # imports all that the children then need not import
-    folder, log = tmp_path / "host-growth-seed1", tmp_path / "cvs"
-    unfinished = 0
-    for _ in range(KILLS):
-        progress = processes.Semaphore(0)
-        child = processes.Process(target=train_until_killed, args=(str(folder), str(log), progress))
-        child.start()
-        for _ in range(moments.randrange(4)):  # 0: while it starts or resumes
-            assert progress.acquire(timeout=60), f"did not start, resume or train: exit code {child.exitcode}"
-        time.sleep(moments.uniform(0.0, 0.02))
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        unfinished += bool(list(folder.glob(".*.tmp")))
-        if checkpoints_in(folder):
-            path, _ = resolve(folder, lambda text: pytest.fail(text))
-    # Every update of every life has the CV that it has in a life that nobody cut short.
-    seen = [(int(update), float(cv)) for update, cv in (line.split() for line in log.read_text().splitlines())]
-    updates = max(update for update, _ in seen)
-    straight = cvs(trained(Training(replace(ENDLESS, checkpoint_every=0)), updates))
-    assert all(cv == straight[update - 1] for update, cv in seen)
-    assert updates > KILLS / 4 and len(seen) > KILLS / 4
-    # The moments were such that some cut a file in two.
-    assert unfinished > 0
-    totals = json.loads((folder / "totals.json").read_text())
-    assert totals["resumes"] > KILLS / 4 and totals["updates"] >= updates
+    out, err = cli(*places, "--resume", "--total-timesteps", end)
+    assert f"from {path} on, metrics at http" in out.splitlines()[0]
+    assert re.search(rf"^update {int(update) + 3}/{int(update) + 3} steps {end} ", out, re.M)
+    assert err == f"warning: other settings than in the checkpoint: total_timesteps 3200000 -> {end}\n"
