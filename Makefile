@@ -26,9 +26,10 @@ grafana: .venv/.complete  ## fetch Grafana from its publisher (some 200 MB) for 
 dashboards: .venv/.complete  ## write grafana/dashboards/ again, after a change of their Python
 	@.venv/bin/python -m grafana $(ARGS)
 
-lint: .venv/.complete  ## check style and format
+lint: .venv/.complete  ## check style, format and types
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
 
 check: lint  ## after every edit: lint, and the tests that start no other process
 	@.venv/bin/python -m pytest $(WORKERS) -q -r fE --no-processes --ignore tests/web $(ARGS)
