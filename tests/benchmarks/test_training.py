@@ -83,6 +83,7 @@ def test_without_a_gpu_nothing_is_measured(benchmark):
     assert (done.returncode, done.stdout) == (2, "") and "no CUDA device" in done.stderr
 
 
+@pytest.mark.soak
 def test_a_check_on_the_cpu(benchmark):
     done = benchmark("gpu", "--device", "cpu", "--checks", "norms")
     assert done.returncode == 0 and "| norms | holds |" in done.stdout, done.stdout + done.stderr

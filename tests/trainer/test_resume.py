@@ -1,6 +1,7 @@
 """A run that was interrupted goes on as if nothing had happened."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import torch
 from exporter import Thresholds
 from exporter.link import MetricsServer
 from exporter.snapshot import RunSnapshot
+from exporter.telemetry import HEAD_SIGNALS
 from trainer.agent import NonFiniteGradientError
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import checkpoints_in, load
@@ -145,18 +147,31 @@ def test_the_cv_series_is_the_same_with_and_without_checkpoints_and_endpoint(tin
     assert [run.plain()["gradient_quality"] for run in seen] == [run.plain()["gradient_quality"] for run in plain]
 
 
+def crashed_after(config: TrainerConfig, updates: int) -> tuple[RunSnapshot, RunSnapshot]:
+    """The run of a process that dies after so many updates: at its last checkpoint, and at its end."""
+    processes = multiprocessing.get_context("fork")
+    seen = processes.SimpleQueue()
+
+    def train_and_die() -> None:
+        training = Training(config)
+        checkpoints = Checkpoints(training)
+        for _ in range(updates):
+            (run,) = trained(training, 1)
+            checkpoints.updated()
+            if run.updates % config.checkpoint_every == 0 or run.updates == updates:
+                seen.put(run.plain())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = processes.Process(target=train_and_die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return RunSnapshot.from_plain(seen.get()), RunSnapshot.from_plain(seen.get())
+
+
 def test_counters_on_metrics_never_go_back_though_a_crash_costs_updates(tiny):
     """For Prometheus a counter that falls has restarted from zero, and all it had counts again."""
-    config = replace(tiny, checkpoint_every=5)
-    crashed = Training(config)
-    checkpoints = Checkpoints(crashed)
-    for _ in range(8):
-        crashed.update(StopRequest())
-        checkpoints.updated()
-        if crashed.updates == 5:
-            at_checkpoint = crashed.run_snapshot
-    os.close(checkpoints._folder._held)  # as the kernel does with a process that is killed
-    before = crashed.run_snapshot
+    at_checkpoint, before = crashed_after(replace(tiny, checkpoint_every=5), 8)
     training = Training(resumed(tiny))
     after = training.run_snapshot
     assert training.updates == 5
@@ -169,6 +184,7 @@ def test_counters_on_metrics_never_go_back_though_a_crash_costs_updates(tiny):
         gradient_cv=last.gradient_cv,
         gradient_norm=last.gradient_norm,
         head_norms=last.head_norms,
+        **{name: getattr(last, name) for name in HEAD_SIGNALS},
     )
     expected = replace(
         before, gradient_quality=quality, signals=after.signals, recent_gradient_cvs=after.recent_gradient_cvs
@@ -238,9 +254,10 @@ def test_what_cannot_be_restored_is_said_and_the_run_goes_on(tiny):
     assert all(torch.equal(a, b) for a, b in zip(tensors(second.agent.state_dict()), tensors(saved["agent"])))
     assert second.collector.recent_returns == first.collector.recent_returns
     # New episodes, not those with which the run began.
-    assert not torch.equal(
-        torch.from_numpy(second.collector._observations), torch.from_numpy(Training(config).collector._observations)
+    begun, again = (
+        training.collector.collect(StopRequest()).observations[0] for training in (Training(config), second)
     )
+    assert not torch.equal(begun, again)
     trained(second, 6)
 
 
@@ -336,7 +353,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_and_a_checkpoint_that_canno
     assert not list(tmp_path.glob("targets/*"))
     training = Training(tiny)
     with Checkpoints(training) as checkpoints:
-        checkpoints._folder.path.rename(tmp_path / "gone")
+        (Path(tiny.checkpoint_dir) / "host-growth-seed1").rename(tmp_path / "gone")
         trained(training, 1)
         checkpoints.updated()
     assert "warning: no checkpoint of update 1 in " in capsys.readouterr().err
