@@ -98,8 +98,8 @@ def _plain(action):
     [
         (spaces.Discrete(1), "leaves nothing to choose"),
         (spaces.MultiDiscrete([1, 1]), "leaves nothing to choose"),
-        (spaces.Box(0, 1, (2,)), r"action space Box.* supported are Discrete"),
-        (spaces.MultiDiscrete([[2, 3]]), r"action space MultiDiscrete.* supported are Discrete"),
+        (spaces.Box(0, 1, (2,)), r"action space Box.* use Discrete"),
+        (spaces.MultiDiscrete([[2, 3]]), r"action space MultiDiscrete.* use Discrete"),
         (spaces.Dict({"move": spaces.Discrete(2), "force": spaces.Box(0, 1)}), r"action space Box.* is not supported"),
         (
             spaces.Dict({"a": spaces.Tuple((spaces.Discrete(2),)), "a_0": spaces.Discrete(2)}),
