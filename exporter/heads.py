@@ -264,6 +264,11 @@ class HeadGradientMeter:
         blocks, self._checked = self._closed[self._checked :], len(self._closed)
         return self._pending(blocks)
 
+    @property
+    def has_early(self) -> bool:
+        """Whether `take_early()` has taken the next step."""
+        return self._early is not None
+
     def early(self) -> PendingGradientSteps:
         """What `take_early()` has taken, as the step that it will be."""
         assert self._early is not None

@@ -104,7 +104,7 @@ class GradientMonitor:
         self._window_steps = window_steps
         self._before_clipping = before_clipping
         self._global_norm = global_norm
-        self._grad_scaler = grad_scaler
+        self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._meter: HeadGradientMeter | None = None
         self._hooks: list[RemovableHandle] = []
         self._sees_closures = False
@@ -120,7 +120,7 @@ class GradientMonitor:
         self._pid = os.getpid()
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
-        self._takes_early, self._may_be_too_early = before_clipping, False
+        self._may_be_too_early = False
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
         """Observe every step of `optimizer`, also through Accelerate's and other wrappers.
@@ -264,7 +264,7 @@ class GradientMonitor:
         To be called after that and before clipping, with or without `before_clipping`.
         """
         with self._lock:
-            self._takes_early, self._may_be_too_early = True, False
+            self._may_be_too_early = False
             if self._meter is not None:
                 self._meter.give_up(does_count=False)  # what was seen before the averaging is the same step
             self._after_backward()
@@ -327,7 +327,7 @@ class GradientMonitor:
                     self._may_be_too_early = False
                     self._warn(unaveraged_warning(self._meter.parameters))
                 scale = getattr(optimizer, "grad_scale", None)
-                if self._takes_early and self._grad_scaler is not None:
+                if self._grad_scaler is not None and self._meter.has_early:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
                 # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
                 # step, and so this hook, is not called. Either way such a step is none.

@@ -223,6 +223,7 @@ class PPOUpdatePayload:
 
 HEAD_SIGNALS = ("head_entropy_ratios", "head_approx_kls", "head_clip_fractions", "head_update_ratios")
 """Fields of `PPOUpdatePayload` that are a number of each head, exported as one gauge each."""
+
 TRAINING_SIGNALS = (
     "policy_loss",
     "value_loss",

@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def _train(stop: StopRequest) -> int:
-    # After the signal handlers, for these imports take seconds. torch comes last, when the settings are good.
+    # Import after installing the signal handlers: this takes seconds. Import torch last, when the settings are valid.
     from trainer.config import ConfigError, StartError
     from trainer.parsing import parse_config
 
@@ -73,7 +73,7 @@ def _examine(command: str, arguments: list[str], stop: StopRequest) -> int:
     except CheckpointError as error:
         return _failed(error, 1)
     except BrokenPipeError:
-        # As in `inspect CHECKPOINT | head`. What is still buffered must not fail again at the exit.
+        # As in `inspect CHECKPOINT | head`. Buffered output must not fail again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -86,7 +86,7 @@ def _failed(error: Exception, code: int) -> int:
 
 
 def _drop_unwritable_output() -> None:
-    """On a full disk, for example, Python would try to write it again at the exit and change the exit code."""
+    """Python would write it again at the exit, for example on a full disk, and change the exit code."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
         try:
             stream.flush()
