@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -31,7 +31,6 @@ _CHECK_SECONDS = 0.1
 """The first gradient that is not finite is said at once, and how many there are so often within a window; on a device,
 for which nobody waits, all after the time below."""
 _DEVICE_CHECK_SECONDS = 1.0
-_IDLE_UPDATES = 3
 _MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
 
 _log = logging.getLogger(__name__)
@@ -105,21 +104,19 @@ class GradientMonitor:
         self._global_norm = global_norm
         self._grad_scaler = grad_scaler
         self._meter: HeadGradientMeter | None = None
-        self._hooks: list = []
-        self._sees_closures = False
+        self._hooks, self._sees_closures = [], False
         self._progress = Progress()
         self._reporter = RunReporter(run, self._aggregator, global_norm, on_update, on_level, self._give_back)
         self._window_began_at: float | None = None
         self._alive_at = self._step_at = self._check_at = 0.0
-        self._idle_updates = self._idle_steps = 0
+        self._idle_steps = 0
         self._optimizer_count, self._stepped = 1, set()
         self._endpoints = RunEndpoints(self._aggregator, run)
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
-        self._takes_early = before_clipping
-        self._may_be_too_early = False
+        self._takes_early, self._may_be_too_early = before_clipping, False
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
         """Observe every step of `optimizer`, also through Accelerate's and other wrappers.
@@ -254,7 +251,8 @@ class GradientMonitor:
             if "environment_steps" in values and self._hooks:
                 idle = time.monotonic() - self._step_at
                 if idle > STALLED_SECONDS:
-                    self._blind(f"no gradient step was seen in {idle:.0f} s, though environments were stepped")
+                    reason = f"no gradient step was seen in {idle:.0f} s, though environments were stepped"
+                    self._safely(self._reporter.blind, reason)
 
     def gradients_ready(self) -> None:
         """Measure the gradients of the next step as they are now, for a trainer that averages them by hand.
@@ -292,9 +290,10 @@ class GradientMonitor:
         with self._lock:
             self.record(**values)
             self._window_steps = None
-            self._idle_updates = 0 if self._window_began_at is not None else self._idle_updates + 1
-            if self._idle_updates >= _IDLE_UPDATES and self._hooks:
-                self._blind(f"no gradient step was seen in {self._idle_updates} updates")
+            if self._meter is not None:
+                self._meter.give_up(self._grad_scaler is None)  # no step follows
+                if not self._meter.recorded:
+                    self._safely(self._reporter.idle)
             self._close_window()
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -334,7 +333,7 @@ class GradientMonitor:
                     return
                 self._idle_steps += 1
                 if self._idle_steps % DEFAULT_WINDOW_STEPS == 0:
-                    self._blind(f"no head had a gradient in {self._idle_steps} gradient steps")
+                    self._reporter.blind(f"no head had a gradient in {self._idle_steps} gradient steps")
         except Exception as error:
             self._reporter.failed(error)
 
@@ -380,11 +379,11 @@ class GradientMonitor:
         self._window_began_at = None
         self._alive_at = time.monotonic()
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}
-        try:
-            pending = self._meter.start_collecting()
-            self._reporter.hand_over(pending, progress, self._meter.trainable_heads, must_wait=is_last)
-        except Exception as error:
-            self._reporter.failed(error)
+        self._safely(self._publish, progress, is_last)
+
+    def _publish(self, progress: Mapping[str, object], is_last: bool) -> None:
+        pending = self._meter.start_collecting()
+        self._reporter.hand_over(pending, progress, self._meter.trainable_heads, must_wait=is_last)
 
     def _warn(self, warning: str | None) -> None:
         if warning is not None:
@@ -394,8 +393,8 @@ class GradientMonitor:
         with self._lock:
             self._progress.give_back(progress)
 
-    def _blind(self, reason: str) -> None:
+    def _safely(self, call: Callable[..., None], *arguments: object) -> None:
         try:
-            self._reporter.blind(reason)
+            call(*arguments)
         except Exception as error:
             self._reporter.failed(error)

@@ -225,10 +225,17 @@ def functional(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
 
 @pytest.mark.parametrize("train", [replaced_optimizer, replaced_heads, functional])
 @pytest.mark.parametrize("updates_before", [0, 2])
-def test_updates_without_a_step_are_said_once_counted_and_not_healthy(heads, aggregator, caplog, train, updates_before):
+@pytest.mark.parametrize("before_clipping", [False, True])
+def test_updates_without_a_step_are_said_once_counted_and_not_healthy(
+    heads, aggregator, caplog, train, updates_before, before_clipping
+):
     optimizer, levels = sgd(heads), []
-    monitor = GradientMonitor(heads, "r", aggregator=aggregator, on_level=lambda level, run: levels.append(level))
-    monitor.attach(optimizer)
+    monitor = GradientMonitor(
+        *(heads, "r"),
+        before_clipping=before_clipping,
+        on_level=lambda level, run: levels.append(level),
+        aggregator=aggregator,
+    ).attach(optimizer)
     for _ in range(updates_before):
         backward(heads)
         optimizer.step()
@@ -244,6 +251,34 @@ def test_updates_without_a_step_are_said_once_counted_and_not_healthy(heads, agg
     monitor.update_completed()
     assert run_of(aggregator).gradient_quality.health is HealthLevel.HEALTHY and levels[-1] is HealthLevel.HEALTHY
     assert run_of(aggregator).environment_steps == (updates_before + 5) * 8
+
+
+def test_passes_whose_steps_another_optimizer_takes_are_said_without_any_word_of_the_trainer(heads, aggregator, caplog):
+    GradientMonitor(heads, "r", window_steps=4, before_clipping=True, aggregator=aggregator).attach(sgd(heads))
+    optimizer = sgd(heads)
+    for _ in range(13):
+        backward(heads)
+        optimizer.step()
+    assert caplog.text.count("no gradient step was seen") == 1
+    assert math.isnan(run_of(aggregator).gradient_quality.gradient_cv)
+
+
+def test_a_last_step_of_an_update_that_is_skipped_counts_in_that_update(heads, aggregator):
+    optimizer = sgd(heads)
+    monitor = GradientMonitor(heads, "r", before_clipping=True, aggregator=aggregator).attach(optimizer)
+    for _ in range(4):
+        backward(heads)
+        skipping(heads, optimizer)
+        backward(heads, bad="left")
+        skipping(heads, optimizer)
+        monitor.update_completed()
+        assert run_of(aggregator).gradient_quality.gradient_cv == math.inf
+    assert (run_of(aggregator).updates, run_of(aggregator).gradient_quality.skipped_steps) == (4, 4)
+    for _ in range(4):
+        backward(heads, bad="left")
+        skipping(heads, optimizer)
+        monitor.update_completed()
+    assert (run_of(aggregator).gradient_quality.skipped_steps, run_of(aggregator).exporter_errors) == (8, 0)
 
 
 def test_steps_in_which_no_head_has_a_gradient_are_said_without_any_word_of_the_trainer(heads, aggregator, caplog):

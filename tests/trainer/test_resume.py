@@ -18,6 +18,7 @@ import torch
 from exporter import Thresholds
 from exporter.link import MetricsServer
 from exporter.snapshot import RunSnapshot
+from exporter.telemetry import HEAD_SIGNALS
 from trainer.agent import NonFiniteGradientError
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_files import checkpoints_in, load
@@ -183,6 +184,7 @@ def test_counters_on_metrics_never_go_back_though_a_crash_costs_updates(tiny):
         gradient_cv=last.gradient_cv,
         gradient_norm=last.gradient_norm,
         head_norms=last.head_norms,
+        **{name: getattr(last, name) for name in HEAD_SIGNALS},
     )
     expected = replace(
         before, gradient_quality=quality, signals=after.signals, recent_gradient_cvs=after.recent_gradient_cvs
