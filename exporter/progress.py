@@ -2,9 +2,10 @@
 
 import difflib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import fields
 
-from exporter.telemetry import GradientMetrics, PPOUpdatePayload
+from exporter.telemetry import HEAD_SIGNALS, GradientMetrics, PPOUpdatePayload
 
 _MEASURED = set(GradientMetrics.__annotations__) | {"run", "skipped_gradient_steps", "timestamp_seconds"}
 _RECORDABLE = [f.name for f in fields(PPOUpdatePayload) if f.name not in _MEASURED]
@@ -54,7 +55,7 @@ class Progress:
         self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
 
 
-def _checked(name: str, value: object) -> float | int | None:
+def _checked(name: str, value: object) -> float | int | dict[str, float] | None:
     """`value` as the payload takes it."""
     if name not in _RECORDABLE:
         nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
@@ -62,9 +63,14 @@ def _checked(name: str, value: object) -> float | int | None:
         raise TypeError(f"no signal {name!r}{hint}")
     if value is None:
         return None
-    number = _number(name, value, int if name in _INCREMENTS else float)
-    PPOUpdatePayload(run="checked", **{name: number})
-    return number
+    if name in HEAD_SIGNALS:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a mapping, head -> number, got {value!r}")
+        plain = {head: _number(f"{name}[{head!r}]", number, float) for head, number in value.items()}
+    else:
+        plain = _number(name, value, int if name in _INCREMENTS else float)
+    PPOUpdatePayload(run="checked", **{name: plain})
+    return plain
 
 
 def _number(name: str, value: object, kind: type) -> float | int:
