@@ -236,8 +236,11 @@ class GradientMonitor:
         """Where `/metrics` is served, as `serve()` has returned it last; None where it is not, and after `close()`."""
         return self._endpoints.url
 
-    def record(self, **values: float | None) -> None:
+    def record(self, **values: float | Mapping[str, float] | None) -> None:
         """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
+
+        `head_entropy_ratios`, `head_approx_kls`, `head_clip_fractions` and `head_update_ratios` are mappings, head ->
+        number, as in `PPOUpdatePayload`.
 
         Counts (`environment_steps`, `episodes`) are increments and add up; durations
         belong to one window; everything else stays until it is recorded anew.
@@ -266,7 +269,7 @@ class GradientMonitor:
             self._after_backward()
 
     @contextmanager
-    def update(self, **values: float | None) -> Iterator["GradientMonitor"]:
+    def update(self, **values: float | Mapping[str, float] | None) -> Iterator["GradientMonitor"]:
         """`with monitor.update(environment_steps=2048) as update:` a PPO update, timed; at its end it is completed.
 
         An update that ends with an exception is none.
@@ -281,7 +284,7 @@ class GradientMonitor:
         yield self
         self.update_completed(**{"update_duration_seconds": time.monotonic() - started, **values})
 
-    def update_completed(self, **values: float | None) -> None:
+    def update_completed(self, **values: float | Mapping[str, float] | None) -> None:
         """A PPO update has ended: publish its window, with `values` as for `record()`.
 
         Raises:
