@@ -7,6 +7,25 @@ import sys
 from trainer.stop import StopRequest
 
 
+def command() -> int:
+    """`main()` as a program, with an end that nothing can spoil."""
+    try:
+        code = main()
+    except ModuleNotFoundError as error:
+        if error.name not in ("gymnasium", "numpy", "rich"):
+            raise
+        print(
+            f"ppo-train: error: {error.name} is missing: pip install 'ppo-gradient-exporter[trainer]'", file=sys.stderr
+        )
+        code = 1
+    _drop_unwritable_output()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Rarely, a thread of gloo that still releases a tensor while Python shuts down aborts the process, and torchrun
+        # reports a failed rank: https://github.com/pytorch/pytorch/issues/190489. All is written by now.
+        os._exit(code)
+    return code
+
+
 def main() -> int:
     with StopRequest().listening() as stop:
         try:
@@ -76,10 +95,4 @@ def _drop_unwritable_output() -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    _drop_unwritable_output()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # A thread of gloo may release a tensor while Python shuts down. Rarely this aborts the process, and torchrun
-        # reports a failed rank: https://github.com/pytorch/pytorch/issues/190489. All output is written by now.
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(command())
