@@ -374,20 +374,20 @@ class GradientMonitor:
             self._aggregator.note_progress(self.run, time.time())
 
     def _close_window(self, is_last: bool = False) -> None:
-        if self._meter is None:
+        meter = self._meter
+        if meter is None:
             return
         if is_last:
-            self._meter.give_up(self._grad_scaler is None)
-        if not self._meter.recorded:
+            meter.give_up(self._grad_scaler is None)
+        if not meter.recorded:
             return  # without a gradient step there is nothing to call healthy
         self._window_began_at = None
         self._alive_at = time.monotonic()
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}
-        self._safely(self._publish, progress, is_last)
+        self._safely(self._publish, meter, progress, is_last)
 
-    def _publish(self, progress: Mapping[str, object], is_last: bool) -> None:
-        pending = self._meter.start_collecting()
-        self._reporter.hand_over(pending, progress, self._meter.trainable_heads, must_wait=is_last)
+    def _publish(self, meter: HeadGradientMeter, progress: Mapping[str, object], is_last: bool) -> None:
+        self._reporter.hand_over(meter.start_collecting(), progress, meter.trainable_heads, must_wait=is_last)
 
     def _warn(self, warning: str | None) -> None:
         if warning is not None:
