@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from exporter.aggregator import RunAggregator
 from exporter.endpoint import RunEndpoints
@@ -39,30 +41,26 @@ _log = logging.getLogger(__name__)
 class GradientMonitor:
     """Observes the gradients of action heads at every `optimizer.step()` and exports their CV.
 
-    It changes neither gradients nor random state, and an error inside it is logged
-    once, counted in `ppo_exporter_errors_total`, and never reaches the training
-    loop. On CUDA it adds no synchronization: norms travel to pinned memory, and a
-    thread publishes them when they have arrived. Any thread may call its methods.
+    It changes neither gradients nor random state, and an error inside it is logged once, counted in
+    `ppo_exporter_errors_total`, and never reaches the training loop. On CUDA it adds no synchronization: norms travel
+    to pinned memory, and a thread publishes them when they have arrived. Any thread may call its methods.
 
-    A script that ends without `close()` is closed as by its `with` block: an exception
-    that ends it leaves the files of `serve()`, a clean end removes them.
+    A script that ends without `close()` is closed as by its `with` block: an exception that ends it leaves the files of
+    `serve()`, a clean end removes them.
 
-    What it sees at a step is clipped where the trainer clips. The CV and the shares
-    do not change under clipping by the global norm; norms do. After clipping a NaN
-    in one head is in all of them: `before_clipping` tells which head it was.
+    What it sees at a step is clipped where the trainer clips. The CV and the shares do not change under clipping by the
+    global norm; norms do. After clipping a NaN in one head is in all of them: `before_clipping` tells which.
 
     Args:
         heads: head name -> modules, parameters, or `Rows` of a layer that heads share; or a list of them. See also
             `heads_from`, `space_heads` and `row_heads`.
         run: name of the run, its label on `/metrics`.
-        window_steps: gradient steps that make a window, or fewer where they take longer
-            than `WINDOW_SECONDS`, until `update_completed()` is called for the first time;
-            from then on a window is an update. None waits for it.
+        window_steps: gradient steps that make a window, or fewer where they take longer than `WINDOW_SECONDS`, until
+            `update_completed()` is called for the first time; from then on a window is an update. None waits for it.
         before_clipping: measure at the end of each backward pass that reaches a head, after DistributedDataParallel
             has averaged. Exact norms, the right head for a NaN, and gradients that are not finite count although the
             trainer repairs them or skips the step; for one hook call per parameter and backward pass.
-        global_norm: export `ppo_gradient_norm` too, over all parameters of the
-            optimizer; reads every gradient once more.
+        global_norm: export `ppo_gradient_norm` too, over all parameters; reads every gradient once more.
         grad_scaler: the `torch.amp.GradScaler` in use; `before_clipping` needs it to unscale.
         thresholds: CVs from which the run's level is warning and critical, `Thresholds` or a pair;
             label, status page, rules and dashboards follow them.
@@ -102,21 +100,23 @@ class GradientMonitor:
         self._window_steps = window_steps
         self._before_clipping = before_clipping
         self._global_norm = global_norm
-        self._grad_scaler = grad_scaler
+        self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._meter: HeadGradientMeter | None = None
-        self._hooks, self._sees_closures = [], False
+        self._hooks: list[RemovableHandle] = []
+        self._sees_closures = False
         self._progress = Progress()
         self._reporter = RunReporter(run, self._aggregator, global_norm, on_update, on_level, self._give_back)
         self._window_began_at: float | None = None
         self._alive_at = self._step_at = self._check_at = 0.0
         self._idle_steps = 0
-        self._optimizer_count, self._stepped = 1, set()
+        self._optimizer_count = 1
+        self._stepped: set[int] = set()
         self._endpoints = RunEndpoints(self._aggregator, run)
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
-        self._takes_early, self._may_be_too_early = before_clipping, False
+        self._may_be_too_early = False
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
         """Observe every step of `optimizer`, also through Accelerate's and other wrappers.
@@ -236,8 +236,11 @@ class GradientMonitor:
         """Where `/metrics` is served, as `serve()` has returned it last; None where it is not, and after `close()`."""
         return self._endpoints.url
 
-    def record(self, **values: float | None) -> None:
+    def record(self, **values: float | Mapping[str, float] | None) -> None:
         """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
+
+        `head_entropy_ratios`, `head_approx_kls`, `head_clip_fractions` and `head_update_ratios` are mappings, head ->
+        number, as in `PPOUpdatePayload`.
 
         Counts (`environment_steps`, `episodes`) are increments and add up; durations
         belong to one window; everything else stays until it is recorded anew.
@@ -260,13 +263,13 @@ class GradientMonitor:
         To be called after that and before clipping, with or without `before_clipping`.
         """
         with self._lock:
-            self._takes_early, self._may_be_too_early = True, False
+            self._may_be_too_early = False
             if self._meter is not None:
                 self._meter.give_up(does_count=False)  # what was seen before the averaging is the same step
             self._after_backward()
 
     @contextmanager
-    def update(self, **values: float | None) -> Iterator["GradientMonitor"]:
+    def update(self, **values: float | Mapping[str, float] | None) -> Iterator["GradientMonitor"]:
         """`with monitor.update(environment_steps=2048) as update:` a PPO update, timed; at its end it is completed.
 
         An update that ends with an exception is none.
@@ -281,7 +284,7 @@ class GradientMonitor:
         yield self
         self.update_completed(**{"update_duration_seconds": time.monotonic() - started, **values})
 
-    def update_completed(self, **values: float | None) -> None:
+    def update_completed(self, **values: float | Mapping[str, float] | None) -> None:
         """A PPO update has ended: publish its window, with `values` as for `record()`.
 
         Raises:
@@ -296,7 +299,7 @@ class GradientMonitor:
                     self._safely(self._reporter.idle)
             self._close_window()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not has_closure(args, kwargs):
             self._observe(optimizer)
         elif not self._sees_closures:
@@ -304,7 +307,7 @@ class GradientMonitor:
             after = hidden_from_compiler(self._after_step)
             self._hooks += [each.register_step_post_hook(after) for each in self._registration.optimizers]
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A closure runs the backward pass within the step; what it has left behind is measured after it.
         if has_closure(args, kwargs):
             self._observe(optimizer)
@@ -323,13 +326,13 @@ class GradientMonitor:
                     self._may_be_too_early = False
                     self._warn(unaveraged_warning(self._meter.parameters))
                 scale = getattr(optimizer, "grad_scale", None)
-                if self._takes_early and self._grad_scaler is not None:
+                if self._grad_scaler is not None and self._meter.has_early:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
                 # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
                 # step, and so this hook, is not called. Either way such a step is none.
                 if self._meter.record(scale, getattr(optimizer, "found_inf", None)):
                     self._idle_steps = 0
-                    self._step_recorded()
+                    self._step_recorded(self._meter)
                     return
                 self._idle_steps += 1
                 if self._idle_steps % DEFAULT_WINDOW_STEPS == 0:
@@ -344,14 +347,14 @@ class GradientMonitor:
                     # What a GradScaler gives up has overflowed, and is no step.
                     may_give_up = self._grad_scaler is None
                     if self._meter.take_early(may_give_up=may_give_up):
-                        self._step_recorded(was_given_up=True)
+                        self._step_recorded(self._meter, was_given_up=True)
                     if may_give_up and self._meter.is_finite() is False:
                         self._reporter.foresee(self._meter.early)
         except Exception as error:
             self._reporter.failed(error)
 
-    def _step_recorded(self, was_given_up: bool = False) -> None:
-        recorded = self._meter.recorded
+    def _step_recorded(self, meter: HeadGradientMeter, was_given_up: bool = False) -> None:
+        recorded = meter.recorded
         if not recorded:
             return
         now = time.monotonic()
@@ -361,29 +364,29 @@ class GradientMonitor:
         is_long = self._window_steps is not None and now - self._window_began_at >= WINDOW_SECONDS
         if is_long or recorded >= (self._window_steps or _MOST_WINDOW_STEPS):
             return self._close_window()
-        is_finite = self._meter.is_finite()
+        is_finite = meter.is_finite()
         if now >= self._check_at and (was_given_up or not is_finite):
             self._check_at = now + (_DEVICE_CHECK_SECONDS if is_finite is None else _CHECK_SECONDS)
-            self._reporter.hand_over(self._meter.unchecked())
+            self._reporter.hand_over(meter.unchecked())
         if now - self._alive_at >= WINDOW_SECONDS:
             self._alive_at = now
             self._aggregator.note_progress(self.run, time.time())
 
     def _close_window(self, is_last: bool = False) -> None:
-        if self._meter is None:
+        if (meter := self._meter) is None:
             return
         if is_last:
-            self._meter.give_up(self._grad_scaler is None)
-        if not self._meter.recorded:
+            meter.give_up(self._grad_scaler is None)
+        if not meter.recorded:
             return  # without a gradient step there is nothing to call healthy
         self._window_began_at = None
         self._alive_at = time.monotonic()
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}
-        self._safely(self._publish, progress, is_last)
-
-    def _publish(self, progress: Mapping[str, object], is_last: bool) -> None:
-        pending = self._meter.start_collecting()
-        self._reporter.hand_over(pending, progress, self._meter.trainable_heads, must_wait=is_last)
+        try:
+            pending = meter.start_collecting()
+            self._reporter.hand_over(pending, progress, meter.trainable_heads, must_wait=is_last)
+        except Exception as error:
+            self._reporter.failed(error)
 
     def _warn(self, warning: str | None) -> None:
         if warning is not None:
