@@ -93,7 +93,7 @@ def serve(configure: Callable[[str], Path]) -> Iterator[Callable[..., MetricsSer
         ("tls_server_config: {}\n", ": tls_server_config.cert_file: must be given"),
         ("tls_server_config:\n  cert_file: server.pem\n", ": tls_server_config.key_file: must be given"),
         (TLS.replace("server.pem", "no.pem"), ": tls_server_config.cert_file: must be a file that is there, got"),
-        (TLS.replace("server.pem", '"a\\0b"'), ": embedded null byte"),
+        (TLS.replace("server.pem", '"a\\0b"'), ": embedded null"),
         (TLS.replace("server.pem", "."), ": tls_server_config: .*Is a directory"),
         (TLS.replace("server.pem", "web.yml"), ": tls_server_config: "),
         (TLS.replace("server.key", "ca.key"), ": tls_server_config: .*KEY_VALUES_MISMATCH"),
