@@ -1,4 +1,4 @@
-"""Clients and certificates with which tests of the endpoint go at it."""
+"""Clients and certificates for tests of the endpoint."""
 
 import contextlib
 import http.client

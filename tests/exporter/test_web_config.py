@@ -1,4 +1,4 @@
-"""The web configuration file: what it protects, that no key is overlooked, and that node_exporter takes it too."""
+"""The web configuration file: what it protects, that no key is ignored, and that node_exporter accepts it too."""
 
 import base64
 import contextlib
