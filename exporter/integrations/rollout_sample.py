@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import CategoricalDistribution, MultiCategoricalDistribution
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -34,15 +36,17 @@ class RolloutSample:
         count = buffer.buffer_size * buffer.n_envs
         rows = np.random.default_rng(model.num_timesteps).choice(count, min(_MOST_ROWS, -(-count // _PART)), False)
         where = np.divmod(rows, buffer.n_envs)
-        seen = buffer.observations
+        seen: Any = buffer.observations
         seen = {name: part[where] for name, part in seen.items()} if isinstance(seen, dict) else seen[where]
         self._observations = obs_as_tensor(seen, model.device)
         self._actions = torch.as_tensor(buffer.actions[where], device=model.device)
         self._old_log_probs = self._of_heads()[1]
 
     @classmethod
-    def of(cls, model: OnPolicyAlgorithm, heads: Iterable[str]) -> "RolloutSample | None":
+    def of(cls, model: BaseAlgorithm, heads: Iterable[str]) -> "RolloutSample | None":
         """A sample, or None of what is not known: no PPO, other actions, or a policy with memory or masks."""
+        if not isinstance(model, OnPolicyAlgorithm):
+            return None
         policy = model.policy
         is_known = (
             hasattr(model, "clip_range")
@@ -53,7 +57,7 @@ class RolloutSample:
 
     def signals(self) -> dict[str, dict[str, float]]:
         """`head_entropy_ratios`, `head_approx_kls` and `head_clip_fractions` after the update."""
-        model = self._model
+        model: Any = self._model  # a PPO, which has a clip range
         entropies, log_probs = self._of_heads()
         log_ratios = log_probs - self._old_log_probs
         changes = torch.expm1(log_ratios)
@@ -70,7 +74,7 @@ class RolloutSample:
         was_training = policy.training
         policy.set_training_mode(False)
         try:
-            found = policy.get_distribution(self._observations).distribution
+            found: Any = policy.get_distribution(self._observations).distribution
         finally:
             policy.set_training_mode(was_training)
         columns = zip([found] if isinstance(found, Categorical) else found, self._actions.unbind(1))

@@ -1,11 +1,13 @@
 """Stable-Baselines3: a callback that measures an on-policy algorithm and serves it with SB3's own logger values."""
 
+import math
 import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +55,7 @@ def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict
     if not isinstance(layer, torch.nn.Module):
         raise TypeError(f"{type(policy).__name__} has no action_net; an actor-critic policy is needed")
     log_std = getattr(policy, "log_std", None)
-    if log_std is not None and log_std.shape != (np.prod(space.shape),):
+    if log_std is not None and log_std.shape != (math.prod(space.shape or ()),):
         log_std = None  # with `use_sde` it belongs to features
     return space_heads(layer, space, names, log_std=log_std)
 
@@ -131,7 +133,7 @@ class PrometheusCallback(BaseCallback):
         super().__init__(verbose)
         self.monitor: GradientMonitor | None = None
         self._run = run
-        self._delivery = {
+        self._delivery: dict[str, Any] = {
             "port": port,
             "address": address,
             "targets_dir": targets_dir,
@@ -251,7 +253,7 @@ class PrometheusCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         # No more than this, for it delays every step; the update hands them over.
-        self._uncounted_episodes += np.count_nonzero(self.locals["dones"])
+        self._uncounted_episodes += int(np.count_nonzero(self.locals["dones"]))
         return True
 
     def _after_update(self, run: RunSnapshot) -> None:
@@ -283,7 +285,7 @@ class PrometheusCallback(BaseCallback):
         if self._update_started is None or self.monitor is None:
             return
         logged = self.logger.name_to_value
-        values = {signal: logged[key] for key, signal in _SIGNALS.items() if key in logged}
+        values: dict[str, Any] = {signal: logged[key] for key, signal in _SIGNALS.items() if key in logged}
         if _ENTROPY_LOSS in logged:
             values["entropy"] = -logged[_ENTROPY_LOSS]
         if self._sample is not None:
