@@ -118,7 +118,7 @@ def _now() -> list[dict]:
         stat(
             *(2, (0, 0, 4, 4), "Level now"),
             "Health level of the last update's gradient CV, by the run's own thresholds. Good: stable. Bad: BAD, at or "
-            "above the critical threshold or with a NaN or infinite gradient. A run that has just begun has no update yet.",
+            "above the critical threshold or with a NaN or infinite gradient. At first a run has no update yet.",
             now_query(LEVEL, "{{instance}}"),
             filled=True,
             mappings=words(panels.LEVELS, ("no data", "transparent")),
