@@ -19,7 +19,7 @@ class Progress:
     else stays until it is recorded anew."""
 
     def __init__(self) -> None:
-        self._signals: dict[str, float] = {}
+        self._signals: dict[str, float | dict[str, float]] = {}
         self._others: dict[str, float] = {}
         self._increments: Counter[str] = Counter()
 
@@ -36,10 +36,10 @@ class Progress:
         PPOUpdatePayload(run="checked", signals={name: value or 0.0 for name, value in others.items()})
         self._others = {name: value for name, value in {**self._others, **others}.items() if value is not None}
         for name, value in checked.items():
-            if name in _INCREMENTS:
-                self._increments[name] += int(value or 0)
-            elif value is None:
+            if value is None:
                 self._signals.pop(name, None)
+            elif name in _INCREMENTS and not isinstance(value, dict):
+                self._increments[name] += int(value)
             else:
                 self._signals[name] = value
 

@@ -285,7 +285,7 @@ class PrometheusCallback(BaseCallback):
         if self._update_started is None or self.monitor is None:
             return
         logged = self.logger.name_to_value
-        values = {signal: logged[key] for key, signal in _SIGNALS.items() if key in logged}
+        values: dict[str, Any] = {signal: logged[key] for key, signal in _SIGNALS.items() if key in logged}
         if _ENTROPY_LOSS in logged:
             values["entropy"] = -logged[_ENTROPY_LOSS]
         if self._sample is not None:

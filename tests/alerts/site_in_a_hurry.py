@@ -1,4 +1,4 @@
-"""A site in a hurry: real servers, rules and routes thirty times as fast, and runs by script.
+"""A fast site: real servers, rules and routes thirty times as fast, and scripted runs.
 
 What a run does is a function of the number of its scrape, which stands for half a minute. Its metrics are those of the
 real exporter.

@@ -1,4 +1,4 @@
-"""`python -m exporter calibrate`: thresholds from healthy runs, and the fault that they tell."""
+"""`python -m exporter calibrate`: thresholds from healthy runs, and a fault that they detect."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""Every metric family as it is scraped, and the collectors behind `/metrics`."""
+"""Every metric family in a scrape, and the collectors behind `/metrics`."""
 
 import math
 import re

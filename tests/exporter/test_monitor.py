@@ -1,4 +1,4 @@
-"""`GradientMonitor` on optimizers that know nothing of it."""
+"""`GradientMonitor` on plain optimizers."""
 
 import gc
 import logging

@@ -1,4 +1,4 @@
-"""What hides a bad gradient, or the lack of any, is said: each case by its real cause."""
+"""Bad gradients, or a lack of gradients, are reported in every case that could hide them. Causes are real."""
 
 import logging
 import math

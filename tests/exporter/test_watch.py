@@ -1,4 +1,4 @@
-"""One call for a trainer that somebody has already: wrappers, several optimizers, updates that time themselves."""
+"""`watch()` on an existing trainer: wrappers, several optimizers, timed updates."""
 
 import copy
 import math

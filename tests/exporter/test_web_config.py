@@ -1,4 +1,4 @@
-"""The web configuration file: what it protects, that no key is overlooked, and that node_exporter takes it too."""
+"""The web configuration file: what it protects, that no key is ignored, and that node_exporter accepts it too."""
 
 import base64
 import contextlib
@@ -93,7 +93,7 @@ def serve(configure: Callable[[str], Path]) -> Iterator[Callable[..., MetricsSer
         ("tls_server_config: {}\n", ": tls_server_config.cert_file: must be given"),
         ("tls_server_config:\n  cert_file: server.pem\n", ": tls_server_config.key_file: must be given"),
         (TLS.replace("server.pem", "no.pem"), ": tls_server_config.cert_file: must be a file that is there, got"),
-        (TLS.replace("server.pem", '"a\\0b"'), ": embedded null byte"),
+        (TLS.replace("server.pem", '"a\\0b"'), ": embedded null"),
         (TLS.replace("server.pem", "."), ": tls_server_config: .*Is a directory"),
         (TLS.replace("server.pem", "web.yml"), ": tls_server_config: "),
         (TLS.replace("server.key", "ca.key"), ": tls_server_config: .*KEY_VALUES_MISMATCH"),

@@ -1,4 +1,4 @@
-"""What breaks around a run, with the real parts: who is told, and what is lost. The table is docs/faults.md."""
+"""Faults around a run, with real parts: who is notified, and what is lost. docs/faults.md has the table."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""The integrations need of this package only what it has, whichever of their libraries are installed here."""
+"""The integrations import only existing names of this package; needs none of their libraries."""
 
 import ast
 from importlib import import_module

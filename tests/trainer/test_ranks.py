@@ -1,4 +1,4 @@
-"""Several processes train one run: the same as one process would, until one of them dies."""
+"""Several processes train one run: the same result as one process, and what happens when one dies."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The status page as somebody sees it: in a real browser, from a real exporter process."""
+"""The status page in a real browser, from a real exporter process."""
 
 import math
 import re
