@@ -1,7 +1,7 @@
 """Gradient health of PPO runs, measured per action head and exported to Prometheus.
 
-Names that need torch are imported on first use, so a process that only reads
-snapshots or serves `/metrics` never pays for it.
+Names that need torch are imported on first use. So a process that only reads
+snapshots or serves `/metrics` never imports torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What a PPO policy of Stable-Baselines3 with discrete actions says of each head, on a sample of its rollout."""
+"""Signals per head of a PPO policy of Stable-Baselines3 with discrete actions, from a sample of its rollout."""
 
 import math
 from collections.abc import Iterable
@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.distributions import Categorical
 
 _MOST_ROWS = 256
-_PART = 8  # of a rollout: two passes over it are then nothing beside the epochs of an update
+_PART = 8  # sample an eighth of a rollout: two passes over it cost little beside the epochs of an update
 
 
 class RolloutSample:
     """Some rows of a rollout, with the log-probability of each head's choice before the update.
 
-    Rows are drawn by a generator of its own, and the policy is only asked, in the mode in which it acts: training is
-    bit for bit the same with and without.
+    It draws rows with its own generator and only evaluates the policy, in the mode in which it acts. So training is bit
+    for bit the same with and without it.
 
     Args:
-        model: at the end of a rollout.
-        heads: names of those of more than one choice, in the order of the action space.
+        model: the model, at the end of a rollout.
+        heads: names of the heads with more than one choice, in the order of the action space.
     """
 
     def __init__(self, model: PPO, heads: Iterable[str]) -> None:
@@ -44,7 +44,7 @@ class RolloutSample:
 
     @classmethod
     def of(cls, model: BaseAlgorithm, heads: Iterable[str]) -> "RolloutSample | None":
-        """A sample, or None of what is not known: no PPO, other actions, or a policy with memory or masks."""
+        """A sample; None if the model is not PPO, has other actions, or its policy has memory or masks."""
         if (
             isinstance(model, PPO)
             and getattr(type(model.policy), "get_distribution", None) is ActorCriticPolicy.get_distribution
@@ -68,7 +68,7 @@ class RolloutSample:
 
     @torch.no_grad()
     def _of_heads(self) -> tuple[Tensor, Tensor]:
-        """Entropies, of their largest, and log-probabilities of the actions, both [heads, rows]."""
+        """Entropies as a fraction of the largest possible, and log-probabilities of the actions, both [heads, rows]."""
         policy = self._model.policy
         was_training = policy.training
         policy.set_training_mode(False)

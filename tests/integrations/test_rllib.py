@@ -347,7 +347,7 @@ def test_callbacks_of_the_user_are_kept_and_monitored_twice_is_once(trained):
 
 def test_what_cannot_be_measured_is_refused_before_training():
     old = PPOConfig().api_stack(enable_rl_module_and_learner=False, enable_env_runner_and_connector_v2=False)
-    with pytest.raises(TypeError, match="PPOConfig has no torch learner to measure; the new API stack"):
+    with pytest.raises(TypeError, match="PPOConfig has no torch learner to measure; use the new API stack"):
         monitored(old)
     with pytest.raises(ValueError, match="0 < warning < critical"):
         monitored(config(), thresholds=(2.0, 1.0))
