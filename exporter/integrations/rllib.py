@@ -20,6 +20,7 @@ from exporter.action_spaces import space_heads
 from exporter.heads import Head, Rows, head_parts
 from exporter.health import Thresholds
 from exporter.monitor import GradientMonitor
+from exporter.one_call import watch
 
 _Callback = Callable[..., None]
 # RLlib's results of a module and of the env runners -> our signals.
@@ -113,13 +114,12 @@ class GradientMonitoring(TorchLearner):
         seed = self.config.seed
         suffix = time.strftime("%Y%m%d-%H%M%S") if seed is None else f"seed{seed}"
         run = options.pop("run", None) or f"{environment}-{suffix}"
-        monitor = GradientMonitor(
+        self._monitors[module_id] = monitor = watch(
+            self._optimizer_of(module_id, heads),
             heads,
             run if len(self.module.keys()) == 1 else f"{run}-{module_id}",
             window_steps=None,
             before_clipping=True,  # which is after averaging, for that is DistributedDataParallel's
-            global_norm=options.pop("global_norm"),
-            thresholds=options.pop("thresholds"),
             info={
                 "environment": environment,
                 "algorithm": self.config.algo_class.__name__,
@@ -132,14 +132,8 @@ class GradientMonitoring(TorchLearner):
                 "exporter_version": version("ppo-gradient-exporter"),
                 **options.pop("info"),
             },
+            **options,
         )
-        try:
-            monitor.attach(self._optimizer_of(module_id, heads))
-            monitor.serve(**options)
-        except BaseException:
-            monitor.close()
-            raise
-        self._monitors[module_id] = monitor
         print(f"{monitor.run}: metrics at {monitor.url}", flush=True)
 
     def _optimizer_of(self, module_id: str, heads: Mapping[str, Head]) -> torch.optim.Optimizer:
@@ -209,10 +203,9 @@ def monitored(
     *,
     heads: Callable[[RLModule], Mapping[str, Head] | None] | None = None,
     head_names: Sequence[str] | None = None,
-    global_norm: bool = False,
     thresholds: Thresholds | Sequence[float] = Thresholds(),
     info: Mapping[str, str] | None = None,
-    **serve: Any,
+    **others: Any,
 ) -> AlgorithmConfig:
     """Let the learners of `config` measure their gradients and serve them; call it last.
 
@@ -222,9 +215,10 @@ def monitored(
             environment and the seed, or the time without one.
         heads: action heads of a module, or None for one that is not to be measured; by default `module_heads`.
         head_names: in the order of `heads`, where that gives other names.
-        global_norm, thresholds: as for `GradientMonitor`.
+        thresholds: as for `GradientMonitor`.
         info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
-        serve: as for `GradientMonitor.serve`: `port`, `address`, `targets_dir`, ...
+        others: as for `exporter.watch`: `port`, `targets_dir`, `on_update`, ... The first learner's process calls the
+            callbacks.
 
     Returns:
         `config`.
@@ -245,10 +239,9 @@ def monitored(
         "run": run,
         "heads": heads,
         "head_names": head_names,
-        "global_norm": global_norm,
         "thresholds": Thresholds.of(thresholds),
         "info": dict(info or {}),
-        **serve,
+        **others,
     }
     config.learners(learner_class=learner_class, learner_config_dict={_OPTIONS: options})
     return config.callbacks(
