@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call, grad
 
 from exporter import GradientMonitor, HealthLevel, RunAggregator
+from exporter.collectors import build_registry
 from exporter.health import STALLED_SECONDS
-from exporter.metrics import build_registry
 from exporter.serving.state import State
 from exporter.serving.status import StatusPage
 
