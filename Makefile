@@ -2,10 +2,12 @@
 PYTHON ?= $(shell for python in python3.11 python3 python3.14 python3.13 python3.12; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 ARGS ?=
+# Of pytest-xdist: neighbours stay together, for they share servers; who has finished takes from the end of the others.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup run test test-integrations grafana dashboards drill
+.PHONY: help setup run lint check test soak test-integrations grafana dashboards drill
 
 help:  ## list the targets
 	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 27
@@ -24,8 +26,18 @@ grafana: .venv/.complete  ## fetch Grafana from its publisher (some 200 MB) for 
 dashboards: .venv/.complete  ## write grafana/dashboards/ again, after a change of their Python
 	@.venv/bin/python -m grafana $(ARGS)
 
-test: setup  ## run every test; pytest's options: make test ARGS="-k name"
-	@.venv/bin/python -m pytest $(ARGS)
+lint: .venv/.complete  ## check style and format
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+
+check: lint  ## after every edit: lint, and the tests that start no other process
+	@.venv/bin/python -m pytest $(WORKERS) -m "not processes and not soak" $(ARGS)
+
+test: setup  ## run every test but the soak tests; pytest's options: make test ARGS="-k name", one process: ARGS="-n 0"
+	@.venv/bin/python -m pytest $(WORKERS) $(ARGS)
+
+soak: setup  ## run the tests that take long and rarely find anything
+	@.venv/bin/python -m pytest -m soak $(ARGS)
 
 # What does not fit beside the project's own dependencies has environments of its own, in .integrations/.
 OTHERS := $(notdir $(basename $(wildcard tests/integrations/environments/*.txt)))

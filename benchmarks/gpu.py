@@ -24,7 +24,6 @@ import torch
 from benchmarks.gpu_checks import CHECKS, ROOT, as_rank, table
 from benchmarks.machine import machine
 
-
 MOST_SECONDS = 570.0  # all together
 CHECK_SECONDS = 200.0  # after which a check is ended
 END_SECONDS = 10.0

@@ -185,7 +185,7 @@ async def serve(runs: Runs, port: int) -> None:
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
 
-    runs.series  # made before anybody waits for it
+    _ = runs.series  # made before anybody waits for it
     async with await asyncio.start_server(connected, "127.0.0.1", port, backlog=runs.number) as server:
         await server.serve_forever()
 

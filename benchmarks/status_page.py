@@ -11,8 +11,8 @@ import time
 from statistics import median
 
 from exporter import RunAggregator, emit_ppo_update
-from exporter.snapshot import HISTORY_UPDATES
 from exporter.serving.status import StatusPage
+from exporter.snapshot import HISTORY_UPDATES
 from exporter.telemetry import TRAINING_SIGNALS, GradientStep, summarize_gradient_steps
 
 

@@ -16,7 +16,7 @@ _IMPORTED_ON_FIRST_USE = {
     "PPOUpdatePayload": "exporter.telemetry",
     "Rows": "exporter.heads",
     "RunAggregator": "exporter.aggregator",
-    "WebConfigError": "exporter.link",
+    "WebConfigError": "exporter.child",
     "emit_ppo_update": "exporter.telemetry",
     "heads_from": "exporter.heads",
     "row_heads": "exporter.heads",

@@ -1,4 +1,7 @@
-"""`python -m exporter`: the exporter process. A training process starts it and hands it snapshots on standard input."""
+"""`python -m exporter`: the exporter process. A training process starts it and hands it snapshots on standard input.
+
+`python -m exporter calibrate` is for people: exporter/calibrate.
+"""
 
 import argparse
 import contextlib
@@ -14,14 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exporter.link import (
-    DEFAULT_ADDRESS,
-    DEFAULT_MAX_REQUESTS,
-    DEFAULT_PORT,
-    PROTOCOL_VERSION,
-    WebConfigError,
-    host_and_port,
-)
+from exporter.child import PROTOCOL_VERSION, WebConfigError, host_and_port
+from exporter.link import DEFAULT_ADDRESS, DEFAULT_MAX_REQUESTS, DEFAULT_PORT
 from exporter.serving.access import Access
 from exporter.serving.application import Application
 from exporter.serving.deliveries import Deliveries
@@ -39,6 +36,10 @@ _log = logging.getLogger("exporter")
 
 def main() -> int:
     """Serve until the training process says goodbye or has gone. Returns the exit code."""
+    if sys.argv[1:2] == ["calibrate"]:
+        from exporter import calibrate
+
+        return calibrate.main(sys.argv[2:])
     parent = os.getppid()
     parser = _parser()
     arguments = parser.parse_args()
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m exporter",
         description="Serve the metrics of a training process, which starts this program and ends it.",
+        epilog="`python -m exporter calibrate --help`: thresholds from healthy runs, for which nothing has to train.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -3,25 +3,31 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from exporter.heads import Rows, row_heads
+from exporter.heads import Rows
 
 _log = logging.getLogger(__name__)
 
 
 class _Part(NamedTuple):
-    """A part of the action: `rows` of the layer; `choices`, None for one of a continuum."""
+    """A part of the action: `rows` of the layer, ascending; `choices`, None for one of a continuum."""
 
     name: str
-    rows: int
+    rows: list[int]
     choices: int | None
 
 
 def space_heads(
-    layer: nn.Module, action_space: Any, names: Sequence[str] | None = None, *, log_std: Tensor | None = None
+    layer: nn.Module,
+    action_space: Any,
+    names: Sequence[str] | None = None,
+    *,
+    log_std: Tensor | None = None,
+    std_rows: bool = False,
 ) -> dict[str, list[Rows]]:
     """Heads of a layer whose outputs are the parts of an action, in the action space's order.
 
@@ -34,15 +40,18 @@ def space_heads(
         action_space: of one environment, from Gymnasium or whatever has spaces of these names.
         names: one for every part, those with a single choice included. By default `action` for a single
             part, else `action_0`, `action_1`, ...; keys of a `Dict` take the place of `action` and of numbers.
-        log_std: the log-standard-deviations of the `Box` dimensions, of shape [n] or [1, n]: each is its head's. A
-            single one that all dimensions share belongs to no head.
+        log_std: the log-standard-deviations of the `Box` dimensions, of shape [n], [1, n] or [n, 1]: each is its
+            head's. A single one that all dimensions share belongs to no head.
+        std_rows: the layer has another row for each dimension of a `Box`, of its standard deviation; they are behind
+            those of all its means.
 
     Raises:
         TypeError: there are no heads in such a space.
         ValueError: the layer has another number of rows, `names` has the wrong length or a name twice, `log_std`
             has another shape, or no part has two choices.
     """
-    parts = list(_parts("action", action_space))
+    free = count()
+    parts = list(_parts("action", action_space, free, std_rows))
     if names is not None:
         if isinstance(names, str) or len(names) != len(parts):
             raise ValueError(f"the action has {len(parts)} parts, but the names are {names!r}")
@@ -51,14 +60,20 @@ def space_heads(
         raise ValueError(f"heads need distinct names, got {[part.name for part in parts]}")
     while isinstance(layer, nn.Sequential):
         layer = next(module for module in reversed(layer) if any(True for _ in module.parameters()))
-    heads = row_heads(layer, {part.name: part.rows for part in parts})
-    if log_std is not None and log_std.numel() != 1:
-        dimensions = [part for part in parts if part.choices is None]
-        if log_std.shape not in ((len(dimensions),), (1, len(dimensions))):
-            shape = list(log_std.shape)
-            raise ValueError(f"log_std has the shape {shape}, but the action has {len(dimensions)} dimensions")
-        for index, part in enumerate(dimensions):
-            heads[part.name].append(Rows(log_std, index, index + 1, axis=log_std.dim() - 1))
+    rows = next(free)
+    for name, parameter in layer.named_parameters():
+        if len(parameter) != rows:
+            raise ValueError(f"{name} has {len(parameter)} rows, but the action space {action_space} makes {rows}")
+    heads = {
+        part.name: [Rows(p, *bounds) for p in layer.parameters() for bounds in _bounds(part.rows)] for part in parts
+    }
+    dimensions = [part.name for part in parts if part.choices is None]
+    if log_std is not None and (log_std.numel() > 1 or log_std.dim() and len(dimensions) == 1):
+        size, shape = len(dimensions), list(log_std.shape)
+        if shape not in ([size], [1, size], [size, 1]):
+            raise ValueError(f"log_std has the shape {shape}, but the action has {size} dimensions")
+        for index, name in enumerate(dimensions):
+            heads[name].append(Rows(log_std, index, index + 1, axis=shape.index(size)))
     single = [part.name for part in parts if part.choices == 1]
     if len(single) == len(parts):
         raise ValueError(f"nothing to measure: no part of {action_space} has two choices")
@@ -67,25 +82,34 @@ def space_heads(
     return {name: rows for name, rows in heads.items() if name not in single}
 
 
-def _parts(name: str, space: Any) -> Iterator[_Part]:
+def _bounds(rows: list[int]) -> list[tuple[int, int]]:
+    """First row, and the row after the last, of each piece."""
+    is_one = rows[-1] - rows[0] < len(rows)
+    return [(rows[0], rows[-1] + 1)] if is_one else [(row, row + 1) for row in rows]
+
+
+def _parts(name: str, space: Any, free: Iterator[int], std_rows: bool) -> Iterator[_Part]:
+    """The parts of an action, with the next rows of those that are `free`."""
     kinds = {kind.__name__ for kind in type(space).__mro__}
     if "Discrete" in kinds:
-        yield _Part(name, int(space.n), int(space.n))
+        yield _Part(name, list(islice(free, int(space.n))), int(space.n))
     elif "MultiDiscrete" in kinds:
         for index, size in enumerate(space.nvec.flatten().tolist()):
-            yield _Part(f"{name}_{index}", size, size)
+            yield _Part(f"{name}_{index}", list(islice(free, size)), size)
     elif "MultiBinary" in kinds:
         for index in range(math.prod(space.shape)):
-            yield _Part(f"{name}_{index}", 1, 2)
+            yield _Part(f"{name}_{index}", [next(free)], 2)
     elif "Box" in kinds:
-        for index in range(math.prod(space.shape)):
-            yield _Part(f"{name}_{index}", 1, None)
+        size = math.prod(space.shape)
+        columns = [list(islice(free, size)) for _ in range(1 + std_rows)]
+        for index, rows in enumerate(zip(*columns)):
+            yield _Part(f"{name}_{index}", list(rows), None)
     elif "Dict" in kinds:
         for key, part in space.spaces.items():
-            yield from _parts(str(key) if name == "action" else f"{name}_{key}", part)
+            yield from _parts(str(key) if name == "action" else f"{name}_{key}", part, free, std_rows)
     elif "Tuple" in kinds:
         for index, part in enumerate(space.spaces):
-            yield from _parts(f"{name}_{index}", part)
+            yield from _parts(f"{name}_{index}", part, free, std_rows)
     else:
         raise TypeError(
             f"no heads in an action space {type(space).__name__}; supported are Discrete, MultiDiscrete, "

@@ -149,6 +149,11 @@ class RunEndpoints:
             self._pushgateways.append((server, pushgateway))
         return server.url
 
+    @property
+    def url(self) -> str | None:
+        """Of the newest endpoint; None without one."""
+        return self._endpoints[-1].server.url if self._endpoints else None
+
     def leave(self, last_first: ExitStack, crashed: bool) -> None:
         """Let `last_first` end the run's files, push its final state, and leave the endpoints."""
         servers = [endpoint.server for endpoint in self._endpoints]

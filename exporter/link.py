@@ -1,25 +1,13 @@
-"""The training process' side of the endpoint: starts `python -m exporter`, hands it snapshots, says goodbye.
+"""The training process' side of the endpoint: a server that hands the newest snapshot to the exporter process."""
 
-A frame is four bytes of length (big-endian) and a JSON object with `version` and `op`; `state` carries the newest
-snapshot. Each frame is answered by one line of JSON before the next one is sent, so that nothing queues.
-"""
-
-import atexit
-import contextlib
 import errno
-import json
 import logging
-import multiprocessing
-import multiprocessing.util
 import os
 import queue
 import socket
-import struct
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +17,8 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry, GCCollector
 
 from exporter.aggregator import RunAggregator
+from exporter.child import ExporterProcess, host_and_port
+from exporter.goodbye import at_goodbye, cover_worker, is_crash
 from exporter.snapshot import Snapshot
 
 DEFAULT_ADDRESS = "127.0.0.1"
@@ -37,21 +27,15 @@ DEFAULT_MAX_REQUESTS = 40
 DEFAULT_TEXTFILE_INTERVAL = 15.0
 PUSH_JOB = "ppo_final"
 """Not the job of running trainers: a Pushgateway keeps what it was given, and a finished run must not look stalled."""
-PROTOCOL_VERSION = 2
 _PERIOD_SECONDS = 0.1  # between two looks for a new snapshot, so that many updates a second cost no more than ten
 _MOST_OF_A_CORE = 0.05  # for snapshots of many runs, for which training has to wait
 _REGISTRY_SECONDS = 1.0  # between two readings of a registry of the user's, whose values have no snapshot
-_START_SECONDS = 60.0
 _LONGEST_PAUSE_SECONDS = 60.0  # before the next attempt, when exporter processes end as soon as they have started
 _ANSWER_SECONDS = 5.0
 _PUSH_SECONDS = 15.0  # more than the push itself may take
 _CLOSE_SECONDS = 5.0
 _EXIT_SECONDS = 1.0
 _log = logging.getLogger(__name__)
-
-
-class WebConfigError(ValueError):
-    """The web configuration file cannot be used; the message names it and the key."""
 
 
 class Registry(Protocol):
@@ -108,27 +92,24 @@ class MetricsServer:
         self._process_labels = dict(process_labels)
         self._max_requests = max_requests
         self._deliveries: list[dict[str, Any]] = []
-        self._requests: queue.SimpleQueue[tuple[dict[str, Any], Future]] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[dict[str, Any], Future[dict[str, Any]]]] = queue.SimpleQueue()
         self._sent: Snapshot | None = None
         self._sent_at = 0.0
         self._closed = threading.Event()
         self._is_down = False
         self._pause = 0.0
-        self._cost = 0.0
         # Their figures are of this process, and have to be read here.
-        self._collectors = {"gc": GCCollector(CollectorRegistry())}
+        self._collectors: dict[str, Registry] = {"gc": GCCollector(CollectorRegistry())}
         if registry is not None:
             self._collectors["registry"] = registry
         self._failing: set[str] = set()
-        self._given_up: Future | None = None
+        self._given_up: Future[dict[str, Any]] | None = None
         self._pid = os.getpid()
         self._process = self._start()
         self._thread = threading.Thread(target=self._hand_over, name="ppo-exporter-link", daemon=True)
         self._thread.start()
         _open.add(self)
-        if multiprocessing.parent_process() is not None:
-            # A worker ends without exit handlers where it was forked, and they see no exception where it was spawned.
-            multiprocessing.util.Finalize(None, _say_goodbye, exitpriority=100)
+        cover_worker()
         try:
             self.flush()
         except BaseException:
@@ -204,17 +185,14 @@ class MetricsServer:
         try:
             for run in {frame["run"] for frame in self._deliveries}:
                 self.end(run, crashed=crashed)
-            if self._process.poll() is None and not self._is_silent:
+            if not self._process.has_ended and not self._is_silent:
                 self._tell({"op": "close"}, _ANSWER_SECONDS)
         finally:
-            is_silent = self._is_silent
+            patience = 0.0 if self._is_silent else _EXIT_SECONDS
             self._closed.set()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0 if is_silent else _EXIT_SECONDS)
-            self._process.kill()
-            self._process.wait()
+            self._process.kill(patience)
             self._thread.join(_CLOSE_SECONDS)
-            _close_pipes(self._process)
+            self._process.close_pipes()
 
     def __enter__(self) -> "MetricsServer":
         return self
@@ -257,75 +235,35 @@ class MetricsServer:
         if message:
             raise OSError(message)
 
-    def _start(self) -> subprocess.Popen:
-        """An exporter process that has bound the address.
-
-        Raises:
-            OSError, WebConfigError: as `__init__`.
-        """
-        command = [sys.executable, "-P", "-m", "exporter", "--address", self.address, "--port", str(self.port)]
-        command += ["--max-requests", str(self._max_requests), "--labels", json.dumps(self._process_labels)]
-        if self.web_config_file is not None:
-            command += ["--web.config.file", str(self.web_config_file)]
-        # What can be imported here can be imported there, but nothing beside the user's script comes before a library.
-        script = getattr(sys.modules["__main__"], "__file__", None) or ""
-        last = (os.getcwd(), os.path.dirname(os.path.abspath(script)))
-        path = os.pathsep.join(sorted((str(entry) or last[0] for entry in sys.path), key=last.__contains__))
-        process = subprocess.Popen(
-            command,
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-            # Out of reach of the terminal's Ctrl-C; a session of its own would double its share of the CPU where the
-            # kernel groups processes by session.
-            process_group=0 if os.name == "posix" else None,
-        )
+    def _start(self) -> ExporterProcess:
         self._started_at = time.monotonic()
-        watchdog = threading.Timer(_START_SECONDS, process.kill)
-        watchdog.start()
-        try:
-            line = process.stdout.readline()
-            answer = json.loads(line or "null")
-        except ValueError:
-            process.kill()
-            answer = {
-                "error": f"the exporter process has not started: {line.decode(errors='replace').strip()}",
-                "kind": "",
-            }
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            watchdog.cancel()
-        if answer is None or "error" in answer:
-            _close_pipes(process)
-            code = process.wait()
-        if answer is None:
-            where = host_and_port(self.address, self.port)
-            raise OSError(f"cannot serve /metrics on {where}: the exporter process ended with exit code {code}")
-        if "error" in answer:
-            raise (WebConfigError if answer["kind"] == "web config" else OSError)(answer["error"])
-        self.port, self.scheme = answer["port"], answer["scheme"]
+        process = ExporterProcess(
+            self.address, self.port, self._process_labels, self.web_config_file, self._max_requests
+        )
+        self.port, self.scheme = process.port, process.scheme
         return process
 
     def _hand_over(self) -> None:
         """Send what is asked for, and every new snapshot, until `close()`."""
         while not self._closed.is_set():
             try:
-                frame, answer = self._requests.get(timeout=max(_PERIOD_SECONDS, self._cost / _MOST_OF_A_CORE))
+                pause = max(_PERIOD_SECONDS, self._process.send_seconds / _MOST_OF_A_CORE)
+                frame, answer = self._requests.get(timeout=pause)
             except queue.Empty:
-                frame = answer = None
-            try:
-                result = self._exchange(frame)
-            except Exception as error:
-                result = {"error": f"the exporter process is not to be had: {error}"}
-                if not self._is_down and not isinstance(error, OSError):
-                    _log.exception("a snapshot could not be handed to the exporter process")
-            if answer is not None:
-                answer.set_result(result)
-                if frame.get("op") == "close":
-                    return
+                self._result(None)
+                continue
+            answer.set_result(self._result(frame))
+            if frame.get("op") == "close":
+                return
+
+    def _result(self, frame: dict[str, Any] | None) -> dict[str, Any]:
+        """As `_exchange`, with `error` in the answer where that fails."""
+        try:
+            return self._exchange(frame)
+        except Exception as error:
+            if not self._is_down and not isinstance(error, OSError):
+                _log.exception("a snapshot could not be handed to the exporter process")
+            return {"error": f"the exporter process is not to be had: {error}"}
 
     def _exchange(self, frame: dict[str, Any] | None) -> dict[str, Any]:
         """Send the newest snapshot if there is one, then `frame` if there is one; the answer to it.
@@ -335,10 +273,10 @@ class MetricsServer:
         """
         while True:
             try:
-                if self._process.poll() is not None:
+                if self._process.has_ended:
                     raise BrokenPipeError(errno.EPIPE, "it has ended")
                 self._send_news(is_needed=frame is not None)
-                return self._send(frame) if frame else {}
+                return self._process.send(frame) if frame else {}
             except OSError:
                 if self._closed.is_set() or (frame and frame["op"] == "close"):
                     return {}
@@ -346,7 +284,7 @@ class MetricsServer:
 
     def _restart(self) -> None:
         code = self._process.wait()
-        _close_pipes(self._process)
+        self._process.close_pipes()
         is_new = time.monotonic() < self._started_at + _LONGEST_PAUSE_SECONDS
         self._pause = min(2 * self._pause + 0.5, _LONGEST_PAUSE_SECONDS) if is_new else 0.0
         self._closed.wait(self._pause)
@@ -363,7 +301,7 @@ class MetricsServer:
         _log.warning("the exporter process has ended (exit code %s); another one serves %s", code, self.url)
         for frame in list(self._deliveries):
             self._send_news(is_needed=True)
-            if message := self._send(frame).get("error"):
+            if message := self._process.send(frame).get("error"):
                 _log.warning("%s", message)
 
     def _send_news(self, *, is_needed: bool) -> None:
@@ -373,7 +311,7 @@ class MetricsServer:
             return
         self._sent, self._sent_at = snapshot, time.monotonic()
         metrics = {name: self._read(name, collector) for name, collector in self._collectors.items()}
-        self._send({"op": "state", "snapshot": snapshot.plain(), "metrics": metrics})
+        self._process.send({"op": "state", "snapshot": snapshot.plain(), "metrics": metrics})
 
     def _read(self, name: str, collector: Registry) -> list[Any] | None:
         """The metrics of a collector as JSON can say them; None where they cannot be read."""
@@ -395,39 +333,6 @@ class MetricsServer:
             return None
         self._failing.discard(name)
         return families
-
-    def _send(self, frame: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a frame.
-
-        Raises:
-            OSError: the exporter process has ended.
-        """
-        started = time.thread_time()
-        body = json.dumps({"version": PROTOCOL_VERSION, **frame}).encode()
-        self._cost = time.thread_time() - started
-        unsent = memoryview(struct.pack("!I", len(body)) + body)
-        while unsent:
-            unsent = unsent[self._process.stdin.write(unsent) :]
-        if line := self._process.stdout.readline():
-            return json.loads(line)
-        raise BrokenPipeError(errno.EPIPE, "it has ended")
-
-
-def host_and_port(address: str, port: int) -> str:
-    """`address:port`, with the brackets that an IPv6 address needs."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def is_crash(error: BaseException | None) -> bool:
-    """Whether a run that `error` ends has crashed: Ctrl-C is a wish, and so is an exit without an error code."""
-    if isinstance(error, SystemExit):
-        return bool(error.code)
-    return error is not None and not isinstance(error, KeyboardInterrupt)
-
-
-def at_goodbye(farewell: Callable[[bool], None]) -> None:
-    """Call `farewell` at the end of the process, the last one first, with whether an exception ends it."""
-    _farewells.append(farewell)
 
 
 def check_pushgateway_url(url: str) -> None:
@@ -456,23 +361,10 @@ def _seconds(timestamp: Any) -> float | None:
     return None if timestamp is None else float(timestamp)
 
 
-def _close_pipes(process: subprocess.Popen) -> None:
-    process.stdin.close()
-    process.stdout.close()
-
-
 def _close_all(crashed: bool) -> None:
     for server in list(_open):
         server.close(crashed=crashed)
 
 
-def _say_goodbye() -> None:
-    # In a notebook an old error is none.
-    error = sys.exception() or (None if hasattr(sys, "ps1") else getattr(sys, "last_value", None))
-    for farewell in reversed(_farewells):
-        farewell(is_crash(error))
-
-
 _open: set[MetricsServer] = set()
-_farewells: list[Callable[[bool], None]] = [_close_all]
-atexit.register(_say_goodbye)
+at_goodbye(_close_all)

@@ -1,13 +1,10 @@
 """`GradientMonitor`: the metric for a trainer that somebody has already, by an optimizer hook."""
 
-import gc
 import logging
 import os
-import sys
 import threading
 import time
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,14 +13,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
-from exporter.endpoint import RunEndpoints, SharedEndpoint
+from exporter.endpoint import RunEndpoints
+from exporter.goodbye import is_crash
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import HeadGradientMeter, Heads, named_heads
 from exporter.health import STALLED_SECONDS, Thresholds
-from exporter.link import DEFAULT_ADDRESS, Registry, at_goodbye, is_crash
-from exporter.optimizers import has_closure, is_one_of_several, unwrapped
+from exporter.link import DEFAULT_ADDRESS, Registry
+from exporter.optimizers import has_closure, is_one_of_several, unaveraged_warning, unwrapped
 from exporter.progress import Progress
 from exporter.recording import after_backward, hidden_from_compiler
+from exporter.registration import Registration
 from exporter.reporter import OnLevel, OnUpdate, RunReporter
 
 DEFAULT_WINDOW_STEPS = 64
@@ -37,9 +36,6 @@ _IDLE_UPDATES = 3
 _MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
 
 _log = logging.getLogger(__name__)
-
-# Monitors of one process share it unless they are given another: one endpoint for all of them.
-_process_aggregator = RunAggregator()
 
 
 class GradientMonitor:
@@ -103,7 +99,8 @@ class GradientMonitor:
             raise ValueError(f"window_steps must be at least 1 or None, got {window_steps}")
         self.run = run
         self.heads = named_heads(heads)
-        self._aggregator = aggregator or _process_aggregator
+        self._registration = Registration(aggregator, run, self.detach, self._leave)
+        self._aggregator = self._registration.aggregator
         self._window_steps = window_steps
         self._before_clipping = before_clipping
         self._global_norm = global_norm
@@ -116,14 +113,14 @@ class GradientMonitor:
         self._window_began_at: float | None = None
         self._alive_at = self._step_at = self._check_at = 0.0
         self._idle_updates = self._idle_steps = 0
-        self._optimizers: list[weakref.ref[Optimizer]] = []
-        self._stepped: set[int] = set()
+        self._optimizer_count, self._stepped = 1, set()
         self._endpoints = RunEndpoints(self._aggregator, run)
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
-        self._is_registered = False
+        self._takes_early = before_clipping
+        self._may_be_too_early = False
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
         """Observe every step of `optimizer`, also through Accelerate's and other wrappers.
@@ -149,51 +146,15 @@ class GradientMonitor:
         }
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
-        for other in list(_attached.values()):
-            if not other._is_needed():
-                other.detach()  # it would keep the parameters of a model that has gone
-        self._optimizers = [weakref.ref(each) for each in optimizers]
-        if not self._is_registered:
-            self._replace_earlier(optimizers)
-            self._aggregator.register_run(self.run, meter.head_names, self._info, self._thresholds)
-            self._is_registered = True
-            _attached[self._aggregator, self.run] = self
-            if warning := unreachable_critical_warning(len(meter.head_names), self._thresholds):
-                _log.warning("run %s: %s", self.run, warning)
-        if self._before_clipping and is_one_of_several():
-            _log.warning(
-                "run %s: gradients are measured at the end of the backward pass: after the averaging of "
-                "DistributedDataParallel, but before one by hand. With that, leave before_clipping out, and call "
-                "gradients_ready() after it",
-                self.run,
-            )
+        if self._registration.begin(optimizers, meter.head_names, self._info, self._thresholds):
+            self._warn(unreachable_critical_warning(len(meter.head_names), self._thresholds))
+        self._may_be_too_early = self._before_clipping and is_one_of_several()
+        self._optimizer_count, self._stepped = len(optimizers), set()
         self._meter, self._step_at = meter, time.monotonic()
         self._hooks = [each.register_step_pre_hook(hidden_from_compiler(self._before_step)) for each in optimizers]
         if self._before_clipping:
             self._hooks += after_backward(meter.parameters, self._after_backward)
         return self
-
-    def _is_needed(self) -> bool:
-        """Whether there are still optimizers that it observes."""
-        return any(optimizer() is not None for optimizer in self._optimizers)
-
-    def _replace_earlier(self, optimizers: Iterable[Optimizer]) -> None:
-        """Close an earlier monitor of this run that nobody needs any more, as when a notebook's cell runs again."""
-        earlier = _attached.get((self._aggregator, self.run))
-        if earlier is None:
-            return
-
-        def is_of_others() -> bool:
-            return bool({optimizer() for optimizer in earlier._optimizers} - {None, *optimizers})
-
-        if is_of_others():
-            gc.collect()
-        if earlier._hooks and is_of_others() and not hasattr(sys, "ps1"):
-            raise ValueError(
-                f"run {self.run!r} is measured by another monitor already: close() that one, or give this one another "
-                "name; runs of one process need distinct names"
-            )
-        earlier.close()
 
     def detach(self) -> None:
         """Stop observing; what was measured is published, and the run's series stay. May be attached again."""
@@ -203,6 +164,7 @@ class GradientMonitor:
             self._hooks, self._sees_closures = [], False
             self._close_window(is_last=True)
             self._meter = None
+            self._registration.pause()
         self._reporter.wait()
 
     def close(self) -> None:
@@ -217,20 +179,9 @@ class GradientMonitor:
             return  # in a forked child: all of it is the parent's
         # What is interrupted is not done again by another call, and does not keep the rest from being done.
         with ExitStack() as last_first:
-            last_first.callback(self._unregister, crashed)
+            last_first.callback(self._registration.end, crashed)
             self._endpoints.leave(last_first, crashed)
             self.detach()
-
-    def _unregister(self, crashed: bool) -> None:
-        if not self._is_registered:
-            return
-        self._is_registered = False
-        if _attached.get((self._aggregator, self.run)) is self:
-            del _attached[self._aggregator, self.run]
-        if crashed and SharedEndpoint.has_abandoned(self._aggregator, self.run):
-            self._aggregator.abandon_run(self.run)
-        else:
-            self._aggregator.remove_run(self.run)
 
     def __enter__(self) -> "GradientMonitor":
         return self
@@ -287,6 +238,11 @@ class GradientMonitor:
             every_rank=every_rank,
         )
 
+    @property
+    def url(self) -> str | None:
+        """Where `/metrics` is served, as `serve()` has returned it last; None where it is not, and after `close()`."""
+        return self._endpoints.url
+
     def record(self, **values: float | None) -> None:
         """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
 
@@ -307,9 +263,10 @@ class GradientMonitor:
     def gradients_ready(self) -> None:
         """Measure the gradients of the next step as they are now, for a trainer that averages them by hand.
 
-        To be called after that and before clipping.
+        To be called after that and before clipping, with or without `before_clipping`.
         """
         with self._lock:
+            self._takes_early, self._may_be_too_early = True, False
             if self._meter is not None:
                 self._meter.give_up(does_count=False)  # what was seen before the averaging is the same step
             self._after_backward()
@@ -350,7 +307,7 @@ class GradientMonitor:
         elif not self._sees_closures:
             self._sees_closures = True
             after = hidden_from_compiler(self._after_step)
-            self._hooks += [each().register_step_post_hook(after) for each in self._optimizers if each() is not None]
+            self._hooks += [each.register_step_post_hook(after) for each in self._registration.optimizers]
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         # A closure runs the backward pass within the step; what it has left behind is measured after it.
@@ -362,13 +319,16 @@ class GradientMonitor:
             with self._lock:
                 if self._meter is None:
                     return  # another thread has detached it meanwhile
-                if len(self._optimizers) > 1:
+                if self._optimizer_count > 1:
                     self._stepped.add(id(optimizer))
-                    if len(self._stepped) < len(self._optimizers):
+                    if len(self._stepped) < self._optimizer_count:
                         return
                     self._stepped.clear()
+                if self._may_be_too_early:
+                    self._may_be_too_early = False
+                    self._warn(unaveraged_warning(self._meter.parameters))
                 scale = getattr(optimizer, "grad_scale", None)
-                if self._before_clipping and self._grad_scaler is not None:
+                if self._takes_early and self._grad_scaler is not None:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
                 # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
                 # step, and so this hook, is not called. Either way such a step is none.
@@ -427,6 +387,10 @@ class GradientMonitor:
         except Exception as error:
             self._reporter.failed(error)
 
+    def _warn(self, warning: str | None) -> None:
+        if warning is not None:
+            _log.warning("run %s: %s", self.run, warning)
+
     def _give_back(self, progress: Mapping[str, object]) -> None:
         with self._lock:
             self._progress.give_back(progress)
@@ -436,22 +400,3 @@ class GradientMonitor:
             self._reporter.blind(reason)
         except Exception as error:
             self._reporter.failed(error)
-
-
-_attached: dict[tuple[RunAggregator, str], GradientMonitor] = {}
-
-
-def _begin_anew() -> None:
-    """In a forked child: what is served there is not what its parent serves."""
-    global _process_aggregator, _attached
-    _process_aggregator, _attached = RunAggregator(), {}
-
-
-def _close_all(crashed: bool) -> None:
-    for monitor in list(_attached.values()):
-        monitor._leave(crashed)
-
-
-at_goodbye(_close_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)

@@ -1,8 +1,10 @@
 """The torch optimizers behind what a trainer calls its optimizer, and the processes that share them."""
 
+import gc
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 # Where wrappers keep the optimizer that steps: Accelerate and others, tianshou, SAM, schedule-free.
@@ -47,3 +49,19 @@ def is_one_of_several() -> bool:
     """Whether this process trains together with others."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def unaveraged_warning(parameters: Iterable[Tensor]) -> str | None:
+    """What is wrong with gradients of these parameters at the end of the backward pass, where several processes train.
+
+    Looks at every object of the process, for a parameter does not know its module.
+    """
+    parallel, ours = torch.nn.parallel.DistributedDataParallel, set(parameters)
+    modules = [each for each in gc.get_objects() if issubclass(type(each), parallel)]
+    if any(not ours.isdisjoint(module.parameters()) for module in modules):
+        return None
+    return (
+        "several processes train together, and gradients are measured before anything but DistributedDataParallel can "
+        "average them, which has none of the heads. Where the trainer averages by hand, call gradients_ready() after "
+        "that, or leave before_clipping out"
+    )

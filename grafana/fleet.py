@@ -8,7 +8,9 @@ from grafana import panels
 from grafana.panels import BY_LEVEL, GREEN, RED, YELLOW, now_query, override, run_link, table_query, thresholds, words
 
 CHOSEN = 'job=~"$job", run=~"$run", instance=~"$instance"'
-LEVEL, CV = f"run:ppo_gradient_level:max{{{CHOSEN}}}", f"run:ppo_gradient_cv:max{{{CHOSEN}}}"
+LEVEL = f"run:ppo_gradient_level:max{{{CHOSEN}}}"
+# A run without an update yet may have the CV that it had before it began anew, for the sake of alerts.
+CV = f"(run:ppo_gradient_cv:max{{{CHOSEN}}} unless run:ppo_gradient_cv:unmeasured{{{CHOSEN}}})"
 # Only targets that have served a run, as for PPOTrainerDown: other systems too have targets with a label `run`.
 UP = f"(up{{{CHOSEN}}} and on (job, instance) job_instance:ppo_run_info:last6h)"
 # By the alert: it compares counters, not clocks.
@@ -72,7 +74,7 @@ def _all_runs() -> dict:
     # Column of a value: its query, and how it is shown. A rate over minutes outlives its run, hence `and`.
     values = {
         "state": (STATE, dict(mappings=words(STATES, ABSENT), **CELL)),
-        "level": (LEVEL, dict(mappings=words(panels.LEVELS, ABSENT), **CELL)),
+        "level": (LEVEL, dict(mappings=words(panels.LEVELS, ABSENT), **CELL | dict(custom__width=120))),
         "CV": (CV, dict(decimals=3, custom__width=90)),
         "share": (
             f"run_head:ppo_head_gradient_share:topk1{{{CHOSEN}}} and on (job, instance, run) {LEVEL}",

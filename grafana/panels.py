@@ -26,8 +26,11 @@ HEAD_COLORS = {
     **{"speed": "#FF85D0", "curve": "#7C6BE0", "op": "#C7D0D9"},
 }
 """Heads of the trainer's own environment: two of them would have the same colour by name."""
-LEVELS = {index: (level.word, level.color) for index, level in enumerate(HealthLevel)}
-"""0, 1, 2 in the operators' words and colours."""
+NO_UPDATE_YET = -1
+LEVELS = {NO_UPDATE_YET: ("no update yet", "transparent")} | {
+    index: (level.word, level.color) for index, level in enumerate(HealthLevel)
+}
+"""-1, 0, 1, 2 in the operators' words and colours."""
 LAST_VALUE = dict(calcs=["lastNotNull"], values=False)
 LOG_SCALE = dict(scaleDistribution=dict(type="log", log=10))
 
@@ -162,7 +165,7 @@ def bars(*panel: Any, names: str, **more: Any) -> dict:
 
 
 def level_timeline(*panel: Any) -> dict:
-    """When a run was at which level; expects 0, 1 and 2. Needs no legend: the level now has word and colour too."""
+    """When a run was at which level; expects numbers of `LEVELS`. No legend: *Level now* has it."""
     options = dict(
         showValue="never",
         rowHeight=0.9,

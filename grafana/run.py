@@ -47,9 +47,14 @@ def _steps(window: str, **labels: str) -> str:
     return f"sum without (health) ({_increase('ppo_gradient_steps_total', window, **labels)})"
 
 
-CV = f"max without (health) ({_of('ppo_gradient_cv')})"
-# 0 healthy, 1 warning, 2 critical. The label follows the run's own thresholds.
-LEVEL = "max without (health) ({} or {} or {})".format(
+# A run says 0.0 and healthy before the first update of its process: nothing is measured yet.
+UNMEASURED = (
+    f"(max without (health) ({_of('ppo_gradient_cv')} == 0) unless {_of('ppo_gradient_level_since_timestamp_seconds')})"
+)
+NO_UPDATE_YET = f"{UNMEASURED} - 1"
+CV = f"max without (health) ({_of('ppo_gradient_cv')}) unless {UNMEASURED}"
+# -1 no update yet, 0 healthy, 1 warning, 2 critical. The label follows the run's own thresholds.
+LEVEL = NO_UPDATE_YET + " or max without (health) ({} or {} or {})".format(
     *(f"{index} * group without () ({_of('ppo_gradient_cv', health=of)})" for index, of in enumerate(HealthLevel))
 )
 # A run that does not tell its thresholds has the usual ones. (count is 1 here.)
@@ -111,7 +116,8 @@ def _now() -> list[dict]:
         stat(
             *(2, (0, 0, 4, 4), "Level now"),
             "Health level of the last update's gradient CV, by the run's own thresholds. Good: stable. Bad: BAD, from "
-            "the critical threshold on or with a gradient that is NaN or infinite.",
+            "the critical threshold on or with a gradient that is NaN or infinite. A run that has just begun has no "
+            "update yet.",
             now_query(LEVEL, "{{instance}}"),
             filled=True,
             mappings=words(panels.LEVELS, ("no data", "transparent")),
@@ -120,9 +126,11 @@ def _now() -> list[dict]:
             *(3, (4, 0, 3, 4), "Gradient CV now"),
             "Spread of the heads' gradient norms in the last update, in the colour of its level: standard deviation "
             "over mean. Good: near 0, all heads learn alike. Bad: one head takes most of the gradient.",
-            now_query(_of("ppo_gradient_cv"), "{{health}}"),
+            now_query(f"{_of('ppo_gradient_cv')} unless ignoring (health) {UNMEASURED}", "{{health}}"),
+            now_query(NO_UPDATE_YET, "no update yet"),
             decimals=3,
             text="value",
+            mappings=words({panels.NO_UPDATE_YET: ("no update yet", NEUTRAL)}),
             overrides=BY_LEVEL,
         ),
         stat(

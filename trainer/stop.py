@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_SECONDS = 1.0
 """A signal that follows the first one sooner is the same request: a process group and its leader may both get one."""

@@ -14,8 +14,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from exporter.aggregator import RunAggregator
+from exporter.child import WebConfigError
 from exporter.gradient_cv import unreachable_critical_warning
-from exporter.link import MetricsServer, WebConfigError
+from exporter.link import MetricsServer
 from exporter.snapshot import RunSnapshot
 from exporter.telemetry import PPOUpdateMetrics, emit_ppo_update
 from trainer.agent import NonFiniteGradientError, PPOAgent, PPOHyperparameters

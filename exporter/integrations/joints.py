@@ -1,10 +1,12 @@
-"""What trainers of robots have in common: a Gaussian policy, one head a joint."""
+"""What trainers of robots have in common: a Gaussian policy, one head a joint, and an averaging of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from exporter.heads import Rows
+from exporter.monitor import GradientMonitor
 
 
 def joint_heads(
@@ -50,3 +52,20 @@ def last_linear(module: nn.Module, rows: Sequence[int]) -> nn.Linear:
         wanted = " or ".join(map(str, rows))
         raise ValueError(f"{type(module).__name__} has no linear layer with {wanted} outputs, one for each action")
     return layers[-1]
+
+
+def measure_after_averaging(monitor: GradientMonitor, *owners: Any) -> None:
+    """Measure when `owner.reduce_parameters()` has averaged gradients over processes, between backward and clipping.
+
+    Of several owners the last one that is called counts.
+    """
+
+    def measured(reduce_parameters: Callable[[], None]) -> Callable[[], None]:
+        def reduce_and_measure() -> None:
+            reduce_parameters()
+            monitor.gradients_ready()
+
+        return reduce_and_measure
+
+    for owner in owners:
+        owner.reduce_parameters = measured(owner.reduce_parameters)

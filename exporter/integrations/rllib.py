@@ -3,7 +3,6 @@
 The measurement and the endpoint are where the gradients are: in the process of the first learner.
 """
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -11,14 +10,13 @@ from typing import Any
 
 import ray
 import torch
-import tree
 from gymnasium import spaces
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.rl_module import RLModule
-from ray.rllib.utils.spaces.space_utils import get_base_struct_from_space
 
+from exporter.action_spaces import space_heads
 from exporter.heads import Head, Rows
 from exporter.health import Thresholds
 from exporter.monitor import GradientMonitor
@@ -36,7 +34,6 @@ _COEFFICIENTS = {"curr_kl_coeff": "kl_coef", "curr_entropy_coeff": "entropy_coef
 _OPTIONS = "gradient_monitor"  # key of `learner_config_dict`
 _ALL_MODULES = "__all_modules__"
 _GOODBYE_SECONDS = 20.0  # a push may take most of it
-_log = logging.getLogger(__name__)
 
 
 def module_heads(module: RLModule) -> dict[str, list[Rows]]:
@@ -61,48 +58,18 @@ def module_heads(module: RLModule) -> dict[str, list[Rows]]:
             f"{type(module).__name__} has no `pi` that ends in a linear layer; "
             "give monitored(heads=...) a function from module to heads"
         )
-    layer, log_std = layers[-1], getattr(module.pi, "log_std", None)
-    # The rows of each head; those of a Box are all means, then all logarithms of standard deviations.
-    rows: dict[str, list[int]] = {}
-    next_row = 0
-    for path, space in tree.flatten_with_path(get_base_struct_from_space(module.action_space)):
-        name = "_".join(["action", *map(str, path)] if not path or isinstance(path[0], int) else map(str, path))
-        match space:
-            case spaces.Discrete():
-                sizes = {name: int(space.n)}
-            case spaces.MultiDiscrete():
-                sizes = {f"{name}_{i}": int(size) for i, size in enumerate(space.nvec.flat)}
-            case spaces.Box():
-                sizes = {f"{name}_{i}": 1 for i in range(space.shape[0])}
-            case _:
-                raise TypeError(f"no action heads in a {type(space).__name__} action space")
-        for head, size in sizes.items():
-            rows[head] = list(range(next_row, next_row + size))
-            next_row += size
-        if isinstance(space, spaces.Box) and log_std is None:
-            for head in sizes:
-                rows[head].append(next_row)
-                next_row += 1
-    if next_row != layer.out_features:
-        raise ValueError(
-            f"the last layer of `pi` has {layer.out_features} rows, but the action space "
-            f"{module.action_space} makes {next_row}; give monitored(heads=...) a function from module to heads"
-        )
-    is_continuous = isinstance(module.action_space, spaces.Box)
-    single = [head for head, own in rows.items() if len(own) == 1 and not (is_continuous and log_std is not None)]
-    if single:
-        _log.info("left out of the action heads, for they have a single choice: %s", ", ".join(single))
-    heads = {
-        head: [Rows(part, row, row + 1) for part in layer.parameters() for row in own]
-        + ([Rows(log_std, own[0], own[0] + 1)] if log_std is not None else [])
-        for head, own in rows.items()
-        if head not in single
-    }
-    if not heads:
-        raise ValueError(
-            f"nothing to measure: every part of the action space {module.action_space} has a single choice"
-        )
-    return heads
+    log_std = getattr(module.pi, "log_std", None)
+    try:
+        return space_heads(layers[-1], _in_order(module.action_space), log_std=log_std, std_rows=log_std is None)
+    except ValueError as error:
+        raise ValueError(f"{error}; give monitored(heads=...) a function from module to heads") from error
+
+
+def _in_order(space: spaces.Space) -> spaces.Space:
+    """With the parts in RLlib's order, which is that of sorted keys."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: _in_order(part) for key, part in space.items()})
+    return spaces.Tuple([_in_order(part) for part in space]) if isinstance(space, spaces.Tuple) else space
 
 
 class GradientMonitoring(TorchLearner):
@@ -110,16 +77,18 @@ class GradientMonitoring(TorchLearner):
 
     Measures every module that is trained, on the first learner only, for they all have the same gradients.
     They are taken after they have been averaged over the learners, and before RLlib clips them and sets NaN to zero.
-
-    Attributes:
-        metrics_url: where `/metrics` is served; None where it is not.
     """
 
-    metrics_url: str | None = None
+    _monitors: Mapping[str, GradientMonitor] = {}
+
+    @property
+    def metrics_url(self) -> str | None:
+        """Where `/metrics` is served; None where it is not."""
+        return next((monitor.url for monitor in self._monitors.values()), None)
 
     def build(self) -> None:
         super().build()
-        self._monitors: dict[str, GradientMonitor] = {}
+        self._monitors = {}
         self._unpublished: dict[str, float] = {}  # durations of an update that waits for its results
         self._resting_since = time.perf_counter()
         for module_id in self.module.keys():
@@ -165,12 +134,12 @@ class GradientMonitoring(TorchLearner):
         )
         try:
             monitor.attach(self._optimizer_of(module_id, heads))
-            self.metrics_url = monitor.serve(**options)
+            monitor.serve(**options)
         except BaseException:
             monitor.close()
             raise
         self._monitors[module_id] = monitor
-        print(f"{monitor.run}: metrics at {self.metrics_url}", flush=True)
+        print(f"{monitor.run}: metrics at {monitor.url}", flush=True)
 
     def _optimizer_of(self, module_id: str, heads: Mapping[str, Head]) -> torch.optim.Optimizer:
         """The optimizer that owns the first head's first parameter."""
@@ -232,7 +201,6 @@ class GradientMonitoring(TorchLearner):
         self._publish()
         while self._monitors:
             self._monitors.popitem()[1].close()
-        self.metrics_url = None
 
 
 def monitored(

@@ -10,7 +10,7 @@ import torch
 from rsl_rl.runners import OnPolicyRunner
 
 from exporter.heads import Rows
-from exporter.integrations.joints import joint_heads, last_linear
+from exporter.integrations.joints import joint_heads, last_linear, measure_after_averaging
 from exporter.monitor import GradientMonitor
 from exporter.one_call import watch
 
@@ -66,7 +66,7 @@ def watch_runner(
         runner_heads(runner, joint_names),
         run,
         window_steps=None,
-        # With several processes it is rsl-rl that averages gradients, between backward and clipping.
+        # With several processes it is rsl-rl that averages gradients, which are measured when it has.
         before_clipping=not runner.is_distributed,
         info={
             "algorithm": type(algorithm).__name__,
@@ -78,6 +78,8 @@ def watch_runner(
         },
         **options,
     )
+    if runner.is_distributed:
+        measure_after_averaging(monitor, algorithm)
     update, resting_since = algorithm.update, time.perf_counter()
 
     def measured_update() -> dict[str, float]:

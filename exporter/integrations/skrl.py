@@ -13,7 +13,7 @@ from torch import nn
 
 from exporter.action_spaces import space_heads
 from exporter.heads import Rows
-from exporter.integrations.joints import last_linear
+from exporter.integrations.joints import last_linear, measure_after_averaging
 from exporter.monitor import GradientMonitor
 from exporter.one_call import watch
 
@@ -79,7 +79,7 @@ def watch_agent(
         agent_heads(agent, head_names, layer),
         run,
         window_steps=None,
-        # With several processes it is skrl that averages gradients, between backward and clipping.
+        # With several processes it is skrl that averages gradients, which are measured when it has.
         before_clipping=not config.torch.is_distributed,
         grad_scaler=agent.scaler if agent.scaler.is_enabled() else None,
         info={
@@ -92,6 +92,8 @@ def watch_agent(
         },
         **options,
     )
+    if config.torch.is_distributed:
+        measure_after_averaging(monitor, *{agent.policy, agent.value})
     update, resting_since = agent.update, time.perf_counter()
 
     def measured_update(**timing: int) -> None:

@@ -93,7 +93,6 @@ class PrometheusCallback(BaseCallback):
 
     Attributes:
         monitor: the `GradientMonitor` in use, None while there is none.
-        url: where `/metrics` is served, None while it is not.
 
     Raises:
         TypeError, ValueError: `thresholds` are not 0 < warning < critical.
@@ -129,7 +128,6 @@ class PrometheusCallback(BaseCallback):
     ) -> None:
         super().__init__(verbose)
         self.monitor: GradientMonitor | None = None
-        self.url: str | None = None
         self._run = run
         self._delivery = {
             "port": port,
@@ -160,6 +158,11 @@ class PrometheusCallback(BaseCallback):
         # When the rollout ended, from then until its update has been exported.
         self._update_started: float | None = None
 
+    @property
+    def url(self) -> str | None:
+        """Where `/metrics` is served; None while it is not."""
+        return self.monitor.url if self.monitor is not None else None
+
     def close(self) -> None:
         """Stop measuring and serving, and take the run off the endpoint; harmless when that has been done."""
         if self.monitor is None:
@@ -168,7 +171,7 @@ class PrometheusCallback(BaseCallback):
         if self._open_by_run.get(run) is self:
             del self._open_by_run[run]
         self.monitor.close()
-        self.monitor = self.url = self._measured_policy = None
+        self.monitor = self._measured_policy = None
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, OnPolicyAlgorithm):
@@ -229,7 +232,7 @@ class PrometheusCallback(BaseCallback):
         )
         try:
             monitor.attach(self.model.policy.optimizer)
-            self.url = monitor.serve(**self._delivery)
+            monitor.serve(**self._delivery)
         except BaseException:
             monitor.close()
             raise

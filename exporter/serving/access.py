@@ -24,7 +24,7 @@ _BCRYPT_BYTES = 72  # bcrypt knows no more of a password
 class Access:
     """Applies a web configuration file, in its newest version, to requests. Without a file all are let in.
 
-    Passwords are compared one at a time, in a thread of `_NICENESS`: the lowest priority would take longer than a scrape
+    Passwords are compared one at a time, in a thread of `_NICENESS`: the lowest priority would take longer than scrapes
     may where training uses every core. Results are remembered under a keyed hash, so that memory holds no password for
     long, and a changed bcrypt hash is a new question.
     """

@@ -118,7 +118,7 @@ class Application:
 
 
 class _Selection(Collector):
-    """The samples that have, or whose family has, one of `names`, and are of one of `runs` or of none; empty for all."""
+    """The samples that have, or whose family has, one of `names`, and are of one of `runs` or none; empty for all."""
 
     def __init__(self, collector: Collector, names: frozenset[str], runs: frozenset[str]) -> None:
         self._collector, self._names, self._runs = collector, names, runs

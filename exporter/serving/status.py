@@ -22,8 +22,8 @@ from prometheus_client.utils import floatToGoString
 from exporter.gradient_cv import unreachable_critical_warning
 from exporter.health import STALLED_INTERVALS, STALLED_SECONDS, HealthLevel, Thresholds, cv_text
 from exporter.metrics import GRADIENT_LEVEL_SINCE, LAST_UPDATE_TIMESTAMP, METRIC_FAMILIES, MetricFamily
-from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot
 from exporter.serving.state import State
+from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot
 
 RELOAD_SECONDS = 5
 """Where there is no JavaScript, the browser loads the page anew so often."""

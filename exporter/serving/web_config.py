@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from exporter.link import WebConfigError
+from exporter.child import WebConfigError
 
 _RECHECK_SECONDS = 1.0
 _VERSIONS = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}

@@ -36,11 +36,16 @@ class Run:
     instance: str = ""
     heads: tuple[str, ...] = SEVEN
     register: Mapping[str, Any] = field(default_factory=dict)
-    aggregator: RunAggregator = field(default_factory=RunAggregator)
+    aggregator: RunAggregator = field(init=False)
     scrapes: int = 0
 
     def __post_init__(self) -> None:
         self.instance = self.instance or f"{self.name}:9842"
+        self.start()
+
+    def start(self) -> None:
+        """As a process of its own does, without an update."""
+        self.aggregator = RunAggregator()
         self.aggregator.register_run(self.name, self.heads, **self.register)
         self.registry = CollectorRegistry()
         self.registry.register(RunCollector(self.aggregator))

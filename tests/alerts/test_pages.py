@@ -86,6 +86,15 @@ def fails_inside(run: Run, scrape: int) -> None:
         run.aggregator.count_error(run.name)
 
 
+def starts_anew(run: Run, scrape: int) -> bool:
+    """Critical, down for half a minute, without an update for 15 minutes, then critical again."""
+    if scrape == 9:
+        run.start()
+    elif scrape < 9 or scrape > 39:
+        critical(run, scrape)
+    return scrape == 9
+
+
 def crowd(run: Run, scrape: int) -> bool:
     return scrape > 6
 
@@ -118,6 +127,7 @@ def test_people_are_told_what_happens_once_and_nothing_else(start_site):  # noqa
         Run("three-heads", healthy, **{**three, "register": {}}),
         Run("three-heads-own", lambda run, scrape: run.update(1.6), **three),
         Run("errors", fails_inside),
+        Run("anew", starts_anew),
         *(Run(f"grid-{number}", grid_with_dead_heads, heads=GRID) for number in range(2)),
         *(Run(f"crowd-{number}", crowd) for number in range(CROWD)),
     ]
@@ -127,6 +137,7 @@ def test_people_are_told_what_happens_once_and_nothing_else(start_site):  # noqa
         ("dips", "dips:9842", "PPOGradientCVHigh", "critical"),
         ("shared", "anna:1", "PPOGradientCVHigh", "critical"),
         ("three-heads-own", "three-heads-own:9842", "PPOGradientCVHigh", "critical"),
+        ("anew", "anew:9842", "PPOGradientCVHigh", "critical"),
         ("poisoned", "poisoned:9842", "PPONonFiniteGradients", "critical"),
         ("loop", "loop:9842", "PPOTrainerDown", "critical"),
         *((f"crowd-{number}", f"crowd-{number}:9842", "PPOTrainerDown", "critical") for number in range(CROWD)),
@@ -148,6 +159,10 @@ def test_people_are_told_what_happens_once_and_nothing_else(start_site):  # noqa
     # A warning that comes before its critical alert may be told.
     early = {("poisoned", "poisoned:9842", "PPONonFiniteGradients", "warning")}
     assert told(site).keys() - early == pages | warnings
+    # What a run says before its first update ends no alert.
+    (anew,) = (run for run in runs if run.name == "anew")
+    wait_until(lambda: anew.scrapes > 45, "the run has updates again", 60)
+    assert not site.notified("resolved", run="anew")
 
     # Trainers that go down together come together, but for those that a busy machine scrapes late.
     down = [n for n in site.notifications() if n["groupLabels"]["alertname"] == "PPOTrainerDown"]

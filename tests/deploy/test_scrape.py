@@ -5,8 +5,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import yaml
-
 from conftest import Observability, free_ports, wait_until
+
 from stack import configuration
 from stack.servers import ROOT
 

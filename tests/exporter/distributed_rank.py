@@ -48,6 +48,23 @@ class Sum(nn.Module):
         return sum((index + 1) ** 2 * head(x).square().mean() for index, head in enumerate(self.heads.values()))
 
 
+def train_by_hand(run: str, is_ready: bool = False, **options) -> None:
+    """A step whose gradients are averaged after the backward pass, and clipped."""
+    torch.manual_seed(0)
+    model = Sum()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    heads = dict(model.heads.items())
+    monitor = GradientMonitor(heads, run, window_steps=1, aggregator=aggregator, **options).attach(optimizer)
+    model(batches[rank]).backward()
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= 2
+    if is_ready:
+        monitor.gradients_ready()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.step()
+
+
 torch.manual_seed(0)
 plain = Sum()
 parallel = DistributedDataParallel(plain)
@@ -65,6 +82,8 @@ parallel(batches[rank]).backward()
 nn.utils.clip_grad_norm_(parallel.parameters(), 1e-3)
 optimizer.step()
 early.detach()
+train_by_hand("unready", before_clipping=True)
+train_by_hand("ready", is_ready=True)
 
 torch.manual_seed(0)
 reference = Sum()
@@ -95,6 +114,7 @@ Path(sys.argv[1]).write_text(
             "cv": aggregator.snapshot.runs["pair"].gradient_quality.gradient_cv,
             "expected_cv": gradient_cv(norms),
             "norms_before_clipping": list(aggregator.snapshot.runs["early"].gradient_quality.head_norms.values()),
+            "norms_when_ready": list(aggregator.snapshot.runs["ready"].gradient_quality.head_norms.values()),
             "expected_norms": norms,
             "labels": labels_at(url) if url else None,
             "labels_of_rank": labels_at(url_of_rank),

@@ -44,7 +44,7 @@ def test_the_parts_of_an_action_are_heads_in_its_order(space, expected):
     assert all(rows[0].parameter is layer.weight and rows[1].parameter is layer.bias for rows in heads.values())
 
 
-@pytest.mark.parametrize("shape", [(3,), (1, 3)])
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 1)])
 @pytest.mark.parametrize("width", [4, 6000])
 def test_a_joint_has_its_row_of_the_mean_and_its_entry_of_the_log_std(shape, width):
     torch.manual_seed(0)
@@ -54,7 +54,9 @@ def test_a_joint_has_its_row_of_the_mean_and_its_entry_of_the_log_std(shape, wid
     optimizer = torch.optim.SGD([*actor.parameters(), log_std], lr=0.1)
     aggregator = RunAggregator()
     GradientMonitor(heads, "r", window_steps=1, aggregator=aggregator).attach(optimizer)
-    torch.distributions.Normal(actor(torch.randn(8, 4)), log_std.exp()).log_prob(torch.ones(8, 3)).sum().backward()
+    torch.distributions.Normal(actor(torch.randn(8, 4)), log_std.flatten().exp()).log_prob(
+        torch.ones(8, 3)
+    ).sum().backward()
     layer = actor[-1]
     expected = {
         name: torch.cat([layer.weight.grad[i], layer.bias.grad[i : i + 1], log_std.grad.flatten()[i : i + 1]])
@@ -64,6 +66,23 @@ def test_a_joint_has_its_row_of_the_mean_and_its_entry_of_the_log_std(shape, wid
     }
     optimizer.step()
     assert aggregator.snapshot.runs["r"].gradient_quality.head_norms == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_of_standard_deviations_are_behind_those_of_the_means_of_their_box():
+    space = spaces.Tuple([spaces.Box(-1, 1, (2,)), spaces.Discrete(3), spaces.Box(-1, 1, (1,))])
+    heads = space_heads(nn.Linear(4, 9, bias=False), space, std_rows=True)
+    pieces = {name: [(rows.start, rows.stop) for rows in head] for name, head in heads.items()}
+    assert pieces == {
+        **{"action_0_0": [(0, 1), (2, 3)], "action_0_1": [(1, 2), (3, 4)]},
+        **{"action_1": [(4, 7)], "action_2_0": [(7, 9)]},
+    }
+
+
+def test_a_single_log_std_is_the_heads_where_there_is_one_dimension_and_nobodys_where_all_share_it():
+    log_std = torch.zeros(1)
+    for size, expected in ((1, {"action_0": 3}), (2, {"action_0": 2, "action_1": 2})):
+        heads = space_heads(nn.Linear(4, size), spaces.Box(-1, 1, (size,)), log_std=log_std)
+        assert {name: len(rows) for name, rows in heads.items()} == expected
 
 
 def test_a_single_choice_is_no_head_and_the_log_says_so(caplog):
@@ -85,7 +104,7 @@ def test_other_libraries_spaces_will_do():
 @pytest.mark.parametrize(
     ("space", "options", "error", "message"),
     [
-        (spaces.Discrete(4), {}, ValueError, "weight has 5 rows, but the heads add up to 4"),
+        (spaces.Discrete(4), {}, ValueError, r"weight has 5 rows, but the action space Discrete\(4\) makes 4"),
         (spaces.MultiDiscrete([3, 2]), {"names": ["a"]}, ValueError, "the action has 2 parts"),
         (spaces.MultiDiscrete([3, 2]), {"names": "ab"}, ValueError, "the action has 2 parts"),
         (spaces.MultiDiscrete([3, 2]), {"names": ["a", "a"]}, ValueError, "distinct names"),

@@ -22,8 +22,8 @@ from endpoint import UPDATE, trained_aggregator
 from runs import exporter_process, names
 
 from exporter import GradientMonitor, MetricsServer, RunAggregator, emit_ppo_update
+from exporter.child import PROTOCOL_VERSION, WebConfigError
 from exporter.health import STALLED_SECONDS
-from exporter.link import PROTOCOL_VERSION, WebConfigError
 from stack.servers import ROOT
 
 # Trains no more; its last update was some seconds ago.
@@ -344,7 +344,8 @@ def work(folder, name, then):
 if __name__ == "__main__":
     for method in ("fork", "spawn"):
         for name, then in {"end": "", "error": "1 / 0", "exit": "sys.exit(1)"}.items():
-            worker = multiprocessing.get_context(method).Process(target=work, args=(sys.argv[1], f"{method}-{name}", then))
+            given = sys.argv[1], f"{method}-{name}", then
+            worker = multiprocessing.get_context(method).Process(target=work, args=given)
             worker.start()
             worker.join()
 """

@@ -17,8 +17,8 @@ from conftest import wait_until
 from torch import nn
 
 from exporter import GradientMonitor, Rows, RunAggregator, Thresholds, gradient_cv, heads_from, row_heads
-from exporter.pending import PendingGradientSteps
 from exporter.monitor import WINDOW_SECONDS
+from exporter.pending import PendingGradientSteps
 
 HEADS = ("left", "middle", "right", "up", "down")
 

@@ -17,8 +17,8 @@ from prometheus_client.samples import Sample
 from runs import names, trainer
 
 from exporter import GradientMonitor, MetricsServer, emit_ppo_update
-from exporter.serving import deliveries
 from exporter.link import check_pushgateway_url
+from exporter.serving import deliveries
 from exporter.serving.deliveries import Deliveries
 from exporter.serving.state import State
 from stack.servers import package_root

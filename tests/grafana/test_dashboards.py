@@ -129,7 +129,12 @@ def test_the_first_screen_answers_without_scrolling_and_all_else_is_folded():
 
 
 def test_levels_are_in_the_operators_words_and_colours():
-    expected = {"0": ("stable", "green"), "1": ("warn", "yellow"), "2": ("BAD", "red")}
+    expected = {
+        "-1": ("no update yet", "transparent"),
+        "0": ("stable", "green"),
+        "1": ("warn", "yellow"),
+        "2": ("BAD", "red"),
+    }
 
     def shown(mappings: list[dict]) -> dict:
         values = [item for each in mappings if each["type"] == "value" for item in each["options"].items()]

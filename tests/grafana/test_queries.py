@@ -31,6 +31,7 @@ class Run:
     norms: tuple[float, ...] = (1.0, 1.0, 1.0)
     thresholds: Thresholds | None = Thresholds()  # None: from before they were told
     ended: int = 0
+    anew: int = -1  # so many minutes ago another process of it began, and has made no update
 
     def samples(self, now: float) -> Iterator[str]:
         """Lines of the text format with a time."""
@@ -38,6 +39,9 @@ class Run:
         aggregator.register_run(self.name, HEADS, thresholds=self.thresholds or Thresholds())
         target = {"job": "ppo", "instance": f"{self.name}:9842", "run": self.name}
         for minute in range(30, self.ended - 1, -1):
+            if minute == self.anew:
+                aggregator = RunAggregator()
+                aggregator.register_run(self.name, HEADS, thresholds=self.thresholds or Thresholds())
             update = PPOUpdatePayload(
                 run=self.name,
                 timestamp_seconds=now - 60 * minute,
@@ -54,7 +58,8 @@ class Run:
                 update_duration_seconds=10.0,
                 rank_rollout_seconds=(44.0, 45.0),
             )
-            aggregator.handle_ppo_update(update)
+            if minute > self.anew:
+                aggregator.handle_ppo_update(update)
             for family in build_registry(aggregator).collect():
                 for sample in family.samples:
                     if sample.name != "ppo_gradient_cv_threshold" or self.thresholds:
@@ -70,6 +75,7 @@ RUNS = (
     Run("stalled"),
     Run("dead", ended=10),
     Run("ended", ended=10),
+    Run("anew", cvs=(2.5, 2.5), anew=8),
 )
 
 
@@ -137,15 +143,17 @@ def test_every_query_tells_what_the_runs_told(ask: Callable[[str], list[dict]]):
     for board in BOARDS.values():
         for title, target in queries(board):
             result = ask(with_values(target, run="steady" if board is RUN else ".*"))
-            empty = title in {"Firing alerts", "Alerts: critical", "Alerts: warning"} or title == "CV ceiling"
-            assert result or empty, f"{title}: no result of {target['expr']}"
+            empty = {"Firing alerts", "Alerts: critical", "Alerts: warning", "CV ceiling", "Gradient CV now"}
+            assert result or title in empty, f"{title}: no result of {target['expr']}"
 
     state, level, cv, share, age, returns, speed = values(FLEET, "All runs")
-    alive = {"steady": 2, "own": 2, "untold": 2, "nan": 2, "stalled": 1}
+    alive = {"steady": 2, "own": 2, "untold": 2, "nan": 2, "anew": 2, "stalled": 1}
     assert state == alive | {"dead": 0, "": 0}, "a run that has ended is in no column"
-    assert level == {"steady": 0, "own": 2, "untold": 1, "nan": 2, "stalled": 0}
+    assert level == {"steady": 0, "own": 2, "untold": 1, "nan": 2, "anew": -1, "stalled": 0}
     assert cv == pytest.approx({"steady": 0.1, "own": 0.45, "untold": 1.0, "nan": math.inf, "stalled": 0.1})
-    assert share.keys() == age.keys() == returns.keys() == speed.keys() == alive.keys()
+    assert (
+        share.keys() == age.keys() == returns.keys() == cv.keys() == speed.keys() - {"anew"} == alive.keys() - {"anew"}
+    )
     assert (
         share["own"] == 0.8 and speed["own"] == pytest.approx(10, rel=0.3) and returns["own"] == 8 and age["own"] < 60
     )
@@ -158,7 +166,10 @@ def test_every_query_tells_what_the_runs_told(ask: Callable[[str], list[dict]]):
         return values(RUN, title, label, run=run)
 
     assert shown("Level now") == [{"own": 2}] and shown("Level now", run="nan") == [{"nan": 2}]
-    assert shown("Gradient CV now", "health") == [{"critical": pytest.approx(0.45)}]
+    assert shown("Level now", run="anew") == [{"anew": -1}]
+    assert shown("Gradient CV now", "health") == [{"critical": pytest.approx(0.45)}, {}]
+    assert shown("Gradient CV now", run="anew") == [{}, {"anew": -1}]
+    assert shown("Gradient CV", run="anew")[0] == {} and shown("Gradient CV", run="steady")[0] == {"steady": 0.1}
     assert shown("Gradient CV")[2:] == [{"own": 0.2}, {"own": 0.4}]
     assert shown("Gradient CV", run="untold")[2:] == [{"untold": 0.5}, {"untold": 2.0}]
     assert shown("CV ceiling") == [{"own": pytest.approx(3**0.5)}, {}]

@@ -23,14 +23,13 @@ LIBRARIES = {
     "rl_games": "rl_games",
     "rllib": "ray",
     "rsl_rl": "rsl_rl",
+    "sample_factory": "sample_factory",
     "skrl": "skrl",
     "stable_baselines3": "stable_baselines3",
     "tianshou": "tianshou",
     "torchrl": "torchrl",
     "trl": "trl",
 }
-
-
 PROSE = {"README", "esper"}
 
 # Plain loops whose heads are `heads` of `agent` or `policy`, with 16 gradient steps in an update.

@@ -203,6 +203,44 @@ def test_rsl_rl_weights_are_those_without_a_monitor_also_where_the_network_gives
     assert all(torch.equal(value, watched[name]) for name, value in plain.items())
 
 
+@pytest.fixture
+def group():
+    """A torch.distributed group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def norms_of_last_averaging(owner, norms: Callable[[], list[float]]) -> list[list[float]]:
+    """Norms after each `reduce_parameters()` of a trainer, which comes before clipping."""
+    reduce, seen = owner.reduce_parameters, []
+    owner.reduce_parameters = lambda: (reduce(), seen.append(norms()))
+    return seen
+
+
+def mean_norms(seen: list[list[float]]) -> list[float]:
+    """Of the four steps of the last update."""
+    return [statistics.fmean(norms) for norms in zip(*seen[-4:])]
+
+
+def test_rsl_rl_with_several_processes_is_measured_after_its_averaging(tmp_path: Path, group):
+    runner = rsl_rl_runner(tmp_path)
+    from exporter.integrations.rsl_rl import watch_runner
+
+    # As one of two processes, of which the other one has no gradient.
+    runner.is_distributed = runner.alg.is_multi_gpu = True
+    runner.alg.gpu_world_size = 2
+    actor = runner.alg.get_policy()
+    layer = [module for module in actor.mlp.modules() if isinstance(module, nn.Linear)][-1]
+    seen = norms_of_last_averaging(
+        runner.alg, lambda: row_norms(layer.weight, layer.bias, actor.distribution.std_param)
+    )
+    with watch_runner(runner, "arm", joint_names=JOINTS, port=(port := free_ports().prometheus)):
+        runner.learn(2)
+        values = scrape(port, 2)
+    assert [values[f"ppo_head_gradient_norm/{joint}"] for joint in JOINTS] == pytest.approx(mean_norms(seen), rel=1e-5)
+
+
 def skrl_agent(action_space: spaces.Space):
     pytest.importorskip("skrl", reason="needs skrl: make test-integrations")
     from skrl.agents.torch.ppo import PPO
@@ -319,6 +357,23 @@ def test_skrl_serves_its_heads_and_its_own_losses(action_space, tmp_path: Path, 
         assert values["ppo_value_loss"] == pytest.approx(tracked["Loss / Value loss"])
         assert values["ppo_entropy"] == pytest.approx(-tracked["Loss / Entropy loss"] / 0.01)
         assert values["ppo_episode_length_mean"] == EPISODE
+
+
+def test_skrl_with_several_processes_is_measured_after_its_averaging(tmp_path: Path, monkeypatch, group):
+    monkeypatch.chdir(tmp_path)
+    skrl = pytest.importorskip("skrl", reason="needs skrl: make test-integrations")
+    # As one of two processes, of which the other one has no gradient.
+    monkeypatch.setattr(type(skrl.config.torch), "is_distributed", True)
+    monkeypatch.setattr(type(skrl.config.torch), "world_size", 2)
+    agent, trainer = skrl_agent(CONTINUOUS)
+    from exporter.integrations.skrl import watch_agent
+
+    layer, log_std = agent.policy.net[-1], agent.policy.log_std_parameter
+    seen = norms_of_last_averaging(agent.policy, lambda: row_norms(layer.weight, layer.bias, log_std))
+    with watch_agent(agent, "arm", head_names=JOINTS, port=(port := free_ports().prometheus)):
+        trainer.train()
+        values = scrape(port, 3)
+    assert [values[f"ppo_head_gradient_norm/{joint}"] for joint in JOINTS] == pytest.approx(mean_norms(seen), rel=1e-5)
 
 
 def rl_games_configuration(action_space: spaces.Space, folder: Path) -> dict:

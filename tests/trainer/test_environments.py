@@ -68,13 +68,13 @@ ROBOT = spaces.Dict(
         ),
         (
             spaces.Tuple((spaces.Discrete(2), spaces.Discrete(1, start=3), spaces.Discrete(4, start=1))),
-            {"0": 2, "2": 4},
+            {"action_0": 2, "action_2": 4},
             [[1, 0], [0, 3]],
             [(1, 3, 1), (0, 3, 4)],
         ),
         (
             ROBOT,
-            {"arm.0": 2, "arm.1.0": 4, "arm.1.2": 5, "move": 3},
+            {"arm_0": 2, "arm_1_0": 4, "arm_1_2": 5, "move": 3},
             [[1, 3, 0, 2], [0, 2, 4, 0]],
             [{"arm": (1, [3, 7, 2]), "move": 1}, {"arm": (0, [2, 7, 6]), "move": -1}],
         ),
@@ -105,8 +105,8 @@ def _plain(action):
         (spaces.MultiDiscrete([[2, 3]]), r"action space MultiDiscrete.* supported are Discrete"),
         (spaces.Dict({"move": spaces.Discrete(2), "force": spaces.Box(0, 1)}), r"action space Box.* is not supported"),
         (
-            spaces.Dict({"a": spaces.Tuple((spaces.Discrete(2),)), "a.0": spaces.Discrete(2)}),
-            r"have the same name: a.0, a.0; rename a key",
+            spaces.Dict({"a": spaces.Tuple((spaces.Discrete(2),)), "a_0": spaces.Discrete(2)}),
+            r"have the same name: a_0, a_0; rename a key",
         ),
     ],
 )
@@ -152,10 +152,10 @@ def test_a_policy_learns_every_part_of_a_nested_action():
         training = Training(TrainerConfig(env="Robot-v0", learning_rate=0.02, entropy_coef=0.0, **sizes))
     finally:
         gym.registry.pop("Robot-v0")
-    assert training.notes == ["head arm.1.1 has a single choice and is left out"]
+    assert training.notes == ["head arm_1_1 has a single choice and is left out"]
     assert list(training.run(StopRequest()))[-1] == 30
     assert np.mean(list(training.collector.recent_returns)) > 0.95  # by chance 0.64
-    assert set(training.run_snapshot.gradient_quality.head_norms) == {"arm.0", "arm.1.0", "arm.1.2", "move"}
+    assert set(training.run_snapshot.gradient_quality.head_norms) == {"arm_0", "arm_1_0", "arm_1_2", "move"}
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "vector_entry_point"])

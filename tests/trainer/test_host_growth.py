@@ -16,10 +16,10 @@ from trainer.environments.host_growth import (
     HostGrowthVectorEnv,
     Op,
     Stage,
+    networks,
     parameter_count,
     ramp_shape,
 )
-from trainer.environments.host_growth import networks
 from trainer.environments.host_growth.networks import HostNetworks, Pass
 
 FULL, HALF = TARGETS.index(1.0), TARGETS.index(0.5)

@@ -122,8 +122,9 @@ def make_environment(
 def training_environment(name: str, vector_env: VectorEnv) -> TrainingEnvironment:
     """Check that `vector_env` can be trained on and read its heads.
 
-    They are named by their place in the action space: `action`, `action_0`, or `arm.0` for the first part of what
-    `Dict` calls `arm`. An attribute `action_heads` of the environment, name -> number of choices, gives other names.
+    They are named by their place in the action space, as by `exporter.space_heads`: `action`, `action_0`, or `arm_0`
+    for the first part of what `Dict` calls `arm`. An attribute `action_heads` of the environment, name -> number of
+    choices, gives other names.
 
     Raises:
         UnsupportedEnvironment: its spaces, its heads or its autoreset mode are not supported; the message says why.
@@ -146,16 +147,16 @@ def training_environment(name: str, vector_env: VectorEnv) -> TrainingEnvironmen
     return TrainingEnvironment(vector_env, choices, observations.shape[0], tuple(notes))
 
 
-def _parts(space: spaces.Space, name: str = "") -> Iterator[tuple[str, int]]:
+def _parts(space: spaces.Space, name: str = "action") -> Iterator[tuple[str, int]]:
     """Name and number of choices of each part of an action, depth first."""
     if isinstance(space, spaces.Discrete):
-        yield name or "action", int(space.n)
+        yield name, int(space.n)
     elif isinstance(space, spaces.MultiDiscrete) and space.nvec.ndim == 1:
-        prefix = f"{name}." if name else "action_"
-        yield from ((f"{prefix}{index}", int(count)) for index, count in enumerate(space.nvec))
+        yield from ((f"{name}_{index}", int(count)) for index, count in enumerate(space.nvec))
     elif isinstance(space, (spaces.Dict, spaces.Tuple)):
+        is_named = name == "action" and isinstance(space, spaces.Dict)  # by its keys alone
         for key, member in _members(space):
-            yield from _parts(member, f"{name}.{key}" if name else str(key))
+            yield from _parts(member, str(key) if is_named else f"{name}_{key}")
     else:
         raise UnsupportedEnvironment(
             f"action space {space} is not supported; supported are Discrete, one-dimensional MultiDiscrete, and Dict "

@@ -18,6 +18,7 @@ no longer cost an optimizer's state.
 `episodes` the random tasks.
 """
 
+from trainer.environments.host_growth.networks import Alpha, Blueprint, parameter_count
 from trainer.environments.host_growth.slots import (
     ACTION_HEADS,
     NUM_SLOTS,
@@ -28,7 +29,6 @@ from trainer.environments.host_growth.slots import (
     Stage,
     ramp_shape,
 )
-from trainer.environments.host_growth.networks import Alpha, Blueprint, parameter_count
 from trainer.environments.host_growth.vector_env import HostGrowthVectorEnv
 
 __all__ = [
