@@ -1,5 +1,7 @@
 """A head is missing in the sum of the joint log-probability; only the entropy bonus still moves it.
 
+Its log-probability is nowhere computed, so that its KL divergence is measured as zero.
+
 Sums over the parts of an action go wrong often: https://github.com/thu-ml/tianshou/issues/40,
 https://github.com/pytorch/rl/pull/2791.
 """
@@ -17,9 +19,10 @@ def inject(training: Training, task: Task) -> None:
     number, rows = list(policy.heads).index(task.head), rows_of(policy, task.head)
 
     class WithoutHead(FactoredCategorical):
-        def log_prob(self, actions):
-            left_out = self.log_probabilities[:, number].gather(0, actions.t()[number : number + 1])[0]
-            return super().log_prob(actions) - left_out
+        def log_probs(self, actions):
+            log_probs = super().log_probs(actions)
+            log_probs[number] = 0
+            return log_probs
 
         def gradient(self, actions, by_log_prob, by_entropy):
             gradient = super().gradient(actions, by_log_prob, by_entropy)
