@@ -31,7 +31,7 @@ lint: .venv/.complete  ## check style and format
 	@.venv/bin/ruff format --check
 
 check: lint  ## after every edit: lint, and the tests that start no other process
-	@.venv/bin/python -m pytest $(WORKERS) -m "not processes and not soak" $(ARGS)
+	@.venv/bin/python -m pytest $(WORKERS) -q -r fE --no-processes --ignore tests/web $(ARGS)
 
 test: setup  ## run every test but the soak tests; pytest's options: make test ARGS="-k name", one process: ARGS="-n 0"
 	@.venv/bin/python -m pytest $(WORKERS) $(ARGS)

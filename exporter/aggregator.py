@@ -7,14 +7,15 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from exporter.health import Thresholds
 from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Snapshot
-from exporter.telemetry import TRAINING_SIGNALS, PPOUpdatePayload, require_label_value, require_timestamp
+from exporter.telemetry import HEAD_SIGNALS, TRAINING_SIGNALS, PPOUpdatePayload, require_label_value, require_timestamp
 
 _INTERVAL_DECAY = 0.9
 """What an update leaves of the longest interval before it: after seven shorter ones about half counts."""
+_Key = TypeVar("_Key")
 _TAKEN_LABELS = {"run", "rank", "job", "instance"}
 
 
@@ -118,7 +119,9 @@ class RunAggregator:
         timestamp_seconds = require_timestamp("timestamp_seconds", timestamp_seconds)
         with self._writers:
             before = self.snapshot.runs.get(run)
-            last = before.last_update_timestamp_seconds if before is not None and run not in self._ended else None
+            if before is None or run in self._ended:
+                return
+            last = before.last_update_timestamp_seconds
             if last is not None and timestamp_seconds > last:
                 self.snapshot = self.snapshot.with_run(replace(before, last_update_timestamp_seconds=timestamp_seconds))
 
@@ -200,6 +203,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload, interval_secon
             cv_per_step=quality.cv_per_step.observe(payload.gradient_cv_per_step),
             nonfinite_steps=_added(quality.nonfinite_steps, payload.nonfinite_gradient_steps),
             skipped_steps=quality.skipped_steps + payload.skipped_gradient_steps,
+            **{name: getattr(payload, name) for name in HEAD_SIGNALS},
         ),
         recent_gradient_cvs=(*before.recent_gradient_cvs, payload.gradient_cv)[-HISTORY_UPDATES:],
         updates=before.updates + 1,
@@ -216,7 +220,7 @@ def _after_update(before: RunSnapshot, payload: PPOUpdatePayload, interval_secon
     )
 
 
-def _added(totals: Mapping, increments: Mapping) -> Mapping:
+def _added(totals: Mapping[_Key, int], increments: Mapping[_Key, int]) -> Mapping[_Key, int]:
     return MappingProxyType({key: totals.get(key, 0) + increments.get(key, 0) for key in {**totals, **increments}})
 
 

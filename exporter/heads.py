@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -27,16 +27,26 @@ class Rows:
     axis: int = 0
 
 
-Head = nn.Module | Iterable[Tensor | Rows]
+Head = nn.Module | Iterable[nn.Module | Tensor | Rows]
 Heads = Mapping[str, Head] | nn.ModuleDict | Iterable[Head]
 
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")
 
 
 def named_heads(heads: Heads) -> dict[str, Head]:
-    """Heads by name; those of a list are `head_0`, `head_1`, ..."""
+    """Heads by name; those of a list are `head_0`, `head_1`, ...
+
+    Raises:
+        TypeError: `heads` are neither.
+    """
     if hasattr(heads, "items"):
-        return dict(heads.items())
+        # An iterator can be walked once only; a detached monitor may be attached again.
+        return {name: list(head) if isinstance(head, Iterator) else head for name, head in heads.items()}
+    if not hasattr(heads, "__iter__") or isinstance(heads, (str, Tensor)):
+        raise TypeError(
+            f"heads must be a mapping of names to modules, parameters or rows, got {type(heads).__name__}; "
+            "space_heads() and row_heads() cut a layer that heads share"
+        )
     return {f"head_{index}": head for index, head in enumerate(heads)}
 
 
@@ -94,7 +104,7 @@ class HeadGradientMeter:
     of whole parameters and of rows; they are put together per head when they are collected.
 
     Args:
-        heads: name -> module, parameters, or `Rows` of layers that heads share.
+        heads: name -> modules, parameters, or `Rows` of layers that heads share.
         other_parameters: what else the optimizer steps; counts in the global norm only.
         flat: a parameter of which all others are views, as their gradients are of its
             gradient. The global norm is then that of `flat.grad`.
@@ -120,7 +130,7 @@ class HeadGradientMeter:
         whole: dict[Tensor, int] = {}
         rows: dict[Tensor, list[int]] = {}
         for index, (name, head) in enumerate(heads.items()):
-            for part in _parts(name, head):
+            for part in head_parts(name, head):
                 if isinstance(part, Rows):
                     _claim_rows(rows, part, index, self.head_names)
                 elif part in whole:
@@ -152,6 +162,8 @@ class HeadGradientMeter:
         self._checked = 0  # of the closed blocks
         self.recorded = self._recorded_ever = 0
         self._early: Taken | None = None
+        self._newest: Tensor | None = None
+        self._is_finite: bool | None = None  # what is known of the newest
         # Tells whether gradients were accumulated further: a small one that is kept until it is stepped on.
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self._mark: tuple[Tensor, Tensor, int] | None = None
@@ -246,36 +258,44 @@ class HeadGradientMeter:
         closed, self._closed, self._checked, self.recorded = self._closed, [], 0, 0
         return self._pending(closed)
 
-    def unchecked(self) -> PendingGradientSteps | None:
-        """Recorded steps that may not be finite, and were not here before; they will be collected as well.
-
-        None where they are known to be finite without waiting for the device.
-        """
-        numbers = [numbers for _, numbers in self._closed[self._checked :]]
-        if self._open is not None:
-            numbers.append(self._open.raw())
-        if all(each.is_cpu and math.isfinite(torch.dot(each.flatten(), each.flatten()).item()) for each in numbers):
-            self._checked = len(self._closed)
-            return None
+    def unchecked(self) -> PendingGradientSteps:
+        """Recorded steps that were not here before; they will be collected as well."""
         self._close_block()
         blocks, self._checked = self._closed[self._checked :], len(self._closed)
         return self._pending(blocks)
 
-    def _pending(self, blocks: list[tuple[Block, Tensor]]) -> PendingGradientSteps:
+    def early(self) -> PendingGradientSteps:
+        """What `take_early()` has taken, as the step that it will be."""
+        block = OpenBlock(self._early, False, False)
+        block.add(self._early, None, None, False)
+        return self._pending([block.close()], first_step=self._recorded_ever)
+
+    def is_finite(self) -> bool | None:
+        """Whether what was taken last is finite; None where a device would have to be waited for.
+
+        False of what is so large that its square is not.
+        """
+        if self._is_finite is None and self._newest is not None and self._newest.is_cpu:
+            self._is_finite = math.isfinite(torch.dot(self._newest, self._newest).item())
+        return self._is_finite
+
+    def _pending(self, blocks: list[tuple[Block, Tensor]], first_step: int | None = None) -> PendingGradientSteps:
         numbers = [numbers.flatten() for _, numbers in blocks] or [torch.zeros(0, device=self.parameters[0].device)]
         return PendingGradientSteps(
             self.head_names,
             [block for block, _ in blocks],
             numbers[0] if len(numbers) == 1 else torch.cat(numbers),
-            self._recorded_ever - sum(len(block.given_up) for block, _ in blocks),
+            self._recorded_ever - sum(len(block.given_up) for block, _ in blocks) if first_step is None else first_step,
         )
 
     def _take(self) -> Taken:
-        if self._buffer is not None and (taken := self._buffer.take()) is not None:
-            return taken
-        with torch.no_grad():  # gradients of a double backward
-            norms, owners = self._norms()
-            return Taken(owners, _joined(norms, self.parameters[0].device))
+        taken = self._buffer.take() if self._buffer is not None else None
+        if taken is None:
+            with torch.no_grad():  # gradients of a double backward
+                norms, owners = self._norms()
+                taken = Taken(owners, _joined(norms, self.parameters[0].device))
+        self._newest, self._is_finite = taken.numbers, None
+        return taken
 
     def _commit(
         self, taken: Taken, total: Tensor | None = None, discard: Tensor | None = None, given_up: bool = False
@@ -321,15 +341,21 @@ def _joined(norms: list[Tensor], device: torch.device) -> Tensor:
     return torch.cat([norm if norm.dim() else norm.unsqueeze(0) for norm in norms])
 
 
-def _parts(name: str, head: Head) -> list[Tensor | Rows]:
+def head_parts(name: str, head: Head) -> list[Tensor | Rows]:
+    """The parameters, or rows of them, that a head is made of.
+
+    Raises:
+        TypeError, ValueError: it is made of something else, or of nothing.
+    """
     if isinstance(head, (Tensor, Rows)):
         head = [head]
-    parts = list(head.parameters() if isinstance(head, nn.Module) else head)
+    parts: list[Tensor | Rows] = []
+    for part in [head] if isinstance(head, nn.Module) or not hasattr(head, "__iter__") else head:
+        if not isinstance(part, (nn.Module, Tensor, Rows)):
+            raise TypeError(f"head {name!r} must be modules, parameters or Rows; it contains {part!r}")
+        parts += part.parameters() if isinstance(part, nn.Module) else [part]
     if not parts:
         raise ValueError(f"head {name!r} has no parameters")
-    for part in parts:
-        if not isinstance(part, (Tensor, Rows)):
-            raise TypeError(f"head {name!r} must be a module, parameters or Rows; it contains {part!r}")
     return parts
 
 

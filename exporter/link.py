@@ -30,7 +30,7 @@ PUSH_JOB = "ppo_final"
 _PERIOD_SECONDS = 0.1  # between two looks for a new snapshot, so that many updates a second cost no more than ten
 _MOST_OF_A_CORE = 0.05  # for snapshots of many runs, for which training has to wait
 _REGISTRY_SECONDS = 1.0  # between two readings of a registry of the user's, whose values have no snapshot
-_LONGEST_PAUSE_SECONDS = 60.0  # before the next attempt, when exporter processes end as soon as they have started
+LONGEST_PAUSE_SECONDS = 60.0  # before the next attempt, when exporter processes end as soon as they have started
 _ANSWER_SECONDS = 5.0
 _PUSH_SECONDS = 15.0  # more than the push itself may take
 _CLOSE_SECONDS = 5.0
@@ -285,8 +285,8 @@ class MetricsServer:
     def _restart(self) -> None:
         code = self._process.wait()
         self._process.close_pipes()
-        is_new = time.monotonic() < self._started_at + _LONGEST_PAUSE_SECONDS
-        self._pause = min(2 * self._pause + 0.5, _LONGEST_PAUSE_SECONDS) if is_new else 0.0
+        is_new = time.monotonic() < self._started_at + LONGEST_PAUSE_SECONDS
+        self._pause = min(2 * self._pause + 0.5, LONGEST_PAUSE_SECONDS) if is_new else 0.0
         self._closed.wait(self._pause)
         try:
             process = self._start()

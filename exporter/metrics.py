@@ -65,7 +65,7 @@ class MetricFamily:
             return [((label,), value) for label, value in value.items()]
         return [] if value is None else [((), value)]
 
-    def collect(self, runs: Iterable, process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
+    def collect(self, runs: Iterable[Any], process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
         """The family with the samples of all `runs` (or collections), each with the labels of this process.
 
         Values become floats here, so that none that a float cannot hold fails the rendering of all of them.
@@ -139,6 +139,32 @@ HEAD_GRADIENT_SHARE = _gauge(
     "The head's part of the sum of the heads' gradient norms in the last update, 0 to 1; a head whose norm is not "
     "finite takes the whole.",
     lambda run: run.gradient_quality.head_shares,
+    (HEAD_LABEL,),
+)
+HEAD_ENTROPY_RATIO = _gauge(
+    "ppo_head_entropy_ratio",
+    "Mean entropy of the head in the last update to the logarithm of its number of choices, 0 (always the same choice) "
+    "to 1 (all alike); discrete heads only.",
+    lambda run: run.gradient_quality.head_entropy_ratios,
+    (HEAD_LABEL,),
+)
+HEAD_APPROX_KL = _gauge(
+    "ppo_head_approx_kl",
+    "Approximate KL divergence between the head's policies before and during the last update, in nats.",
+    lambda run: run.gradient_quality.head_approx_kls,
+    (HEAD_LABEL,),
+)
+HEAD_CLIP_FRACTION = _gauge(
+    "ppo_head_clip_fraction",
+    "Fraction of samples in the last update for which the ratio of the head's own probabilities was outside the clip "
+    "range, 0 to 1.",
+    lambda run: run.gradient_quality.head_clip_fractions,
+    (HEAD_LABEL,),
+)
+HEAD_UPDATE_RATIO = _gauge(
+    "ppo_head_update_ratio",
+    "L2 norm of what the last update changed in the head's weights, to their norm before it.",
+    lambda run: run.gradient_quality.head_update_ratios,
     (HEAD_LABEL,),
 )
 NONFINITE_GRADIENTS = _counter(

@@ -4,12 +4,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from exporter.aggregator import RunAggregator
@@ -29,10 +28,9 @@ DEFAULT_WINDOW_STEPS = 64
 WINDOW_SECONDS = 30.0
 """A window of `window_steps` also ends at the first gradient step after this time."""
 _CHECK_SECONDS = 0.1
-"""A gradient that is not finite is said so soon, or at its step if that takes longer; on a device, where that costs
-some kernels, after the time below."""
+"""The first gradient that is not finite is said at once, and how many there are so often within a window; on a device,
+for which nobody waits, all after the time below."""
 _DEVICE_CHECK_SECONDS = 1.0
-_IDLE_UPDATES = 3
 _MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
 
 _log = logging.getLogger(__name__)
@@ -54,7 +52,7 @@ class GradientMonitor:
     in one head is in all of them: `before_clipping` tells which head it was.
 
     Args:
-        heads: head name -> module, parameters, or `Rows` of a layer that heads share; or a list of them. See also
+        heads: head name -> modules, parameters, or `Rows` of a layer that heads share; or a list of them. See also
             `heads_from`, `space_heads` and `row_heads`.
         run: name of the run, its label on `/metrics`.
         window_steps: gradient steps that make a window, or fewer where they take longer
@@ -106,21 +104,19 @@ class GradientMonitor:
         self._global_norm = global_norm
         self._grad_scaler = grad_scaler
         self._meter: HeadGradientMeter | None = None
-        self._hooks: list = []
-        self._sees_closures = False
+        self._hooks, self._sees_closures = [], False
         self._progress = Progress()
         self._reporter = RunReporter(run, self._aggregator, global_norm, on_update, on_level, self._give_back)
         self._window_began_at: float | None = None
         self._alive_at = self._step_at = self._check_at = 0.0
-        self._idle_updates = self._idle_steps = 0
+        self._idle_steps = 0
         self._optimizer_count, self._stepped = 1, set()
         self._endpoints = RunEndpoints(self._aggregator, run)
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
-        self._takes_early = before_clipping
-        self._may_be_too_early = False
+        self._takes_early, self._may_be_too_early = before_clipping, False
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
         """Observe every step of `optimizer`, also through Accelerate's and other wrappers.
@@ -130,20 +126,14 @@ class GradientMonitor:
         Raises:
             RuntimeError: the monitor is attached already.
             TypeError: not an optimizer, or a head that is made of something else than parameters.
-            ValueError: the heads cannot be measured (see `HeadGradientMeter`), the
-                optimizer does not own one of their parameters (the message names the
-                head), or another monitor measures a run of this name. One whose optimizer
-                is gone, or this one, gives way, as does any in an interactive session.
+            ValueError: the heads cannot be measured (see `HeadGradientMeter`), the optimizer does not own one of their
+                parameters (the message names the head), or another monitor measures a run of this name. One whose
+                optimizer is gone, or this one, gives way, as does any in an interactive session.
         """
         if self._hooks:
             raise RuntimeError(f"monitor of run {self.run!r} is attached already; detach() it first")
         optimizers = unwrapped(optimizer)
         owned = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
-        # An iterator of parameters can be walked once only; a detached monitor may be attached again.
-        self.heads = {
-            name: list(head) if not isinstance(head, (torch.nn.Module, Tensor)) and hasattr(head, "__iter__") else head
-            for name, head in self.heads.items()
-        }
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
         meter.require_owned(owned)
         if self._registration.begin(optimizers, meter.head_names, self._info, self._thresholds):
@@ -182,6 +172,9 @@ class GradientMonitor:
             last_first.callback(self._registration.end, crashed)
             self._endpoints.leave(last_first, crashed)
             self.detach()
+
+    def __deepcopy__(self, memo: object) -> "GradientMonitor":
+        return self  # whoever copies an agent that keeps it has one training still
 
     def __enter__(self) -> "GradientMonitor":
         return self
@@ -258,7 +251,8 @@ class GradientMonitor:
             if "environment_steps" in values and self._hooks:
                 idle = time.monotonic() - self._step_at
                 if idle > STALLED_SECONDS:
-                    self._blind(f"no gradient step was seen in {idle:.0f} s, though environments were stepped")
+                    reason = f"no gradient step was seen in {idle:.0f} s, though environments were stepped"
+                    self._safely(self._reporter.blind, reason)
 
     def gradients_ready(self) -> None:
         """Measure the gradients of the next step as they are now, for a trainer that averages them by hand.
@@ -296,9 +290,10 @@ class GradientMonitor:
         with self._lock:
             self.record(**values)
             self._window_steps = None
-            self._idle_updates = 0 if self._window_began_at is not None else self._idle_updates + 1
-            if self._idle_updates >= _IDLE_UPDATES and self._hooks:
-                self._blind(f"no gradient step was seen in {self._idle_updates} updates")
+            if self._meter is not None:
+                self._meter.give_up(self._grad_scaler is None)  # no step follows
+                if not self._meter.recorded:
+                    self._safely(self._reporter.idle)
             self._close_window()
 
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -338,7 +333,7 @@ class GradientMonitor:
                     return
                 self._idle_steps += 1
                 if self._idle_steps % DEFAULT_WINDOW_STEPS == 0:
-                    self._blind(f"no head had a gradient in {self._idle_steps} gradient steps")
+                    self._reporter.blind(f"no head had a gradient in {self._idle_steps} gradient steps")
         except Exception as error:
             self._reporter.failed(error)
 
@@ -347,12 +342,15 @@ class GradientMonitor:
             with self._lock:
                 if self._meter is not None:
                     # What a GradScaler gives up has overflowed, and is no step.
-                    if self._meter.take_early(may_give_up=self._grad_scaler is None):
-                        self._step_recorded()
+                    may_give_up = self._grad_scaler is None
+                    if self._meter.take_early(may_give_up=may_give_up):
+                        self._step_recorded(was_given_up=True)
+                    if may_give_up and self._meter.is_finite() is False:
+                        self._reporter.foresee(self._meter.early)
         except Exception as error:
             self._reporter.failed(error)
 
-    def _step_recorded(self) -> None:
+    def _step_recorded(self, was_given_up: bool = False) -> None:
         recorded = self._meter.recorded
         if not recorded:
             return
@@ -363,10 +361,10 @@ class GradientMonitor:
         is_long = self._window_steps is not None and now - self._window_began_at >= WINDOW_SECONDS
         if is_long or recorded >= (self._window_steps or _MOST_WINDOW_STEPS):
             return self._close_window()
-        if now >= self._check_at:
-            self._check_at = now + (_CHECK_SECONDS if self._meter.parameters[0].is_cpu else _DEVICE_CHECK_SECONDS)
-            if (pending := self._meter.unchecked()) is not None:
-                self._reporter.hand_over(pending)
+        is_finite = self._meter.is_finite()
+        if now >= self._check_at and (was_given_up or not is_finite):
+            self._check_at = now + (_DEVICE_CHECK_SECONDS if is_finite is None else _CHECK_SECONDS)
+            self._reporter.hand_over(self._meter.unchecked())
         if now - self._alive_at >= WINDOW_SECONDS:
             self._alive_at = now
             self._aggregator.note_progress(self.run, time.time())
@@ -381,11 +379,11 @@ class GradientMonitor:
         self._window_began_at = None
         self._alive_at = time.monotonic()
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}
-        try:
-            pending = self._meter.start_collecting()
-            self._reporter.hand_over(pending, progress, self._meter.trainable_heads, must_wait=is_last)
-        except Exception as error:
-            self._reporter.failed(error)
+        self._safely(self._publish, progress, is_last)
+
+    def _publish(self, progress: Mapping[str, object], is_last: bool) -> None:
+        pending = self._meter.start_collecting()
+        self._reporter.hand_over(pending, progress, self._meter.trainable_heads, must_wait=is_last)
 
     def _warn(self, warning: str | None) -> None:
         if warning is not None:
@@ -395,8 +393,8 @@ class GradientMonitor:
         with self._lock:
             self._progress.give_back(progress)
 
-    def _blind(self, reason: str) -> None:
+    def _safely(self, call: Callable[..., None], *arguments: object) -> None:
         try:
-            self._reporter.blind(reason)
+            call(*arguments)
         except Exception as error:
             self._reporter.failed(error)

@@ -1,7 +1,7 @@
 """The torch optimizers behind what a trainer calls its optimizer, and the processes that share them."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def _require(optimizer: object) -> Optimizer:
     return optimizer
 
 
-def has_closure(args: tuple, kwargs: dict) -> bool:
+def has_closure(args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
     """Whether `optimizer.step` was given a closure; `args` begins with the optimizer itself."""
     return kwargs.get("closure") is not None or len(args) > 1 and args[1] is not None
 

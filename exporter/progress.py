@@ -69,6 +69,6 @@ def _checked(name: str, value: object) -> float | int | None:
 
 def _number(name: str, value: object, kind: type) -> float | int:
     try:
-        return kind(value)
+        return kind(value.detach() if hasattr(value, "detach") else value)  # of a loss torch would warn
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{name} must be a number, got {value!r}") from error

@@ -65,12 +65,6 @@ class OpenBlock:
             self._discards.append(discard)
         self._given_up.append(given_up)
 
-    def raw(self) -> Tensor:
-        """The numbers of all steps, or the gradients that they will be made of."""
-        if self._buffer is None:
-            return torch.stack(self._vectors)
-        return self._buffer.gradients[self._start : self._start + len(self._given_up)]
-
     def close(self) -> tuple[Block, Tensor]:
         """The steps, and their numbers [steps, width of the layout]."""
         if self._buffer is None:

@@ -17,7 +17,7 @@ from exporter.telemetry import emit_ppo_update
 OnUpdate = Callable[[RunSnapshot], object]
 OnLevel = Callable[[HealthLevel, RunSnapshot], object]
 
-_ABSENT_WINDOWS = 3
+_ABSENT_WINDOWS = _IDLE_UPDATES = 3
 _log = logging.getLogger(__name__)
 
 
@@ -52,6 +52,7 @@ class RunReporter:
         self._noted: Counter[str] = Counter()
         self._absent: Counter[str] = Counter()
         self._has_failed = self._is_nonfinite = self._is_blind = False
+        self._idle_updates = 0
         self._arriving: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
         self._publisher: threading.Thread | None = None
 
@@ -79,12 +80,25 @@ class RunReporter:
             self._publisher.start()
         self._arriving.put((pending, progress, trainable_heads))
 
+    def foresee(self, step: Callable[[], PendingGradientSteps]) -> None:
+        """Say that gradients are not finite before their step, which may never come; counted they are with it."""
+        if not self._is_nonfinite and (pending := step()).nonfinite_steps:
+            self._aggregator.note_nonfinite(self._run, {}, time.time())
+            self._say_nonfinite(pending)
+            self._tell_level()
+
     def wait(self) -> None:
         """Until all is published that was handed over."""
         publisher, self._publisher = self._publisher, None
         if publisher is not None:
             self._arriving.put(None)
             publisher.join()
+
+    def idle(self) -> None:
+        """An update has ended without a step that is measured."""
+        self._idle_updates += 1
+        if self._idle_updates >= _IDLE_UPDATES:
+            self.blind(f"no gradient step was seen in {self._idle_updates} updates")
 
     def blind(self, reason: str) -> None:
         """Training goes on, and nothing of it is measured: count it, and say it once."""
@@ -105,7 +119,7 @@ class RunReporter:
         if not self._has_failed:
             self._has_failed = True
             _log.error(
-                "run %s: gradients could not be measured; training goes on, further errors are only counted",
+                "run %s: the measurement or a callback of it failed; training goes on, further errors are only counted",
                 self._run,
                 exc_info=error,
             )
@@ -126,9 +140,11 @@ class RunReporter:
         if progress is None:
             return self._look_into(pending)
         metrics = pending.summary()
-        if not metrics["gradient_cv_per_step"]:  # all overflowed: what they counted goes to the next window
-            return self._give_back(progress)
-        noted, self._noted, self._is_blind = self._noted, Counter(), False
+        if not metrics["gradient_cv_per_step"]:  # all overflowed or given up: what they counted goes to the next one
+            self._give_back(progress)
+            return self.idle()
+        noted, self._noted = self._noted, Counter()
+        self._idle_updates, self._is_blind = 0, False
         if math.isfinite(metrics["gradient_cv"]):
             self._is_nonfinite = False
         else:

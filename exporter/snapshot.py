@@ -20,6 +20,7 @@ from exporter.health import (
     HealthLevel,
     Thresholds,
 )
+from exporter.telemetry import HEAD_SIGNALS
 
 CV_BUCKET_BOUNDS = (
     *(0.1, 0.2, 0.3, 0.4),
@@ -87,6 +88,10 @@ class GradientQuality:
     cv_per_step: Histogram = Histogram.empty(CV_BUCKET_BOUNDS)
     nonfinite_steps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     skipped_steps: int = 0
+    head_entropy_ratios: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    head_approx_kls: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    head_clip_fractions: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    head_update_ratios: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def health(self) -> HealthLevel:
@@ -174,10 +179,11 @@ class RunSnapshot:
             KeyError, TypeError, ValueError: `state` is something else, or of another version.
         """
         own = self.gradient_quality
-        # What an earlier version has not kept; it is of this process anyway.
+        # What an earlier version has not kept; the times are of this process anyway.
         times = dict.fromkeys(("level_since_timestamp_seconds", "update_interval_seconds"))
-        quality = {**state["gradient_quality"], "thresholds": _plain(own.thresholds)}
-        earlier = RunSnapshot.from_plain({"other_signals": {}, **state, **times, "gradient_quality": quality})
+        no_signals: dict[str, dict[str, float]] = dict.fromkeys(HEAD_SIGNALS, {})
+        gradient_quality = {**no_signals, **state["gradient_quality"], "thresholds": _plain(own.thresholds)}
+        earlier = RunSnapshot.from_plain({"other_signals": {}, **state, **times, "gradient_quality": gradient_quality})
         quality = earlier.gradient_quality
         return replace(
             earlier,
@@ -228,7 +234,7 @@ def _plain(value: Any) -> Any:
 def _from_plain(kind: Any, value: Any) -> Any:
     """What `_plain` made of a value of the type `kind`, as that again."""
     arguments = get_args(kind)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return kind(**{name: _from_plain(hint, value[name]) for name, hint in _hints(kind).items()})
     if NoneType in arguments:
         return None if value is None else _from_plain(arguments[0], value)

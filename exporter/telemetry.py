@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from exporter.gradient_cv import gradient_cv
 
@@ -60,6 +60,10 @@ class PPOUpdateMetrics(GradientMetrics):
     clip_fraction: float
     explained_variance: float
     learning_rate: float
+    head_entropy_ratios: dict[str, float]
+    head_approx_kls: dict[str, float]
+    head_clip_fractions: dict[str, float]
+    head_update_ratios: dict[str, float]
     update_duration_seconds: float
 
 
@@ -127,6 +131,12 @@ class PPOUpdatePayload:
         contributing_heads: heads that had a gradient (most of any step).
         head_gradient_norms: mean L2 norm per head that had a gradient; NaN or +Inf if it never was finite.
         nonfinite_gradient_steps: per head, steps in which its norm was NaN or infinite.
+        head_entropy_ratios: per head, mean entropy over the logarithm of its number of choices, 0 to 1 or NaN; only of
+            discrete heads.
+        head_approx_kls: per head, approximate KL divergence between the policies before and during the update, in nats.
+        head_clip_fractions: per head, fraction of samples whose ratio, of the head's own probabilities, was outside the
+            clip range, 0 to 1 or NaN.
+        head_update_ratios: per head, L2 norm of what the update changed in its weights to their norm before it.
         gradient_norm: mean global L2 norm before clipping; None without gradient steps.
         skipped_gradient_steps: steps that did not touch the weights because a gradient was not finite.
         environment_steps: environment steps that were collected for this update.
@@ -149,6 +159,10 @@ class PPOUpdatePayload:
     contributing_heads: int = 0
     head_gradient_norms: Mapping[str, float] = field(default_factory=dict)
     nonfinite_gradient_steps: Mapping[str, int] = field(default_factory=dict)
+    head_entropy_ratios: Mapping[str, float] = field(default_factory=dict)
+    head_approx_kls: Mapping[str, float] = field(default_factory=dict)
+    head_clip_fractions: Mapping[str, float] = field(default_factory=dict)
+    head_update_ratios: Mapping[str, float] = field(default_factory=dict)
     gradient_norm: float | None = None
     skipped_gradient_steps: int = 0
     environment_steps: int = 0
@@ -178,6 +192,12 @@ class PPOUpdatePayload:
             "nonfinite_gradient_steps": _require_named(
                 "nonfinite_gradient_steps", self.nonfinite_gradient_steps, _require_count
             ),
+            **{
+                name: _require_named(name, getattr(self, name), require)
+                for name, require in zip(
+                    HEAD_SIGNALS, (_require_fraction, _require_number, _require_fraction, _require_norm), strict=True
+                )
+            },
             "signals": _require_named("signals", self.signals, _require_number),
             "rank_rollout_seconds": tuple(
                 _require_seconds("rank_rollout_seconds", seconds) for seconds in self.rank_rollout_seconds
@@ -199,6 +219,10 @@ class PPOUpdatePayload:
                 f"skipped_gradient_steps is {self.skipped_gradient_steps}, "
                 f"but the update had {len(self.gradient_cv_per_step)} gradient steps"
             )
+
+
+HEAD_SIGNALS = ("head_entropy_ratios", "head_approx_kls", "head_clip_fractions", "head_update_ratios")
+"""Fields of `PPOUpdatePayload` that are a number of each head, exported as one gauge each."""
 
 
 def _signal_names() -> tuple[str, ...]:
@@ -285,6 +309,13 @@ def _require_norm(name: str, value: object) -> float:
     return norm
 
 
+def _require_fraction(name: str, value: object) -> float:
+    fraction = _require_number(name, value)
+    if fraction < 0 or fraction > 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+    return fraction
+
+
 def _require_named(
     name: str, values: Mapping[str, object], require: Callable[[str, object], float]
 ) -> Mapping[str, float]:
@@ -300,7 +331,7 @@ class PPOUpdateHandler(Protocol):
 
 
 def emit_ppo_update(
-    metrics: Mapping[str, object], *, run: str, handler: PPOUpdateHandler, **progress: object
+    metrics: Mapping[str, Any], *, run: str, handler: PPOUpdateHandler, **progress: Any
 ) -> PPOUpdatePayload:
     """Hand one update to `handler` as a validated payload.
 

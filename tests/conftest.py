@@ -1,11 +1,16 @@
 """Real servers for tests: each on a free port of 127.0.0.1, each ended with its test."""
 
+import itertools
 import json
+import os
+import random
 import re
 import shutil
 import signal
 import socket
 import sys
+import tempfile
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -19,13 +24,21 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 
+import trainer.__main__
 from stack import configuration
 from stack.configuration import Ports
 from stack.processes import ChildProcess
 from stack.servers import ROOT, Servers, ServersMissing, package_root, provide
 
-# In the background of a shell SIGINT is ignored, which trainers would inherit; a handler they do not inherit.
+# In the background of a shell SIGINT is ignored, under nohup SIGHUP. Trainers would inherit that, but no handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, and threads of torch's wait busily
+
+# Before the command of a trainer that trains until its test ends: whatever else is tested meanwhile comes first.
+GENTLY = ("nice", "-n", "5")
 
 Result = TypeVar("Result")
 _MILLISECONDS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -51,13 +64,24 @@ def fetch(url: str, body: bytes | None = None) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+def _is_free(port: int) -> bool:
+    with socket.socket() as candidate:
+        candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            candidate.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+# Of this worker of pytest-xdist alone, and below those that Linux gives to connections.
+_first = 20_000 + 1_500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+_ports = filter(_is_free, itertools.cycle(random.sample(range(_first, _first + 1_500), 1_500)))
+
+
 def free_ports() -> Ports:
-    """Five different ports that are free now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
-    ports = Ports(*(each.getsockname()[1] for each in sockets))
-    for each in sockets:
-        each.close()
-    return ports
+    """Five different ports that are free, and that nobody else takes until they are used."""
+    return Ports(*itertools.islice(_ports, 5))
 
 
 @dataclass(frozen=True)
@@ -113,6 +137,31 @@ class Observability:
             for alert in notification["alerts"]
             if alert["status"] == status and labels.items() <= alert["labels"].items()
         ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-processes", action="store_true", help="skip tests where they start another process")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_processes(request: pytest.FixtureRequest) -> None:
+    def refuse(event: str, _: object) -> None:
+        starts = event in ("subprocess.Popen", "os.fork", "os.forkpty")
+        if starts and threading.current_thread() is threading.main_thread():  # elsewhere it would be a failure
+            pytest.skip("starts another process")
+
+    if request.config.getoption("--no-processes"):
+        sys.addaudithook(refuse)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests and their processes leave in the temporary directory goes with pytest's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("temporary"))
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 # Lets a test run twice: with the servers at hand, which on Debian 12 are the oldest that are supported, and with the
@@ -263,6 +312,21 @@ def hurried(text: str, speed: int) -> str:
     return re.sub(
         r"(?<![\w.])(\d+)([smhd])(?!\w)", lambda found: f"{int(found[1]) * _MILLISECONDS[found[2]] // speed}ms", text
     )
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
+    """Runs `python -m trainer ...` to its end, in this process, which has torch already; output and errors."""
+
+    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, arguments)])
+        capsys.readouterr()
+        exit_code = trainer.__main__.main()
+        out, err = capsys.readouterr()
+        assert exit_code == code, (out, err)
+        return out, err
+
+    return run
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import wait_until
+from conftest import GENTLY, wait_until
 
 from exporter import CRITICAL_THRESHOLD
 from stack.servers import ROOT
@@ -27,7 +27,7 @@ def train(observability):
     def start(*flags: str) -> subprocess.Popen:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "trainer", "--run", RUN, "--targets-dir", str(observability.targets)),
+                *(*GENTLY, sys.executable, "-m", "trainer", "--run", RUN, "--targets-dir", str(observability.targets)),
                 *("--checkpoint-dir", str(observability.targets.parent / "checkpoints")),
                 *("--metrics-port", str(observability.ports.metrics), "--total-timesteps", "100000000", *flags),
             ],

@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,8 @@ from trainer.policy import ActorCritic, load_tensors
 from trainer.rollout import Rollout
 
 _BETA1, _BETA2 = 0.9, 0.999  # Adam's
-_STATISTICS = 5  # policy loss, squared value error, entropy, approx KL, clipped
+_STATISTICS = 4  # policy loss, squared value error, approx KL, clipped
+_APPROX_KL = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Minibatch(NamedTuple):
     Attributes:
         observations: [batch, observation_size].
         actions: [batch, heads], int64.
-        old_log_probs: [batch], when the actions were taken.
+        old_log_probs: [heads, batch], when the actions were taken.
         advantages: [batch], normalized over the minibatch of all ranks.
         targets, old_outputs: [batch], returns and the value head's output when the actions were taken, in standard
             deviations of the returns from their mean.
@@ -83,7 +86,7 @@ class _Samples(NamedTuple):
         valid: numbers of the samples to learn from, counted over all ranks; where they are shuffled.
         all_advantages: of the samples of all ranks.
         observations, actions: [samples of this rank, ...].
-        scalars: [4, samples of this rank]: log-probability, advantage, target, old output.
+        scalars: [heads + 3, samples of this rank]: log-probabilities, then advantage, target, old output.
         explained_variance: of the returns by the values, over all ranks.
     """
 
@@ -93,6 +96,22 @@ class _Samples(NamedTuple):
     actions: Tensor
     scalars: Tensor
     explained_variance: Tensor
+
+
+class _Epoch(NamedTuple):
+    """What was seen in one pass over the rollout, of each minibatch.
+
+    Attributes:
+        statistics: [_STATISTICS], this rank's part of the minibatch's means.
+        log_ratios: [heads, batch], of the probabilities of this rank's actions now and when they were taken.
+        entropies: [heads, batch].
+        sizes: samples on all ranks.
+    """
+
+    statistics: list[Tensor]
+    log_ratios: list[Tensor]
+    entropies: list[Tensor]
+    sizes: list[int]
 
 
 class PPOAgent:
@@ -163,19 +182,22 @@ class PPOAgent:
         hp = self._hyperparameters
         self.updates += 1
         samples = self._samples(rollout)
-        statistics: list[list[Tensor]] = []
+        epochs: list[_Epoch] = []
+        summary = partial(self._summary, samples, epochs, self.policy.policy_layer.clone(), learning_rate, started)
         for _ in range(hp.epochs):
-            statistics.append([])
+            epochs.append(epoch := _Epoch([], [], [], []))
             for minibatch in self._minibatches(samples, rollout.num_envs):
-                statistics[-1].append(self._loss_gradient(minibatch))
+                for seen, so_far in zip(self._loss_gradient(minibatch), epoch, strict=True):
+                    so_far.append(seen)
                 global_norm = self._step(learning_rate)
                 if should_stop():
-                    return self._summary(samples, statistics, learning_rate, started)
+                    return summary()
                 if hp.on_nonfinite == "raise" and not math.isfinite(global_norm.item()):
-                    raise NonFiniteGradientError(self._summary(samples, statistics, learning_rate, started))
-            if hp.target_kl is not None and self._ranks.sum_(statistics[-1][-1].clone())[3].item() > hp.target_kl:
-                break
-        return self._summary(samples, statistics, learning_rate, started)
+                    raise NonFiniteGradientError(summary())
+            if hp.target_kl is not None:
+                if self._ranks.sum_(epoch.statistics[-1][_APPROX_KL].clone()).item() > hp.target_kl:
+                    break
+        return summary()
 
     def _samples(self, rollout: Rollout) -> _Samples:
         """The rollout in one row of samples, with returns and values as the value head sees them.
@@ -198,7 +220,9 @@ class PPOAgent:
             gather(rollout.advantages).flatten(),
             rollout.observations.flatten(0, 1),
             rollout.actions.flatten(0, 1),
-            torch.stack([rollout.log_probs, rollout.advantages, targets, old_outputs]).flatten(1),
+            torch.cat(
+                [rollout.log_probs.movedim(2, 0), torch.stack([rollout.advantages, targets, old_outputs])]
+            ).flatten(1),
             explained_variance(values, returns),
         )
 
@@ -224,18 +248,19 @@ class PPOAgent:
         ):
             # Of a single sample the standard deviation is 0, not NaN.
             std, mean = torch.std_mean(of_all_ranks, correction=min(1, len(part) - 1))
-            old_log_probs, advantages, targets, old_outputs = scalars.unbind()
+            old_log_probs, scalars = scalars.split([len(scalars) - 3, 3])
+            advantages, targets, old_outputs = scalars.unbind()
             advantages = (advantages - mean) / (std + 1e-8)
             yield Minibatch(observations, actions, old_log_probs, advantages, targets, old_outputs, len(part))
 
-    def _loss_gradient(self, minibatch: Minibatch) -> Tensor:
+    def _loss_gradient(self, minibatch: Minibatch) -> tuple[Tensor, Tensor, Tensor, int]:
         """Write the gradient of the loss on the minibatch, summed over ranks, into the policy's parameters.
 
         loss = -E[min(ratio * A, clip(ratio) * A)] + value_coef * 0.5 * E[squared error] - entropy_coef * E[entropy]
 
         Returns:
-            This rank's part of the minibatch means of: policy loss, squared value error, entropy, approximate KL
-            divergence and whether the ratio was clipped; a vector of 5.
+            What `_Epoch` keeps of a minibatch; its statistics are the policy loss, the squared value error, the
+            approximate KL divergence and whether the ratio was clipped.
         """
         hp, policy = self._hyperparameters, self.policy
         observations, actions, old_log_probs, advantages, targets, old_outputs, size = minibatch
@@ -243,7 +268,8 @@ class PPOAgent:
         distribution = policy.distribution(seen.logits)
         statistics = torch.empty(_STATISTICS, len(observations), device=policy.device)
 
-        log_ratio = distribution.log_prob(actions) - old_log_probs
+        log_ratios = distribution.log_probs(actions).sub_(old_log_probs)
+        log_ratio = log_ratios.sum(0)
         ratio = log_ratio.exp()
         surrogate = ratio * advantages
         clipped_surrogate = ratio.clamp(1 - hp.clip_range, 1 + hp.clip_range) * advantages
@@ -270,12 +296,11 @@ class PPOAgent:
             self._drill.bend(policy, self.updates)
         self._ranks.sum_(policy.flat.grad)
 
-        torch.sum(distribution.entropies, 0, out=statistics[2])
         # Schulman's low-variance estimator, http://joschu.net/blog/kl-approx.html
         ratio -= 1
-        torch.sub(ratio, log_ratio, out=statistics[3])
-        torch.gt(ratio.abs_(), hp.clip_range, out=statistics[4])
-        return statistics.sum(1).div_(size)
+        torch.sub(ratio, log_ratio, out=statistics[_APPROX_KL])
+        torch.gt(ratio.abs_(), hp.clip_range, out=statistics[3])
+        return statistics.sum(1).div_(size), log_ratios, distribution.entropies, size
 
     def _step(self, learning_rate: float) -> Tensor:
         """Measure the gradient, clip it by its global norm, and let Adam step; nothing moves if it is not finite.
@@ -310,28 +335,63 @@ class PPOAgent:
         return global_norm
 
     def _summary(
-        self, samples: _Samples, statistics: list[list[Tensor]], learning_rate: float, started: float
+        self, samples: _Samples, epochs: list[_Epoch], policy_layer: Tensor, learning_rate: float, started: float
     ) -> PPOUpdateMetrics:
-        """The update's metrics from the statistics of each epoch's minibatches, with the only wait for the device."""
-        steps = self._meter.start_collecting()
-        of_steps = torch.stack([of_step for of_epoch in statistics for of_step in of_epoch])
+        """The update's metrics, with the only wait for the device.
+
+        Args:
+            samples: of the update.
+            epochs: as far as they went.
+            policy_layer: as it was before the update.
+            learning_rate: of the update.
+            started: by `time.perf_counter()`.
+        """
+        steps, policy = self._meter.start_collecting(), self.policy
+        of_steps = torch.stack([statistics for epoch in epochs for statistics in epoch.statistics])
         means = of_steps.mean(0)
         # The policy moves away during the update: how far it got is what the last epoch saw.
-        means[3] = of_steps[-len(statistics[-1]) :, 3].mean()
-        means = torch.cat([self._ranks.sum_(means), samples.explained_variance.reshape(1)])
-        policy_loss, squared_error, entropy, approx_kl, clip_fraction, explained = means.tolist()
+        means[_APPROX_KL] = of_steps[-len(epochs[-1].sizes) :, _APPROX_KL].mean()
+        means = self._ranks.sum_(torch.cat([means, *self._of_heads(epochs)]))
+        change, weights = policy.head_norms(torch.stack([policy.policy_layer - policy_layer, policy_layer]))
+        # Nothing that changed nothing is no NaN.
+        update_ratios = change.div_(weights.clamp_(min=1e-12))
+        numbers = torch.cat([samples.explained_variance.reshape(1), means, update_ratios]).cpu()
+        explained, policy_loss, squared_error, approx_kl, clip_fraction = numbers[: 1 + _STATISTICS].tolist()
+        entropies, kls, clip_fractions, update_ratios = numbers[1 + _STATISTICS :].view(4, -1).tolist()
         return PPOUpdateMetrics(
             **steps.summary(),
+            # One choice has no entropy to compare with, and rounding must not make it more than all.
+            head_entropy_ratios={
+                head: min(entropy / math.log(choices), 1.0)
+                for (head, choices), entropy in zip(policy.heads.items(), entropies)
+                if choices > 1
+            },
+            head_approx_kls=dict(zip(policy.heads, kls)),
+            head_clip_fractions=dict(zip(policy.heads, clip_fractions)),
+            head_update_ratios=dict(zip(policy.heads, update_ratios)),
             skipped_gradient_steps=steps.nonfinite_steps,
             policy_loss=policy_loss,
             value_loss=0.5 * squared_error,
-            entropy=entropy,
+            entropy=sum(entropies),
             approx_kl=approx_kl,
             clip_fraction=clip_fraction,
             explained_variance=explained,
             learning_rate=learning_rate,
             update_duration_seconds=time.perf_counter() - started,
         )
+
+    def _of_heads(self, epochs: list[_Epoch]) -> list[Tensor]:
+        """This rank's part of each head's mean entropy, KL divergence in the last epoch, and clip fraction: [heads]."""
+        log_ratios, entropies = (
+            torch.cat([part for epoch in epochs for part in parts(epoch)], dim=1)
+            for parts in (attrgetter("log_ratios"), attrgetter("entropies"))
+        )
+        size, last_size = sum(sum(epoch.sizes) for epoch in epochs), sum(epochs[-1].sizes)
+        changes = torch.expm1(log_ratios)
+        last = slice(log_ratios.shape[1] - sum(part.shape[1] for part in epochs[-1].log_ratios), None)
+        kls = (changes[:, last] - log_ratios[:, last]).sum(1)
+        clipped = (changes.abs_() > self._hyperparameters.clip_range).sum(1)
+        return [entropies.sum(1).div_(size), kls.div_(last_size), clipped / size]
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:

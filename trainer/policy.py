@@ -52,9 +52,9 @@ class FactoredCategorical:
         """The most probable action of every head, [batch, heads], int64."""
         return self.log_probabilities.argmax(0).t()
 
-    def log_prob(self, actions: Tensor) -> Tensor:
-        """Joint log-probability [batch] of `actions` [batch, heads], int64: the sum over the heads."""
-        return self.log_probabilities.gather(0, actions.t().unsqueeze(0)).sum((0, 1))
+    def log_probs(self, actions: Tensor) -> Tensor:
+        """Log-probabilities [heads, batch] of `actions` [batch, heads], int64; the joint one is their sum."""
+        return self.log_probabilities.gather(0, actions.t().unsqueeze(0))[0]
 
     def gradient(self, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
         """Gradient by the logits, [choices of all heads, batch], of a scalar that depends on them through both.
@@ -168,6 +168,7 @@ class ActorCritic:
         flat: one vector that holds all parameters, which are views of it; so are their gradients of `flat.grad`.
             What runs over all parameters, the optimizer and the sum over ranks, is then one kernel.
         head_rows: head name -> its rows of the policy layer.
+        policy_layer: what of `flat` belongs to the action heads, a view.
         return_moments: what `values` and the outputs of the value head differ by.
     """
 
@@ -200,11 +201,13 @@ class ActorCritic:
         for (name, shape), values, gradient in zip(shapes.items(), self.flat.split(sizes), self.flat.grad.split(sizes)):
             self.parameters[name] = values.view(shape)
             self.parameters[name].grad = gradient.view(shape)
+        first = sum(sizes[: list(shapes).index("policy_weight")])
+        self.policy_layer = self.flat[first : first + choices * (hidden_size + 1)]
         self._weights = tuple(self.parameters.values())
         self._gradients = tuple(parameter.grad for parameter in self._weights)
         bounds = dict(zip(heads, pairwise(accumulate(heads.values(), initial=0))))
-        policy_layer = (self.parameters["policy_weight"], self.parameters["policy_bias"])
-        self.head_rows = {name: [Rows(part, *rows) for part in policy_layer] for name, rows in bounds.items()}
+        parts = (self.parameters["policy_weight"], self.parameters["policy_bias"])
+        self.head_rows = {name: [Rows(part, *rows) for part in parts] for name, rows in bounds.items()}
         for network in range(networks):
             units = slice(network * hidden_size, (network + 1) * hidden_size)
             _orthogonal_(self.parameters["input_weight"][units], 2**0.5)
@@ -213,6 +216,7 @@ class ActorCritic:
             _orthogonal_(self.parameters["policy_weight"][start:stop], 0.01)
         _orthogonal_(self.parameters["value_weight"], 1.0)
         self._layout = HeadLayout.of(list(heads.values()), self.device)
+        self._head_of_choice = torch.repeat_interleave(torch.tensor(list(heads.values()))).to(self.device)
         self.return_moments = RunningMoments(self.device)
         self._actor: _HostActor | None = None
 
@@ -280,9 +284,17 @@ class ActorCritic:
         return self.distribution(logits).mode().cpu().numpy()
 
     def evaluate(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Joint log-probabilities of actions [batch, heads] and values, each [batch]."""
+        """Log-probabilities of actions [batch, heads], of the same shape, and values [batch]."""
         seen = self.forward(observations)
-        return self.distribution(seen.logits).log_prob(actions), self._values(seen)
+        return self.distribution(seen.logits).log_probs(actions).t(), self._values(seen)
+
+    def head_norms(self, vectors: Tensor) -> Tensor:
+        """L2 norms [K, heads] of what belongs to each head, of K vectors like `policy_layer`."""
+        choices = len(self._head_of_choice)
+        weights, biases = vectors.square().split([vectors.shape[1] - choices, choices], dim=1)
+        of_choices = weights.unflatten(1, (choices, -1)).sum(2).add_(biases)
+        sums = of_choices.new_zeros(len(vectors), len(self.heads))
+        return sums.index_add_(1, self._head_of_choice, of_choices).sqrt_()
 
     def values(self, observations: Tensor) -> Tensor:
         """Values [batch] of observations [batch, observation_size]."""

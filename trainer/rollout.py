@@ -27,7 +27,8 @@ class Rollout:
     Attributes:
         observations: float32 [steps, environments, observation_size].
         actions: int64 [steps, environments, heads], choices counted from zero.
-        log_probs: float32 [steps, environments], joint log-probability of the action when it was taken.
+        log_probs: float32 [steps, environments, heads], of each head's choice when it was taken; the action's
+            joint log-probability is their sum.
         values: float32 [steps, environments], the value function's estimate when the action was taken.
         advantages: float32 [steps, environments], GAE(lambda), not normalized.
         returns: float32 [steps, environments], advantages + values, the value function's target.
@@ -211,7 +212,8 @@ class RolloutCollector:
             tensor.to(device, non_blocking=True) for tensor in (observations, actions, rewards, ends)
         )
         log_probs, values = (
-            tensor.view(ends.shape) for tensor in policy.evaluate(observations.flatten(0, 1), actions.flatten(0, 1))
+            tensor.unflatten(0, ends.shape)
+            for tensor in policy.evaluate(observations.flatten(0, 1), actions.flatten(0, 1))
         )
         last_observations = torch.as_tensor(self._observations).to(device, non_blocking=True)
         next_values = torch.cat([values[1:], policy.values(last_observations).unsqueeze(0)]).masked_fill_(ends, 0.0)

@@ -28,7 +28,7 @@ def joint_heads(
     names = [f"joint_{i}" for i in range(count)] if names is None else list(names)
     if len(names) != count or len(set(names)) < count:
         raise ValueError(f"the action has {count} dimensions, which need as many distinct names; got {names!r}")
-    parts = list(mean.parameters())
+    parts: list[Tensor] = list(mean.parameters())
     if any(len(part) % count for part in parts):
         raise ValueError(f"a layer of {len(parts[0])} rows cannot be shared by {count} dimensions of the action")
     if isinstance(spread, nn.Module):

@@ -32,9 +32,10 @@ def network_heads(network: nn.Module, names: Sequence[str] | None = None) -> dic
     if isinstance(mean := getattr(network, "mu", None), nn.Linear):
         return dict(joint_heads(mean.out_features, mean, getattr(network, "sigma", None), names))
     logits = getattr(network, "logits", None)
-    if not isinstance(logits, (nn.Linear, nn.ModuleList)):
+    choices = list(logits) if isinstance(logits, nn.ModuleList) else [logits]
+    layers = [layer for layer in choices if isinstance(layer, nn.Linear)]
+    if not layers or len(layers) < len(choices):
         raise ValueError(f"{type(network).__name__} has neither `mu` nor `logits`; give PrometheusObserver(heads=...)")
-    layers = list(logits) if isinstance(logits, nn.ModuleList) else [logits]
     names = [f"action_{i}" for i in range(len(layers))] if names is None else list(names)
     if len(names) != len(layers) or len(set(names)) < len(names):
         raise ValueError(f"the action has {len(layers)} parts, which need as many distinct names; got {names!r}")
@@ -88,7 +89,7 @@ class PrometheusObserver(AlgoObserver):
             self.monitor.close()
             self.monitor = None
 
-    def before_init(self, base_name: str, config: dict, experiment_name: str) -> None:
+    def before_init(self, base_name: str, config: dict[str, Any], experiment_name: str) -> None:
         self._observer.before_init(base_name, config, experiment_name)
 
     def after_init(self, algo: A2CBase) -> None:

@@ -17,7 +17,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.rl_module import RLModule
 
 from exporter.action_spaces import space_heads
-from exporter.heads import Head, Rows
+from exporter.heads import Head, Rows, head_parts
 from exporter.health import Thresholds
 from exporter.monitor import GradientMonitor
 
@@ -143,8 +143,7 @@ class GradientMonitoring(TorchLearner):
 
     def _optimizer_of(self, module_id: str, heads: Mapping[str, Head]) -> torch.optim.Optimizer:
         """The optimizer that owns the first head's first parameter."""
-        head = next(iter(heads.values()))
-        first = next(iter(head.parameters() if isinstance(head, torch.nn.Module) else head))
+        first = head_parts(*next(iter(heads.items())))[0]
         first = first.parameter if isinstance(first, Rows) else first
         for optimizer, parameters in self._optimizer_parameters.items():
             if any(parameter is first for parameter in parameters):

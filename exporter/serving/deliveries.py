@@ -136,8 +136,8 @@ class _RunFile:
         self._is_removed = False
         self._has_ended = threading.Event()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _hold(_lock_of(path))
-        if self._lock is None:
+        lock = _hold(_lock_of(path))
+        if lock is None:
             raise BlockingIOError(errno.EBUSY, f"another process writes a run of the name {run} there")
         try:
             for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*"):
@@ -145,8 +145,9 @@ class _RunFile:
             write(path)
         except BaseException:
             _lock_of(path).unlink(missing_ok=True)
-            os.close(self._lock)
+            os.close(lock)
             raise
+        self._lock = lock
         self._thread = threading.Thread(target=self._keep, args=(interval,), name="run-file", daemon=True)
         self._thread.start()
 

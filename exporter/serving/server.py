@@ -64,7 +64,7 @@ class _Config(Config):
 def serve(application: Application, listener: socket.socket, file: WebConfigFile | None) -> None:
     """Serve on a listening socket until the process ends."""
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that has gone
-    hypercorn.asyncio.run.TCPServer = _Connection
+    hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]  # it takes no other class
     # asyncio reserves 256 KiB for each TLS connection, which 500 idle ones would make 125 MiB.
     asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     # And it waits half a minute for a client that does not close its side of TLS.

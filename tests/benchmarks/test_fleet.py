@@ -50,6 +50,7 @@ def left_behind(folder: Path) -> list[str]:
     return [*map(str, folder.iterdir()), *(command for command in commands if str(folder) in command)]
 
 
+@pytest.mark.soak
 def test_every_rule_and_every_query_of_both_dashboards_is_timed(start_benchmark):
     process, folder = start_benchmark(settle=6)
     output, errors = process.communicate(timeout=180)

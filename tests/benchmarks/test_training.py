@@ -29,6 +29,7 @@ def benchmark(tmp_path: Path):
     return run
 
 
+@pytest.mark.soak
 def test_throughput_compares_trainers_and_cleans_up_after_them(benchmark):
     pytest.importorskip("torchrl")
     trainers = ("--trainers", "ours", "sb3", "torchrl_ppo")
@@ -41,6 +42,7 @@ def test_throughput_compares_trainers_and_cleans_up_after_them(benchmark):
         assert start in done.stdout
 
 
+@pytest.mark.soak
 def test_runs_that_were_kept_are_not_trained_again(benchmark, tmp_path):
     command = (
         "learning",
@@ -81,6 +83,7 @@ def test_without_a_gpu_nothing_is_measured(benchmark):
     assert (done.returncode, done.stdout) == (2, "") and "no CUDA device" in done.stderr
 
 
+@pytest.mark.soak
 def test_a_check_on_the_cpu(benchmark):
     done = benchmark("gpu", "--device", "cpu", "--checks", "norms")
     assert done.returncode == 0 and "| norms | holds |" in done.stdout, done.stdout + done.stderr

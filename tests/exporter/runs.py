@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from conftest import wait_until
+from conftest import GENTLY, wait_until
 
 from stack.servers import ROOT
 
@@ -74,11 +74,16 @@ def script(folder: Path, umask: int = -1) -> Iterator[Script]:
             process.kill()
 
 
+def arguments(run: str, folder: Path, *flags: str | Path) -> list[str | Path]:
+    """Of a trainer that keeps its target file and its text file in a folder."""
+    places = ["--targets-dir", folder, "--textfile-dir", folder, "--textfile-interval", "0.2"]
+    return ["--run", run, "--metrics-port", "0", *TINY, *places, *flags]
+
+
 @contextmanager
 def trainer(run: str, folder: Path, *flags: str | Path) -> Iterator[subprocess.Popen]:
-    """A trainer that keeps its target file and its text file in a folder."""
-    command = [sys.executable, "-m", "trainer", "--run", run, "--metrics-port", "0", *TINY]
-    command += ["--targets-dir", folder, "--textfile-dir", folder, "--textfile-interval", "0.2", *flags]
+    """A process that trains so."""
+    command = [*GENTLY, sys.executable, "-m", "trainer", *arguments(run, folder, *flags)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process

@@ -166,7 +166,7 @@ def test_exporter_processes_that_end_at_once_are_started_ever_more_rarely():
 
 
 def test_a_port_that_is_taken_by_others_meanwhile_is_told_once_and_served_when_it_is_free(caplog, monkeypatch):
-    monkeypatch.setattr("exporter.link._LONGEST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr("exporter.link.LONGEST_PAUSE_SECONDS", 0.1)
 
     def take() -> socket.socket | None:
         with contextlib.suppress(OSError):

@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 from torch import nn
 from torch.func import functional_call, grad
 
 from exporter import GradientMonitor, HealthLevel, RunAggregator
 from exporter.health import STALLED_SECONDS
+from exporter.metrics import build_registry
 from exporter.serving.state import State
 from exporter.serving.status import StatusPage
 
@@ -43,6 +45,13 @@ def run_of(aggregator: RunAggregator):
 
 def steps(aggregator: RunAggregator) -> int:
     return sum(run_of(aggregator).gradient_quality.steps_by_level.values())
+
+
+def page(aggregator: RunAggregator) -> str:
+    """The status page."""
+    state = State({})
+    state.take(aggregator.snapshot.plain(), {})
+    return StatusPage(state).answer()[2].decode()
 
 
 @pytest.mark.parametrize("width", [4, 6000])
@@ -86,17 +95,12 @@ def test_a_trunk_that_is_not_finite_is_said_where_it_is_measured(heads, aggregat
 
 
 def test_a_run_before_its_first_window_is_not_shown_as_stable(heads, aggregator):
-    def page() -> str:
-        state = State({})
-        state.take(aggregator.snapshot.plain(), {})
-        return StatusPage(state).answer()[2].decode()
-
     optimizer = sgd(heads)
     GradientMonitor(heads, "r", window_steps=None, before_clipping=True, aggregator=aggregator).attach(optimizer)
-    assert "No update yet" in page() and ">CV:0.000 stable<" not in page()
+    assert "No update yet" in page(aggregator) and ">CV:0.000 stable<" not in page(aggregator)
     backward(heads, bad="left")
     optimizer.step()
-    assert ">CV:inf BAD<" in page() and "No update yet</" not in page().split("<figure>")[0]
+    assert ">CV:inf BAD<" in page(aggregator) and "No update yet</" not in page(aggregator).split("<figure>")[0]
 
 
 def repairing(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
@@ -108,6 +112,55 @@ def repairing(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
 def skipping(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
     if torch.isfinite(nn.utils.clip_grad_norm_(heads.parameters(), 0.5)):
         optimizer.step()
+
+
+def stopping(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    """Takes no step, and it may be long until its next backward pass."""
+
+
+@pytest.mark.parametrize("width", [4, 6000])
+@pytest.mark.parametrize(("step", "counted"), [(repairing, 1), (skipping, 0), (stopping, 0)])
+def test_the_first_one_is_said_at_once_everywhere_whatever_the_trainer_does_with_it(
+    aggregator, caplog, step, counted, width
+):
+    heads = nn.ModuleDict({name: nn.Linear(4, width) for name in HEADS})
+    optimizer, levels = sgd(heads), []
+    monitor = GradientMonitor(
+        *(heads, "r"),
+        window_steps=None,
+        before_clipping=True,
+        on_level=lambda level, run: levels.append(level),
+        aggregator=aggregator,
+    ).attach(optimizer)
+    for number in range(1, 8):
+        backward(heads, bad="middle" if number == 7 else None)
+        if number < 7:
+            optimizer.step()
+    assert caplog.text.count("the gradient of head middle is NaN or infinite at gradient step 7") == 1
+    assert levels == [HealthLevel.CRITICAL] and ">CV:inf BAD<" in page(aggregator)
+    step(heads, optimizer)
+    served = generate_latest(build_registry(aggregator)).decode()
+    assert 'ppo_gradient_cv{health="critical",run="r"} +Inf' in served
+    assert f'ppo_nonfinite_gradients_total{{head="middle",run="r"}} {counted}.0' in served
+    # A step that was skipped is known as such when the next one comes.
+    for _ in range(2):
+        backward(heads)
+        optimizer.step()
+    assert run_of(aggregator).gradient_quality.nonfinite_steps == {"left": 0, "middle": 1, "right": 0}
+    monitor.update_completed()
+    assert run_of(aggregator).gradient_quality.nonfinite_steps == {"left": 0, "middle": 1, "right": 0}
+    assert run_of(aggregator).gradient_quality.skipped_steps == 1 - counted
+    assert caplog.text.count("NaN or infinite") == 1
+
+
+def test_an_overflow_that_the_scaler_gives_up_is_not_said(heads, aggregator, caplog):
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), sgd(heads)
+    GradientMonitor(heads, "r", before_clipping=True, grad_scaler=scaler, aggregator=aggregator).attach(optimizer)
+    scaler.scale(heads["left"](torch.full((8, 4), 1e38)).mean() * 1e38).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert "NaN or infinite" not in caplog.text
+    assert run_of(aggregator).gradient_quality.health is HealthLevel.HEALTHY
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])
@@ -172,10 +225,17 @@ def functional(heads: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
 
 @pytest.mark.parametrize("train", [replaced_optimizer, replaced_heads, functional])
 @pytest.mark.parametrize("updates_before", [0, 2])
-def test_updates_without_a_step_are_said_once_counted_and_not_healthy(heads, aggregator, caplog, train, updates_before):
+@pytest.mark.parametrize("before_clipping", [False, True])
+def test_updates_without_a_step_are_said_once_counted_and_not_healthy(
+    heads, aggregator, caplog, train, updates_before, before_clipping
+):
     optimizer, levels = sgd(heads), []
-    monitor = GradientMonitor(heads, "r", aggregator=aggregator, on_level=lambda level, run: levels.append(level))
-    monitor.attach(optimizer)
+    monitor = GradientMonitor(
+        *(heads, "r"),
+        before_clipping=before_clipping,
+        on_level=lambda level, run: levels.append(level),
+        aggregator=aggregator,
+    ).attach(optimizer)
     for _ in range(updates_before):
         backward(heads)
         optimizer.step()
@@ -191,6 +251,34 @@ def test_updates_without_a_step_are_said_once_counted_and_not_healthy(heads, agg
     monitor.update_completed()
     assert run_of(aggregator).gradient_quality.health is HealthLevel.HEALTHY and levels[-1] is HealthLevel.HEALTHY
     assert run_of(aggregator).environment_steps == (updates_before + 5) * 8
+
+
+def test_passes_whose_steps_another_optimizer_takes_are_said_without_any_word_of_the_trainer(heads, aggregator, caplog):
+    GradientMonitor(heads, "r", window_steps=4, before_clipping=True, aggregator=aggregator).attach(sgd(heads))
+    optimizer = sgd(heads)
+    for _ in range(13):
+        backward(heads)
+        optimizer.step()
+    assert caplog.text.count("no gradient step was seen") == 1
+    assert math.isnan(run_of(aggregator).gradient_quality.gradient_cv)
+
+
+def test_a_last_step_of_an_update_that_is_skipped_counts_in_that_update(heads, aggregator):
+    optimizer = sgd(heads)
+    monitor = GradientMonitor(heads, "r", before_clipping=True, aggregator=aggregator).attach(optimizer)
+    for _ in range(4):
+        backward(heads)
+        skipping(heads, optimizer)
+        backward(heads, bad="left")
+        skipping(heads, optimizer)
+        monitor.update_completed()
+        assert run_of(aggregator).gradient_quality.gradient_cv == math.inf
+    assert (run_of(aggregator).updates, run_of(aggregator).gradient_quality.skipped_steps) == (4, 4)
+    for _ in range(4):
+        backward(heads, bad="left")
+        skipping(heads, optimizer)
+        monitor.update_completed()
+    assert (run_of(aggregator).gradient_quality.skipped_steps, run_of(aggregator).exporter_errors) == (8, 0)
 
 
 def test_steps_in_which_no_head_has_a_gradient_are_said_without_any_word_of_the_trainer(heads, aggregator, caplog):

@@ -243,14 +243,6 @@ def test_the_process_that_is_told_of_is_the_one_that_trains():
     assert scraped["python_gc_collections_total", "2"] > before[2]["collections"]
 
 
-def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(url):
-    with hold(port_of(url), b"HEAD /a HTTP/1.1\r\nHost: x\r\n\r\n" * 3) as client:
-        client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        answers = b"".join(iter(lambda: client.recv(65536), b""))
-    assert re.findall(rb"HTTP/1\.1 (\d+)", answers) == [b"404", b"404", b"404", b"200"]
-    assert answers.endswith(b"Healthy.\n")
-
-
 def test_a_websocket_is_refused(url):
     request = b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     request += b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OTAxMjM0NQ==\r\n\r\n"

@@ -8,7 +8,7 @@ import pytest
 
 from exporter import HealthLevel, RunAggregator, Thresholds, emit_ppo_update
 from exporter.snapshot import Histogram, RunSnapshot, Snapshot
-from exporter.telemetry import GradientStep, summarize_gradient_steps
+from exporter.telemetry import HEAD_SIGNALS, GradientStep, summarize_gradient_steps
 
 SIGNALS = {"policy_loss": -0.01, "approx_kl": math.inf, "learning_rate": 3e-4, "episode_return_mean": 0.1 + 0.2}
 
@@ -42,6 +42,7 @@ def trained() -> RunAggregator:
         run="r",
         handler=aggregator,
         gradient_norm=math.inf,
+        **{name: {"op": 0.5} for name in HEAD_SIGNALS},
         rank_rollout_seconds=(0.2, 0.1),
         signals={"kl_coef": 0.1},
     )
@@ -87,14 +88,17 @@ def test_a_resumed_run_keeps_what_is_its_own():
     aggregator = RunAggregator()
     aggregator.register_run("r", ["op", "slot"], {"seed": "2"}, Thresholds(0.5, 1.75))
     state = json.loads(json.dumps(earlier.plain()))
-    # Of what is this process' own, a checkpoint of an earlier version has nothing.
+    # What a checkpoint of an earlier version does not have: what is this process' own, and signals of the heads.
     del state["level_since_timestamp_seconds"], state["update_interval_seconds"]
-    del state["gradient_quality"]["thresholds"]
+    for name in ("thresholds", *HEAD_SIGNALS):
+        del state["gradient_quality"][name]
     aggregator.resume_run("r", state)
     assert aggregator.snapshot.runs["r"] == replace(
         earlier,
         info={"seed": "2"},
-        gradient_quality=replace(earlier.gradient_quality, thresholds=Thresholds(0.5, 1.75)),
+        gradient_quality=replace(
+            earlier.gradient_quality, thresholds=Thresholds(0.5, 1.75), **dict.fromkeys(HEAD_SIGNALS, {})
+        ),
         last_update_timestamp_seconds=None,
         level_since_timestamp_seconds=None,
         update_interval_seconds=None,

@@ -95,7 +95,7 @@ def test_prometheus_scrapes_each_run_of_a_process_once_over_http_and_https(start
     settings = configuration.prometheus_configuration(ports, folder)
     settings["scrape_configs"] = [job for job in settings["scrape_configs"] if job["job_name"] == "ppo"]
     settings["scrape_configs"][0].update(
-        scrape_interval="300ms", scrape_timeout="300ms", tls_config={"ca_file": str(certificate)}
+        scrape_interval="1s", scrape_timeout="1s", tls_config={"ca_file": str(certificate)}
     )
     del settings["rule_files"]
 
@@ -111,7 +111,7 @@ def test_prometheus_scrapes_each_run_of_a_process_once_over_http_and_https(start
             (plain if port == plain.port else secure).deliver(run, targets_dir=folder)
         start_prometheus(ports.prometheus, settings)
         query = Observability(ports, folder, tmp_path / "none", {}).query
-        wait_until(lambda: len(query("count_over_time(up[1h]) >= 3")) == 3, "three scrapes of each run")
+        wait_until(lambda: len(query("sum_over_time(up[1h]) >= 3")) == 3, "three scrapes of each run")
 
         instances = {(run, f"127.0.0.1:{port}") for run, port in served}
         for metric in ("up", "ppo_updates_total", "process_start_time_seconds", "ppo_exporter_collector_success"):
@@ -119,7 +119,7 @@ def test_prometheus_scrapes_each_run_of_a_process_once_over_http_and_https(start
             assert {(labels["run"], labels["instance"]) for labels in found} == instances, metric
         assert len(query("up == 1")) == 3
         # By the targets of its process each run would be scraped several times.
-        once = "count_over_time(ppo_updates_total[1h]) == on (run, instance) count_over_time(up[1h])"
+        once = "count_over_time(ppo_updates_total[1h]) == on (run, instance) sum_over_time(up[1h])"
         assert len(query(once)) == 3
         told = fetch(f"{ports.url('prometheus')}/metrics")[1]
         for trouble in ("duplicate_timestamp", "out_of_order"):

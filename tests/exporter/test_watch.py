@@ -1,5 +1,6 @@
 """One call for a trainer that somebody has already: wrappers, several optimizers, updates that time themselves."""
 
+import copy
 import math
 import socket
 import urllib.request
@@ -56,7 +57,7 @@ def test_one_call_attaches_serves_and_measures_before_clipping(heads, aggregator
     assert not aggregator.snapshot.runs and list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="must be the URL of a Pushgateway"):
         exporter.watch(optimizer, heads, "r", aggregator=aggregator, pushgateway="gateway")
-    assert not aggregator.snapshot.runs and not optimizer._optimizer_step_pre_hooks
+    assert not aggregator.snapshot.runs
 
 
 def test_a_port_that_is_taken_ends_no_training_and_a_targets_folder_asks_for_none(heads, tmp_path, caplog):
@@ -74,11 +75,14 @@ def test_a_port_that_is_taken_ends_no_training_and_a_targets_folder_asks_for_non
             GradientMonitor(heads, name, aggregator=RunAggregator()).attach(torch.optim.SGD(heads.parameters(), lr=0.1))
             for name in "ab"
         ]
+        assert [monitor.url for monitor in monitors] == [None, None]
         first, second = (monitor.serve() for monitor in monitors)
+        assert [monitor.url for monitor in monitors] == [first, second]
         assert DEFAULT_PORT not in (port_of(first), port_of(second)) and first != second
         assert caplog.text.count(f"port {DEFAULT_PORT} is taken") == 2
         for monitor in monitors:
             monitor.close()
+        assert [monitor.url for monitor in monitors] == [None, None]
     aggregator = RunAggregator()
     monitors = [
         GradientMonitor(heads, name, aggregator=aggregator).attach(torch.optim.SGD(heads.parameters(), lr=0.1))
@@ -109,7 +113,7 @@ def test_lists_of_heads_and_names_behind_wrappers(heads, aggregator):
     model.heads = heads
     wrapped = nn.Module()
     wrapped.module = nn.Module()
-    wrapped.module._orig_mod = model  # DistributedDataParallel of torch.compile
+    wrapped.module.add_module("_orig_mod", model)  # DistributedDataParallel of torch.compile
     assert set(heads_from(wrapped, r"heads\.(\w+)")) == {"left", "right"}
     assert set(heads_from(wrapped, r"module\._orig_mod\.heads\.(\w+)")) == {"left", "right"}
     monitor = GradientMonitor(nn.ModuleList(heads.values()), "r", window_steps=1, aggregator=aggregator)
@@ -118,6 +122,46 @@ def test_lists_of_heads_and_names_behind_wrappers(heads, aggregator):
     backward(heads)
     optimizer.step()
     assert set(norms(aggregator)) == {"head_0", "head_1"}
+
+
+def test_a_head_may_be_of_several_modules_or_of_an_iterator(heads, aggregator):
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.1)
+    both = {"arm": list(heads.values())}
+    GradientMonitor(both, "r", window_steps=1, aggregator=aggregator).attach(optimizer)
+    by_iterator = {name: head.parameters() for name, head in heads.items()}
+    monitor = GradientMonitor(by_iterator, "s", window_steps=1, aggregator=aggregator).attach(optimizer)
+    monitor.detach()
+    monitor.attach(optimizer)
+    expected = backward(heads)
+    optimizer.step()
+    assert norms(aggregator) == pytest.approx({"arm": math.hypot(*expected.values())})
+    assert norms(aggregator, "s") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (nn.Linear(4, 2), r"heads must be a mapping .* got Linear; space_heads\(\)"),
+        (None, "got NoneType"),
+        ("heads", "got str"),
+        ({"arm": "heads"}, "head 'arm' must be modules, parameters or Rows; it contains 'h'"),
+        ({"arm": 3}, "it contains 3"),
+    ],
+)
+def test_what_is_no_head_is_refused_with_the_way_out(heads, wrong, message):
+    with pytest.raises(TypeError, match=message):
+        exporter.watch(torch.optim.SGD(heads.parameters(), lr=0.1), wrong, "r", aggregator=RunAggregator())
+
+
+def test_what_is_copied_from_an_agent_that_keeps_its_monitor_is_not_measured(heads, aggregator):
+    agent = SimpleNamespace(heads=heads, optimizer=torch.optim.Adam(heads.parameters()))
+    agent.monitor = GradientMonitor(heads, "r", window_steps=1, before_clipping=True, aggregator=aggregator)
+    agent.monitor.attach(agent.optimizer)
+    copied = copy.deepcopy(agent)
+    for each in (agent, copied):
+        backward(each.heads)
+        each.optimizer.step()
+    assert copied.monitor is agent.monitor and aggregator.snapshot.runs["r"].updates == 1
 
 
 class Sam(torch.optim.Optimizer):

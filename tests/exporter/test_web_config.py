@@ -110,7 +110,7 @@ def serve(configure: Callable[[str], Path]) -> Iterator[Callable[..., MetricsSer
         ("http_server_config:\n  headers:\n    X-Other: a\n", ": http_server_config.headers.X-Other: unknown key"),
         ('http_server_config: {headers: {X-XSS-Protection: "a\\r\\nB: c"}}\n', "X-XSS-Protection: must be a header's"),
         ("basic_auth_users:\n  alice: secret\n", ": basic_auth_users.alice: must be a bcrypt hash"),
-        (f"basic_auth_users:\n  a: {ALICE.replace('2b', '2')}\n", ": basic_auth_users.a: must be a bcrypt hash"),
+        ("basic_auth_users:\n  a: $2$04$" + "." * 53 + "\n", ": basic_auth_users.a: must be a bcrypt hash"),
         ("basic_auth_users:\n  a:\n", ": basic_auth_users.a: must be a bcrypt hash"),
         ("basic_auth_users: [a]\n", ": basic_auth_users: must be `key: value` lines"),
         ("rate_limit:\n  interval: 1s\n", ": rate_limit.burst: must be a whole number of at least 1"),
@@ -182,19 +182,12 @@ def http_version(url: str, authority: Path) -> str:
     return subprocess.run([*command, url], check=True, capture_output=True, text=True).stdout
 
 
-def test_versions_are_as_configured(serve, tmp_path):
-    server = serve(IF_GIVEN + "  min_version: TLS13\n")
-    context = client_context(tmp_path / "ca.pem")
-    assert version(server.url, context) == "TLSv1.3"
+def test_http_2_is_spoken_unless_it_is_switched_off(serve, tmp_path):
+    server = serve(IF_GIVEN)
     assert http_version(server.url, tmp_path / "ca.pem") == "200 2"
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
-    with pytest.raises(OSError):
-        version(server.url, context)
     with pytest.raises(OSError):  # it may have no certificate, but not a wrong one
         ask(server.url, tls=client_context(tmp_path / "ca.pem", tmp_path / "stranger.pem"))
-
-    server = serve(TLS + "  max_version: TLS12\nhttp_server_config: {http2: false}\n")
-    assert version(server.url, client_context(tmp_path / "ca.pem")) == "TLSv1.2"
+    server = serve(TLS + "http_server_config: {http2: false}\n")
     assert http_version(server.url, tmp_path / "ca.pem") == "200 1.1"
 
 

@@ -1,5 +1,6 @@
 """Every recipe's program as it stands in the documentation, run with the real library and scraped while it trains."""
 
+import json
 import math
 import re
 import statistics
@@ -20,6 +21,7 @@ LIBRARIES = {
     "accelerate": "accelerate",
     "cleanrl": "gymnasium",
     "lightning": "lightning",
+    "pufferlib": "pufferlib",
     "rl_games": "rl_games",
     "rllib": "ray",
     "rsl_rl": "rsl_rl",
@@ -35,6 +37,23 @@ PROSE = {"README", "esper"}
 # Plain loops whose heads are `heads` of `agent` or `policy`, with 16 gradient steps in an update.
 LOOPS = {"cleanrl", "torchrl"}
 UPDATES = 7  # they make fewer here than in the documentation
+
+# Those with one layer of 2 + 3 rows: arguments, gradient steps in an update, environment steps in one.
+FUSED = {"pufferlib": ([], 8, 1024), "sample_factory": (["--serial_mode=False"], 4, 256)}
+# The CV of every step by a way of its own, in whichever process the optimizer is.
+WITNESS = """
+import json, pathlib, statistics, torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+def witness(optimizer, args, kwargs):
+    layer = [p.grad.double() for group in optimizer.param_groups for p in group["params"] if len(p) == 5]
+    assert len(layer) == 2
+    norms = [torch.cat([grad[rows].flatten() for grad in layer]).norm().item() for rows in (slice(2), slice(2, 5))]
+    with pathlib.Path("witness").open("a") as file:
+        file.write(json.dumps(statistics.stdev(norms) / statistics.fmean(norms)) + "\\n")
+
+register_optimizer_step_pre_hook(witness)
+"""
 
 
 def program_of(recipe: str, port: int) -> str:
@@ -103,3 +122,23 @@ def test_the_program_trains_to_its_end_and_serves_its_heads(recipe: str, tmp_pat
     assert totals["ppo_gradient_cv"] > 0
     assert totals["ppo_gradient_cv_per_step_count"] >= totals["ppo_updates_total"] >= 1
     assert totals["ppo_exporter_errors_total"] == 0
+
+
+@pytest.mark.parametrize("recipe", FUSED)
+def test_a_fused_layer_is_served_as_its_parts_and_says_goodbye(recipe: str, tmp_path: Path):
+    """Sample Factory's learner is in a process of its own here, as by default."""
+    port, (arguments, steps, environment_steps) = free_ports().prometheus, FUSED[recipe]
+    program, path = program_of(recipe, port), tmp_path / "program.py"
+    assert program.count("window_steps=None") == 1
+    path.write_text(WITNESS + program.replace("window_steps=None", 'window_steps=None, targets_dir="targets"'))
+    totals, by_head = totals_and_heads(last_scrape([sys.executable, path, *arguments], tmp_path, port))
+    cvs = [json.loads(line) for line in (tmp_path / "witness").read_text().splitlines()]
+    updates = int(totals["ppo_updates_total"])
+    seen = cvs[: steps * updates]
+    assert set(by_head) == {"push", "unused"}
+    assert totals["ppo_gradient_cv_per_step_count"] == steps * updates
+    assert totals["ppo_gradient_cv_per_step_sum"] == pytest.approx(sum(seen), rel=1e-5)
+    assert totals["ppo_gradient_cv"] == pytest.approx(statistics.fmean(seen[-steps:]), rel=1e-5)
+    assert totals["ppo_environment_steps_total"] == environment_steps * updates
+    assert totals["ppo_exporter_errors_total"] == 0
+    assert not list((tmp_path / "targets").iterdir())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import fetch, free_ports, wait_until
+from conftest import fetch, wait_until
 from gymnasium import spaces
 from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
@@ -79,10 +79,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def scrape(port: int, updates: int) -> dict[str, float]:
+def scrape(url: str, updates: int) -> dict[str, float]:
     def look() -> dict[str, float] | None:
         values = {}
-        for family in text_string_to_metric_families(fetch(f"http://127.0.0.1:{port}/metrics")[1]):
+        for family in text_string_to_metric_families(fetch(url)[1]):
             for sample in family.samples:
                 head = sample.labels.get("head")
                 values[f"{sample.name}/{head}" if head else sample.name] = sample.value
@@ -163,15 +163,14 @@ def test_rsl_rl_serves_its_joints_and_its_own_losses(tmp_path: Path):
     runner = rsl_rl_runner(tmp_path)
     from exporter.integrations.rsl_rl import watch_runner
 
-    port = free_ports().prometheus
     actor, losses = runner.alg.get_policy(), []
     layer = [module for module in actor.mlp.modules() if isinstance(module, nn.Linear)][-1]
     update = runner.alg.update
     runner.alg.update = lambda: losses.append(update()) or losses[-1]
     witness = Witness(lambda: row_norms(layer.weight, layer.bias, actor.distribution.std_param))
-    with witness, watch_runner(runner, "arm", joint_names=JOINTS, port=port):
+    with witness, watch_runner(runner, "arm", joint_names=JOINTS, port=0) as monitor:
         runner.learn(3)
-        values = scrape(port, 3)
+        values = scrape(url := monitor.url, 3)
         assert_agrees(values, witness.cvs, 3, JOINTS)
         assert values["ppo_policy_loss"] == pytest.approx(losses[-1]["surrogate"])
         assert values["ppo_value_loss"] == pytest.approx(losses[-1]["value"])
@@ -181,7 +180,8 @@ def test_rsl_rl_serves_its_joints_and_its_own_losses(tmp_path: Path):
         # Before clipping, which leaves less than 0.05 of the whole actor.
         assert values["ppo_head_gradient_norm/hip"] > 0.05
     with pytest.raises(OSError):
-        fetch(f"http://127.0.0.1:{port}/metrics")
+        fetch(url)
+    assert monitor.url is None
 
 
 def test_rsl_rl_weights_are_those_without_a_monitor_also_where_the_network_gives_the_spread(tmp_path: Path):
@@ -194,9 +194,9 @@ def test_rsl_rl_weights_are_those_without_a_monitor_also_where_the_network_gives
         if not is_watched:
             runner.learn(3)
         else:
-            with watch_runner(runner, "arm", port=(port := free_ports().prometheus)):
+            with watch_runner(runner, "arm", port=0) as monitor:
                 runner.learn(3)
-                assert scrape(port, 3)["ppo_head_gradient_norm/joint_2"] > 0
+                assert scrape(monitor.url, 3)["ppo_head_gradient_norm/joint_2"] > 0
         return runner.alg.get_policy().state_dict()
 
     plain, watched = trained(False), trained(True)
@@ -235,9 +235,9 @@ def test_rsl_rl_with_several_processes_is_measured_after_its_averaging(tmp_path:
     seen = norms_of_last_averaging(
         runner.alg, lambda: row_norms(layer.weight, layer.bias, actor.distribution.std_param)
     )
-    with watch_runner(runner, "arm", joint_names=JOINTS, port=(port := free_ports().prometheus)):
+    with watch_runner(runner, "arm", joint_names=JOINTS, port=0) as monitor:
         runner.learn(2)
-        values = scrape(port, 2)
+        values = scrape(monitor.url, 2)
     assert [values[f"ppo_head_gradient_norm/{joint}"] for joint in JOINTS] == pytest.approx(mean_norms(seen), rel=1e-5)
 
 
@@ -334,7 +334,6 @@ def test_skrl_serves_its_heads_and_its_own_losses(action_space, tmp_path: Path, 
     agent, trainer = skrl_agent(action_space)
     from exporter.integrations.skrl import watch_agent
 
-    port = free_ports().prometheus
     layer = agent.policy.net[-1]
     is_continuous = isinstance(action_space, spaces.Box)
 
@@ -349,9 +348,9 @@ def test_skrl_serves_its_heads_and_its_own_losses(action_space, tmp_path: Path, 
     agent.track_data = lambda tag, value: tracked.update({tag: value}) or track(tag, value)
     heads = JOINTS if is_continuous else ["action_0", "action_1"]
     witness = Witness(norms)
-    with witness, watch_agent(agent, "arm", head_names=JOINTS if is_continuous else None, port=port):
+    with witness, watch_agent(agent, "arm", head_names=JOINTS if is_continuous else None, port=0) as monitor:
         trainer.train()
-        values = scrape(port, 3)
+        values = scrape(monitor.url, 3)
         assert_agrees(values, witness.cvs, 3, heads)
         assert values["ppo_policy_loss"] == pytest.approx(tracked["Loss / Policy loss"])
         assert values["ppo_value_loss"] == pytest.approx(tracked["Loss / Value loss"])
@@ -370,9 +369,9 @@ def test_skrl_with_several_processes_is_measured_after_its_averaging(tmp_path: P
 
     layer, log_std = agent.policy.net[-1], agent.policy.log_std_parameter
     seen = norms_of_last_averaging(agent.policy, lambda: row_norms(layer.weight, layer.bias, log_std))
-    with watch_agent(agent, "arm", head_names=JOINTS, port=(port := free_ports().prometheus)):
+    with watch_agent(agent, "arm", head_names=JOINTS, port=0) as monitor:
         trainer.train()
-        values = scrape(port, 3)
+        values = scrape(monitor.url, 3)
     assert [values[f"ppo_head_gradient_norm/{joint}"] for joint in JOINTS] == pytest.approx(mean_norms(seen), rel=1e-5)
 
 
@@ -473,10 +472,10 @@ def test_rl_games_serves_its_heads_and_tells_the_other_observer(action_space, tm
 
     vecenv.register("ARM", lambda name, actors, **_: ArmEnv())
     env_configurations.register("arm", {"vecenv_type": "ARM", "env_creator": ArmEnv})
-    port, other = free_ports().prometheus, Other()
+    other = Other()
     is_continuous = isinstance(action_space, spaces.Box)
     heads = JOINTS if is_continuous else ["action_0", "action_1"]
-    observer = PrometheusObserver(other, run="arm", head_names=JOINTS if is_continuous else None, port=port)
+    observer = PrometheusObserver(other, run="arm", head_names=JOINTS if is_continuous else None, port=0)
 
     def norms() -> list[float]:
         network = other.algo.model.a2c_network
@@ -493,7 +492,7 @@ def test_rl_games_serves_its_heads_and_tells_the_other_observer(action_space, tm
             runner = runners.Runner(observer)
             runner.load(rl_games_configuration(action_space, tmp_path))
             runner.run({"train": True, "play": False})
-        values = scrape(port, 3)
+        values = scrape(observer.monitor.url, 3)
         assert_agrees(values, witness.cvs, 3, heads)
         assert values["ppo_policy_loss"] == pytest.approx(other.written["losses/a_loss"], rel=1e-5)
         assert values["ppo_value_loss"] == pytest.approx(other.written["losses/c_loss"], rel=1e-5)

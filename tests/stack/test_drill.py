@@ -13,7 +13,7 @@ from pathlib import Path
 
 import bcrypt
 import pytest
-from conftest import every_servers, free_ports, wait_until
+from conftest import GENTLY, every_servers, free_ports, wait_until
 
 from stack.drill.__main__ import main
 from stack.drill.clients import Connection, DrillError
@@ -52,7 +52,7 @@ def drill(tmp_path):
     def start(observability, *more: str) -> subprocess.Popen:
         with (tmp_path / "drill.log").open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "stack.drill", *flags(observability, *more)],
+                [*GENTLY, sys.executable, "-m", "stack.drill", *flags(observability, *more)],
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -36,7 +36,9 @@ def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
     )
     advantages = torch.from_numpy(rng.normal(50.0, 3.0, size=shape).astype(np.float32)).to(policy.device)
     # As if the weights had moved since: ratios and values are inside and outside of their clip ranges.
-    noise, value_noise = torch.from_numpy(rng.normal(size=(2, *shape)).astype(np.float32)).to(policy.device)
+    value_noise, *noise = torch.from_numpy(rng.normal(size=(1 + len(HEADS), *shape)).astype(np.float32)).to(
+        policy.device
+    )
     valid = torch.ones(shape, dtype=torch.bool)
     valid[2] = False
     for tensor in (observations, advantages):
@@ -45,7 +47,7 @@ def make_rollout(policy: ActorCritic, seed: int = 0) -> Rollout:
     return Rollout(
         observations,
         actions,
-        log_probs + 0.2 * noise,
+        log_probs + 0.15 * torch.stack(noise, -1),
         values + 0.15 * value_noise,
         advantages,
         returns,
@@ -124,6 +126,27 @@ def test_a_drill_bends_the_gradients_that_it_names_for_as_long_as_it_says(drill,
     if cv is not None:
         agent = make_agent(make_policy(), drill)
         assert agent.update(make_rollout(agent.policy), learning_rate=1e-3)["gradient_cv"] == pytest.approx(cv)
+
+
+def test_a_head_without_a_choice_is_left_out_of_the_entropies():
+    torch.manual_seed(0)
+    heads = {"only": 1, "slot": 2}
+    policy = ActorCritic(6, heads, 16)
+    observations = torch.randn(8, 6)
+    actions = policy.act(observations, torch.rand(2, 8))
+    log_probs, values = policy.evaluate(observations, actions)
+    rollout = Rollout(
+        *(tensor.unsqueeze(1) for tensor in (observations, actions, log_probs, values, values, values)),
+        torch.ones(8, 1, dtype=torch.bool),
+        8,
+        0,
+    )
+    metrics = make_agent(policy).update(rollout, learning_rate=1e-3)
+    # As uniform as it can be, but for rounding.
+    assert metrics["head_entropy_ratios"] == {"slot": pytest.approx(1.0, abs=1e-3)}
+    assert metrics["head_entropy_ratios"]["slot"] <= 1.0
+    assert metrics["head_approx_kls"]["only"] == metrics["head_clip_fractions"]["only"] == 0.0
+    assert metrics["head_update_ratios"]["slot"] > 0.0
 
 
 def test_an_update_ends_after_the_running_gradient_step_when_asked():

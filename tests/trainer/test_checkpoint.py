@@ -7,7 +7,6 @@ import pickle
 import re
 import resource
 import stat
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import torch
 
 from exporter.snapshot import RunSnapshot
-from trainer.__main__ import main
 from trainer.checkpoint_files import (
     CheckpointError,
     RunFolder,
@@ -59,21 +57,6 @@ def checkpoint(tmp_path, trained) -> Path:
 @pytest.fixture(autouse=True)
 def folder(tmp_path):
     (tmp_path / "run").mkdir()
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """`python -m trainer ...` in this process, which has torch already: output and errors."""
-
-    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["trainer", *map(str, arguments)])
-        capsys.readouterr()
-        exit_code = main()
-        out, err = capsys.readouterr()
-        assert exit_code == code, (out, err)
-        return out, err
-
-    return run
 
 
 def truncated(path: Path) -> None:

@@ -1,8 +1,6 @@
 """Which environments can be trained on, what their heads are called, and how their actions reach them."""
 
 import re
-import subprocess
-import sys
 
 import gymnasium as gym
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from stack.servers import ROOT
 from trainer.config import ConfigError, TrainerConfig
 from trainer.environments import UnsupportedEnvironment, make_environment, training_environment
 from trainer.parsing import parse_config
@@ -205,18 +202,12 @@ def test_arguments_come_from_a_flag_as_json_or_yaml_and_from_the_file_as_a_mappi
             parse_config(flags)
 
 
-def test_a_run_keeps_the_arguments_of_its_environment(tmp_path):
-    def trainer(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "trainer", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-        )
-        return done.stdout + done.stderr
-
+def test_a_run_keeps_the_arguments_of_its_environment(cli, tmp_path):
     places = ("--metrics-port", "0", "--targets-dir", str(tmp_path / "targets"), "--checkpoint-dir", str(tmp_path))
     sizes = ("--num-envs", "2", "--rollout-steps", "16", "--minibatch-size", "16", "--hidden-size", "16")
     flags = (*places, *sizes, "--run-name", "demo")
-    trainer(*flags, "--env-kwargs", '{"max_episode_steps": 5}', "--total-timesteps", "64")
-    assert "length 5.0" in trainer(*flags, "--resume", "--total-timesteps", "96")
-    refused = trainer(*flags, "--resume", "--env-kwargs", '{"max_episode_steps": 6}')
+    cli(*flags, "--env-kwargs", '{"max_episode_steps": 5}', "--total-timesteps", "64")
+    assert "length 5.0" in cli(*flags, "--resume", "--total-timesteps", "96")[0]
+    _, refused = cli(*flags, "--resume", "--env-kwargs", '{"max_episode_steps": 6}', code=2)
     assert "has {'max_episode_steps': 5}, and that cannot change on the way; got {'max_episode_steps': 6}" in refused
-    assert "length mean 5.0" in trainer("evaluate", str(tmp_path / "demo"), "--episodes", "2")
+    assert "length mean 5.0" in cli("evaluate", tmp_path / "demo", "--episodes", "2")[0]

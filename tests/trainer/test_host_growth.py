@@ -26,14 +26,6 @@ FULL, HALF = TARGETS.index(1.0), TARGETS.index(0.5)
 AT_ONCE, IN_FOUR, IN_SIXTEEN = SPEEDS.index(1), SPEEDS.index(4), SPEEDS.index(16)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def act(environments=1, **parts):
     """The same action everywhere; parts that are not named are 0."""
     return np.tile([int(parts.get(name, 0)) for name in ACTION_HEADS], (environments, 1))

@@ -29,7 +29,7 @@ def test_log_probabilities_entropies_and_gradients_agree_with_torch_distribution
     theirs = separate(logits.double())
     log_prob = sum(d.log_prob(actions[:, i]) for i, d in enumerate(theirs))
     entropy = sum(d.entropy() for d in theirs)
-    torch.testing.assert_close(ours.log_prob(actions), log_prob.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.log_probs(actions).sum(0), log_prob.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.entropies.sum(0), entropy.float(), rtol=1e-5, atol=1e-5)
     by_log_prob = torch.randn(64)
     gradient = ours.gradient(actions, by_log_prob, 0.7)

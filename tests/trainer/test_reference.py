@@ -1,5 +1,6 @@
 """The same batch and the same weights: this trainer, a plain reference, and Stable-Baselines3's own code."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
@@ -78,6 +79,11 @@ class TorchNetwork(torch.nn.Module):
             theirs.data.copy_(ours)
         self.sizes = list(policy.heads.values())
 
+    def head_weights(self) -> list[torch.Tensor]:
+        """Of each head a copy of all its weights and biases."""
+        layer = torch.cat([self.policy_layer.weight, self.policy_layer.bias.unsqueeze(1)], 1)
+        return [rows.detach().clone() for rows in layer.split(self.sizes)]
+
     def forward(self, observations: torch.Tensor) -> tuple[list[Categorical], torch.Tensor]:
         logits = self.policy_layer(self.trunks[0](observations)).split(self.sizes, dim=1)
         return [Categorical(logits=of_head) for of_head in logits], self.value_layer(self.trunks[-1](observations))[
@@ -87,9 +93,11 @@ class TorchNetwork(torch.nn.Module):
 
 def reference_update(
     policy: ActorCritic, rollout: Rollout, *, minibatch_size: int, epochs: int, value_clip_range: float | None, **other
-) -> tuple[TorchNetwork, dict[str, float], list[float]]:
-    """The update with torch.distributions, mse_loss, clip_grad_norm_ and plain Adam: network, statistics, CVs."""
+) -> tuple[TorchNetwork, dict[str, float], list[float], dict[str, dict[str, float]]]:
+    """The update with torch.distributions, mse_loss, clip_grad_norm_ and plain Adam: network, statistics, CVs, and
+    what is said of each head."""
     network = TorchNetwork(policy)
+    before = network.head_weights()
     observations, actions, old_log_probs, old_values, advantages, returns = (
         getattr(rollout, name)[rollout.valid]
         for name in ("observations", "actions", "log_probs", "values", "advantages", "returns")
@@ -100,13 +108,14 @@ def reference_update(
         mean, std = returns.double().mean(), returns.double().std(correction=0)
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, eps=1e-5)
     generator = torch.Generator().manual_seed(3)
-    seen, cvs = [], []
+    seen, cvs, of_heads = [], [], []
     for _ in range(epochs):
         for batch in torch.randperm(SAMPLES, generator=generator).split(minibatch_size):
             distributions, outputs = network(observations[batch])
-            log_prob = sum(d.log_prob(actions[batch, head]) for head, d in enumerate(distributions))
+            log_probs = torch.stack([d.log_prob(actions[batch, head]) for head, d in enumerate(distributions)], 1)
+            log_prob = log_probs.sum(1)
             entropy = sum(d.entropy() for d in distributions).mean()
-            log_ratio = log_prob - old_log_probs[batch]
+            log_ratio = log_prob - old_log_probs[batch].sum(1)
             ratio = log_ratio.exp()
             advantage = (advantages[batch] - advantages[batch].mean()) / (advantages[batch].std() + 1e-8)
             policy_loss = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
@@ -126,10 +135,32 @@ def reference_update(
             approx_kl = (ratio - 1 - log_ratio).mean()
             clip_fraction = ((ratio - 1).abs() > 0.2).double().mean()
             seen.append(torch.stack([policy_loss, value_loss, entropy, approx_kl, clip_fraction]))
+            head_ratios = (log_probs - old_log_probs[batch]).exp()
+            of_heads.append(
+                [
+                    (d.entropy() / math.log(d.logits.shape[1])).mean().item(),
+                    (ratios - 1 - ratios.log()).mean().item(),
+                    ((ratios - 1).abs() > 0.2).double().mean().item(),
+                ]
+                for d, ratios in zip(distributions, head_ratios.unbind(1))
+            )
     names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
     seen = torch.stack(seen).detach()
     statistics = dict(zip(names, seen.mean(0).tolist()))
-    return network, statistics | {"approx_kl": seen[-len(seen) // epochs :, 3].mean().item()}, cvs
+    entropies, kls, clip_fractions = np.moveaxis([list(step) for step in of_heads], 2, 0)
+    changes = [(after - b).norm() / b.norm() for after, b in zip(network.head_weights(), before)]
+    per_head = {
+        "head_entropy_ratios": entropies.mean(0),
+        "head_approx_kls": kls[-len(kls) // epochs :].mean(0),
+        "head_clip_fractions": clip_fractions.mean(0),
+        "head_update_ratios": [change.item() for change in changes],
+    }
+    return (
+        network,
+        statistics | {"approx_kl": seen[-len(seen) // epochs :, 3].mean().item()},
+        cvs,
+        {name: dict(zip(policy.heads, values)) for name, values in per_head.items()},
+    )
 
 
 @pytest.mark.parametrize("value_clip_range", [None, 0.2])
@@ -143,12 +174,15 @@ def test_an_update_is_that_of_a_plain_reference(separate_critic, normalize_retur
     settings |= {"normalize_returns": normalize_returns, "value_clip_range": value_clip_range}
     policy = make_policy(6, HEADS, 16, separate_critic)
     rollout = make_rollout(policy)
-    network, expected, cvs = reference_update(policy, rollout, **settings)
+    network, expected, cvs, per_head = reference_update(policy, rollout, **settings)
     metrics = make_agent(policy, **settings).update(rollout, learning_rate=LEARNING_RATE)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert 0 < metrics["clip_fraction"] < 1
     assert metrics["gradient_cv_per_step"] == pytest.approx(cvs, rel=1e-4)
     assert set(metrics["head_gradient_norms"]) == set(HEADS)
+    for name, of_head in per_head.items():
+        assert metrics[name] == pytest.approx(of_head, rel=1e-4, abs=1e-6), name
+        assert 0 < min(of_head.values()) and max(of_head.values()) < 1, name
     assert_gradients_and_parameters_agree(policy, network.parameters())
 
 
@@ -194,12 +228,17 @@ def both(setting: Setting) -> tuple[ActorCritic, PPO]:
     return policy, model
 
 
-def rollout_of(model: PPO) -> Rollout:
+def rollout_of(model: PPO, policy: ActorCritic) -> Rollout:
     """What Stable-Baselines3 collected, as we would have."""
     buffer = model.rollout_buffer
     names = ("observations", "actions", "log_probs", "values", "advantages", "returns")
     tensors = {name: torch.from_numpy(getattr(buffer, name).copy()) for name in names}
     tensors["actions"] = tensors["actions"].long()
+    # It keeps the joint log-probability, whose parts are ours; what is added to it goes to one head.
+    log_probs, _ = policy.evaluate(tensors["observations"].flatten(0, 1), tensors["actions"].flatten(0, 1))
+    log_probs = log_probs.unflatten(0, buffer.values.shape)
+    log_probs[..., 0] += tensors["log_probs"] - log_probs.sum(-1)
+    tensors["log_probs"] = log_probs
     valid = torch.ones(buffer.values.shape, dtype=torch.bool)
     return Rollout(**tensors, valid=valid, environment_steps=valid.numel(), episodes=0)
 
@@ -207,7 +246,7 @@ def rollout_of(model: PPO) -> Rollout:
 @pytest.mark.parametrize("setting", [CARTPOLE, SEVEN_HEADS], ids=["one head", "seven heads"])
 def test_log_probabilities_entropies_and_values_are_those_of_stable_baselines3(setting):
     policy, model = both(setting)
-    rollout = rollout_of(model)
+    rollout = rollout_of(model, policy)
     observations, actions = rollout.observations.flatten(0, 1), rollout.actions.flatten(0, 1)
     log_probs, values = policy.evaluate(observations, actions)
     entropies = policy.distribution(policy.forward(observations).logits).entropies.sum(0)
@@ -215,10 +254,10 @@ def test_log_probabilities_entropies_and_values_are_those_of_stable_baselines3(s
         observations, actions if setting is SEVEN_HEADS else actions[:, 0]
     )
     torch.testing.assert_close(values, their_values[:, 0], **CLOSE)
-    torch.testing.assert_close(log_probs, their_log_probs, **CLOSE)
+    torch.testing.assert_close(log_probs.sum(1), their_log_probs, **CLOSE)
     torch.testing.assert_close(entropies, their_entropies, **CLOSE)
     # And those with which it acted.
-    torch.testing.assert_close(rollout.log_probs.flatten(), log_probs, **CLOSE)
+    torch.testing.assert_close(rollout.log_probs.flatten(0, 1).sum(1), log_probs.sum(1), **CLOSE)
 
 
 @pytest.mark.parametrize("setting", [CARTPOLE, SEVEN_HEADS], ids=["one head", "seven heads"])
@@ -231,7 +270,7 @@ def test_an_update_is_that_of_stable_baselines3(setting, changes, monkeypatch):
     # As if the weights had moved since the rollout: ratios differ from one, and some are clipped.
     log_probs = model.rollout_buffer.log_probs
     log_probs += np.random.default_rng(0).normal(scale=0.2, size=log_probs.shape).astype(np.float32)
-    rollout = rollout_of(model)
+    rollout = rollout_of(model, policy)
 
     generator = torch.Generator().manual_seed(3)
 

@@ -3,13 +3,11 @@
 import json
 import multiprocessing
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +18,10 @@ import torch
 from exporter import Thresholds
 from exporter.link import MetricsServer
 from exporter.snapshot import RunSnapshot
+from exporter.telemetry import HEAD_SIGNALS
 from trainer.agent import NonFiniteGradientError
 from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_files import checkpoints_in, load, resolve
+from trainer.checkpoint_files import checkpoints_in, load
 from trainer.config import ConfigError, StartError, TelemetryConfig, TrainerConfig
 from trainer.parsing import parse_config
 from trainer.stop import StopRequest
@@ -148,18 +147,31 @@ def test_the_cv_series_is_the_same_with_and_without_checkpoints_and_endpoint(tin
     assert [run.plain()["gradient_quality"] for run in seen] == [run.plain()["gradient_quality"] for run in plain]
 
 
+def crashed_after(config: TrainerConfig, updates: int) -> tuple[RunSnapshot, RunSnapshot]:
+    """The run of a process that dies after so many updates: at its last checkpoint, and at its end."""
+    processes = multiprocessing.get_context("fork")
+    seen = processes.SimpleQueue()
+
+    def train_and_die() -> None:
+        training = Training(config)
+        checkpoints = Checkpoints(training)
+        for _ in range(updates):
+            (run,) = trained(training, 1)
+            checkpoints.updated()
+            if run.updates % config.checkpoint_every == 0 or run.updates == updates:
+                seen.put(run.plain())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = processes.Process(target=train_and_die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    return RunSnapshot.from_plain(seen.get()), RunSnapshot.from_plain(seen.get())
+
+
 def test_counters_on_metrics_never_go_back_though_a_crash_costs_updates(tiny):
     """For Prometheus a counter that falls has restarted from zero, and all it had counts again."""
-    config = replace(tiny, checkpoint_every=5)
-    crashed = Training(config)
-    checkpoints = Checkpoints(crashed)
-    for _ in range(8):
-        crashed.update(StopRequest())
-        checkpoints.updated()
-        if crashed.updates == 5:
-            at_checkpoint = crashed.run_snapshot
-    os.close(checkpoints._folder._held)  # as the kernel does with a process that is killed
-    before = crashed.run_snapshot
+    at_checkpoint, before = crashed_after(replace(tiny, checkpoint_every=5), 8)
     training = Training(resumed(tiny))
     after = training.run_snapshot
     assert training.updates == 5
@@ -172,6 +184,7 @@ def test_counters_on_metrics_never_go_back_though_a_crash_costs_updates(tiny):
         gradient_cv=last.gradient_cv,
         gradient_norm=last.gradient_norm,
         head_norms=last.head_norms,
+        **{name: getattr(last, name) for name in HEAD_SIGNALS},
     )
     expected = replace(
         before, gradient_quality=quality, signals=after.signals, recent_gradient_cvs=after.recent_gradient_cvs
@@ -241,9 +254,10 @@ def test_what_cannot_be_restored_is_said_and_the_run_goes_on(tiny):
     assert all(torch.equal(a, b) for a, b in zip(tensors(second.agent.state_dict()), tensors(saved["agent"])))
     assert second.collector.recent_returns == first.collector.recent_returns
     # New episodes, not those with which the run began.
-    assert not torch.equal(
-        torch.from_numpy(second.collector._observations), torch.from_numpy(Training(config).collector._observations)
+    begun, again = (
+        training.collector.collect(StopRequest()).observations[0] for training in (Training(config), second)
     )
+    assert not torch.equal(begun, again)
     trained(second, 6)
 
 
@@ -339,7 +353,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_and_a_checkpoint_that_canno
     assert not list(tmp_path.glob("targets/*"))
     training = Training(tiny)
     with Checkpoints(training) as checkpoints:
-        checkpoints._folder.path.rename(tmp_path / "gone")
+        (Path(tiny.checkpoint_dir) / "host-growth-seed1").rename(tmp_path / "gone")
         trained(training, 1)
         checkpoints.updated()
     assert "warning: no checkpoint of update 1 in " in capsys.readouterr().err
@@ -350,20 +364,18 @@ def test_without_checkpoints_nothing_is_written(tiny, place):
     assert not Path(tiny.checkpoint_dir).exists()
 
 
-def test_from_the_command_line_a_signal_then_resume(tmp_path):
-    """Two real processes; the second has the port, the folders and nothing else."""
-    places = [
-        "--metrics-port",
-        "0",
-        "--targets-dir",
-        tmp_path / "targets",
-        "--checkpoint-dir",
-        tmp_path / "checkpoints",
-    ]
+def test_from_the_command_line_a_signal_then_resume(cli, tmp_path):
+    """The second one has the port, the folders and nothing else."""
+    places = ["--metrics-port", "0", "--targets-dir", tmp_path / "targets"]
+    places += ["--checkpoint-dir", tmp_path / "checkpoints"]
     small = ["--num-envs", "4", "--rollout-steps", "8", "--minibatch-size", "16", "--total-timesteps", "3200000"]
-    command = [sys.executable, "-m", "trainer", *places]
-    options = {"cwd": REPOSITORY, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*command, *small, "--log-interval", "1"], **options)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *places, *small, "--log-interval", "1"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while not process.stdout.readline().startswith("update 5/"):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -372,70 +384,7 @@ def test_from_the_command_line_a_signal_then_resume(tmp_path):
     update, path = re.search(r"SIGINT after update (\d+) of .*; checkpoint (\S+)$", out).groups()
     assert path.endswith(f"host-growth-seed1/update-{int(update):08d}.pt")
     end = 32 * (int(update) + 3)
-    again = subprocess.run([*command, "--resume", "--total-timesteps", str(end)], timeout=60, **options)
-    assert again.returncode == 0, again.stderr
-    assert f"from {path} on, metrics at http" in again.stdout.splitlines()[0]
-    assert re.search(rf"^update {int(update) + 3}/{int(update) + 3} steps {end} ", again.stdout, re.M)
-    assert again.stderr == f"warning: other settings than in the checkpoint: total_timesteps 3200000 -> {end}\n"
-
-
-# 200 times SIGKILL
-
-KILLS = 200
-ENDLESS = replace(
-    TINY,
-    num_envs=2,
-    rollout_steps=2,
-    minibatch_size=2,
-    epochs=1,
-    total_timesteps=10**9,
-    anneal_learning_rate=False,
-    checkpoint_every=1,
-    keep_checkpoints=2,
-)
-
-
-def train_until_killed(folder: str, log: str, progress) -> None:
-    """Starts or resumes the run in `folder`; writes the CV of every update to `log`, and releases `progress` for it."""
-    flags = ["--resume", folder] if checkpoints_in(Path(folder)) else []
-    config = parse_config(flags)[0] if flags else replace(ENDLESS, checkpoint_dir=str(Path(folder).parent))
-    training = Training(config)
-    with Checkpoints(training) as checkpoints, open(log, "a") as file:
-        while True:
-            progress.release()
-            training.update(StopRequest())
-            checkpoints.updated()
-            quality = training.run_snapshot.gradient_quality
-            # One write, which a SIGKILL does not cut in two.
-            os.write(file.fileno(), f"{training.updates} {quality.gradient_cv!r}\n".encode())
-
-
-def test_kill_9_at_200_random_moments_never_leaves_a_run_that_cannot_be_resumed(tmp_path):
-    moments = random.Random(0)
-    processes = multiprocessing.get_context("fork")
-    Training(replace(ENDLESS, checkpoint_every=0))  # imports all that the children then need not import
-    folder, log = tmp_path / "host-growth-seed1", tmp_path / "cvs"
-    unfinished = 0
-    for _ in range(KILLS):
-        progress = processes.Semaphore(0)
-        child = processes.Process(target=train_until_killed, args=(str(folder), str(log), progress))
-        child.start()
-        for _ in range(moments.randrange(4)):  # 0: while it starts or resumes
-            assert progress.acquire(timeout=60), f"did not start, resume or train: exit code {child.exitcode}"
-        time.sleep(moments.uniform(0.0, 0.02))
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        unfinished += bool(list(folder.glob(".*.tmp")))
-        if checkpoints_in(folder):
-            path, _ = resolve(folder, lambda text: pytest.fail(text))
-    # Every update of every life has the CV that it has in a life that nobody cut short.
-    seen = [(int(update), float(cv)) for update, cv in (line.split() for line in log.read_text().splitlines())]
-    updates = max(update for update, _ in seen)
-    straight = cvs(trained(Training(replace(ENDLESS, checkpoint_every=0)), updates))
-    assert all(cv == straight[update - 1] for update, cv in seen)
-    assert updates > KILLS / 4 and len(seen) > KILLS / 4
-    # The moments were such that some cut a file in two.
-    assert unfinished > 0
-    totals = json.loads((folder / "totals.json").read_text())
-    assert totals["resumes"] > KILLS / 4 and totals["updates"] >= updates
+    out, err = cli(*places, "--resume", "--total-timesteps", end)
+    assert f"from {path} on, metrics at http" in out.splitlines()[0]
+    assert re.search(rf"^update {int(update) + 3}/{int(update) + 3} steps {end} ", out, re.M)
+    assert err == f"warning: other settings than in the checkpoint: total_timesteps 3200000 -> {end}\n"
