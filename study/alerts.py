@@ -22,6 +22,7 @@ from exporter.telemetry import PPOUpdatePayload
 from stack.servers import provide
 from study.environments import TASKS
 from study.table import Row, Run
+from study.truth import smoothed
 
 RULES = Path(__file__).resolve().parent.parent / "alerts" / "ppo.rules.yml"
 SECONDS = 30
@@ -42,7 +43,7 @@ class Firing(NamedTuple):
     severity: str
 
 
-def payload(row: Row, name: str, seconds: int = SECONDS) -> PPOUpdatePayload:
+def payload(row: Row, name: str, episode_return: float, seconds: int = SECONDS) -> PPOUpdatePayload:
     """What the update said, as far as the table knows. Gradient steps of one level have one CV."""
     heads = TASKS[row.task].heads
     levels = {0.1: row.healthy, 1.0: row.warning, math.inf if row.skipped_steps else 3.0: row.critical}
@@ -67,6 +68,7 @@ def payload(row: Row, name: str, seconds: int = SECONDS) -> PPOUpdatePayload:
         environment_steps=_STEPS_PER_UPDATE,
         **{signal: getattr(row, signal) for signal in ("policy_loss", "value_loss", "entropy", "approx_kl")},
         **{signal: getattr(row, signal) for signal in ("clip_fraction", "explained_variance")},
+        episode_return_mean=None if math.isnan(episode_return) else episode_return,
         timestamp_seconds=1.0 + row.update * seconds,
         **fields,
     )
@@ -78,8 +80,10 @@ def series(run: Run, name: str, wanted: re.Pattern, seconds: int = SECONDS) -> d
     aggregator.register_run(name, TASKS[run.task].heads, {})
     registry = build_registry(aggregator)
     values: dict[str, list[str]] = {}
-    for number, row in enumerate(run.rows):
-        aggregator.handle_ppo_update(payload(row, name, seconds))
+    # As the trainer does, which averages over 100 episodes.
+    returns = smoothed(run.column("episode_return"), 3).tolist()
+    for number, (row, episode_return) in enumerate(zip(run.rows, returns)):
+        aggregator.handle_ppo_update(payload(row, name, episode_return, seconds))
         for line in generate_latest(registry).decode().splitlines():
             if wanted.match(line):
                 text, _, value = line.rpartition(" ")
