@@ -26,9 +26,10 @@ grafana: .venv/.complete  ## fetch Grafana from its publisher (some 200 MB) for 
 dashboards: .venv/.complete  ## write grafana/dashboards/ again, after a change of their Python
 	@.venv/bin/python -m grafana $(ARGS)
 
-lint: .venv/.complete  ## check style and format
+lint: .venv/.complete  ## check style, format and types
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
 
 check: lint  ## after every edit: lint, and the tests that start no other process
 	@.venv/bin/python -m pytest $(WORKERS) -q -r fE --no-processes --ignore tests/web $(ARGS)
@@ -43,9 +44,9 @@ soak: setup  ## run the tests that take long and rarely find anything
 OTHERS := $(notdir $(basename $(wildcard tests/integrations/environments/*.txt)))
 
 test-integrations: setup $(OTHERS:%=.integrations/%/.complete)  ## run the tests of every trainer; builds environments for them
-	@for python in .venv/bin/python $(OTHERS:%=.integrations/%/bin/python); do \
-		echo "$$python:"; $$python -m pytest tests/integrations $(ARGS) || [ $$? = 5 ]; \
-	done  # 5: it has none of the tests that ARGS asks for
+	@failed=; for python in .venv/bin/python $(OTHERS:%=.integrations/%/bin/python); do \
+		echo "$$python:"; $$python -m pytest tests/integrations $(ARGS) || [ $$? = 5 ] || failed="$$failed $$python"; \
+	done; [ -z "$$failed" ] || { echo "error: tests failed in$$failed" >&2; exit 1; }  # 5: none of the tests that ARGS asks for
 
 .integrations/%/.complete: tests/integrations/environments/%.txt pyproject.toml
 	@rm -f $@; echo "Building .integrations/$* ..."; \

@@ -5,9 +5,43 @@ snapshots or serves `/metrics` never pays for it.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from exporter.gradient_cv import gradient_cv, gradient_cv_ceiling, unreachable_critical_warning
 from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel, Thresholds, cv_text
+
+if TYPE_CHECKING:
+    from exporter.action_spaces import space_heads
+    from exporter.aggregator import RunAggregator
+    from exporter.child import WebConfigError
+    from exporter.heads import HeadGradientMeter, Rows, heads_from, row_heads
+    from exporter.link import MetricsServer
+    from exporter.monitor import GradientMonitor
+    from exporter.one_call import watch
+    from exporter.telemetry import PPOUpdatePayload, emit_ppo_update
+
+__all__ = [
+    "CRITICAL_THRESHOLD",
+    "WARNING_THRESHOLD",
+    "GradientMonitor",
+    "HeadGradientMeter",
+    "HealthLevel",
+    "MetricsServer",
+    "PPOUpdatePayload",
+    "Rows",
+    "RunAggregator",
+    "Thresholds",
+    "WebConfigError",
+    "cv_text",
+    "emit_ppo_update",
+    "gradient_cv",
+    "gradient_cv_ceiling",
+    "heads_from",
+    "row_heads",
+    "space_heads",
+    "unreachable_critical_warning",
+    "watch",
+]
 
 _IMPORTED_ON_FIRST_USE = {
     "GradientMonitor": "exporter.monitor",
@@ -23,18 +57,6 @@ _IMPORTED_ON_FIRST_USE = {
     "space_heads": "exporter.action_spaces",
     "watch": "exporter.one_call",
 }
-
-__all__ = [
-    "CRITICAL_THRESHOLD",
-    "WARNING_THRESHOLD",
-    "HealthLevel",
-    "Thresholds",
-    "cv_text",
-    "gradient_cv",
-    "gradient_cv_ceiling",
-    "unreachable_critical_warning",
-    *_IMPORTED_ON_FIRST_USE,
-]
 
 
 def __getattr__(name: str) -> object:

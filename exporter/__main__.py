@@ -14,6 +14,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def _listen(address: str, port: int) -> socket.socket:
         return socket.create_server(name, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
     except (OSError, OverflowError, UnicodeError) as error:
         # The standard library adds the address to strerror, which is there already.
-        reason = os.strerror(error.errno) if (getattr(error, "errno", None) or 0) > 0 else error
+        code = error.errno if isinstance(error, OSError) else None
+        reason = os.strerror(code) if code is not None and code > 0 else error
         raise OSError(f"cannot serve /metrics on {host_and_port(address, port)}: {reason}") from error
 
 
@@ -131,7 +133,7 @@ def _watch_parent(parent: int, deliveries: Deliveries) -> None:
 
 def _take_frames(state: State, deliveries: Deliveries, answers: int) -> None:
     """Do what frames ask for, one after the other, until the pipe ends."""
-    operations = {
+    operations: dict[str, Callable[..., None]] = {
         "state": state.take,
         "deliver": deliveries.add,
         "end": deliveries.end,

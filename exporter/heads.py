@@ -218,8 +218,8 @@ class HeadGradientMeter:
                 self.give_up(may_give_up)
         self._early = self._take()
         for parameter in self._smallest_first:
-            if (gradient := parameter.grad) is not None:
-                self._mark = (parameter, gradient, gradient._version)
+            if (smallest := parameter.grad) is not None:
+                self._mark = (parameter, smallest, smallest._version)
                 break
         return self.recorded > recorded
 
@@ -264,8 +264,14 @@ class HeadGradientMeter:
         blocks, self._checked = self._closed[self._checked :], len(self._closed)
         return self._pending(blocks)
 
+    @property
+    def has_early(self) -> bool:
+        """Whether `take_early()` has taken the next step."""
+        return self._early is not None
+
     def early(self) -> PendingGradientSteps:
         """What `take_early()` has taken, as the step that it will be."""
+        assert self._early is not None
         block = OpenBlock(self._early, False, False)
         block.add(self._early, None, None, False)
         return self._pending([block.close()], first_step=self._recorded_ever)

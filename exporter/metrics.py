@@ -271,12 +271,47 @@ COLLECTOR_DURATION = _gauge(
     is_per_run=False,
 )
 
-METRIC_FAMILIES: tuple[MetricFamily, ...] = tuple(
-    value for value in list(globals().values()) if isinstance(value, MetricFamily)
+METRIC_FAMILIES = (
+    GRADIENT_CV,
+    GRADIENT_CV_THRESHOLD,
+    GRADIENT_LEVEL_SINCE,
+    GRADIENT_CV_CEILING,
+    GRADIENT_STEPS,
+    GRADIENT_CV_PER_STEP,
+    HEAD_GRADIENT_NORM,
+    HEAD_GRADIENT_SHARE,
+    HEAD_ENTROPY_RATIO,
+    HEAD_APPROX_KL,
+    HEAD_CLIP_FRACTION,
+    HEAD_UPDATE_RATIO,
+    NONFINITE_GRADIENTS,
+    SKIPPED_GRADIENT_STEPS,
+    GRADIENT_NORM,
+    UPDATES,
+    ENVIRONMENT_STEPS,
+    EPISODES,
+    POLICY_LOSS,
+    VALUE_LOSS,
+    ENTROPY,
+    APPROX_KL,
+    CLIP_FRACTION,
+    EXPLAINED_VARIANCE,
+    LEARNING_RATE,
+    EPISODE_RETURN_MEAN,
+    EPISODE_LENGTH_MEAN,
+    OTHER_SIGNAL,
+    UPDATE_DURATION,
+    ROLLOUT_DURATION,
+    RANK_ROLLOUT,
+    LAST_UPDATE_TIMESTAMP,
+    UPDATE_INTERVAL,
+    EXPORTER_ERRORS,
+    RESUMES,
+    RUN_INFO,
+    COLLECTOR_SUCCESS,
+    COLLECTOR_DURATION,
 )
-"""Every family in the order of its declaration, which is the order on `/metrics`."""
-
-
+"""Every family, in the order on `/metrics`."""
 _RUN_FAMILIES = tuple(family for family in METRIC_FAMILIES if family.is_per_run)
 
 

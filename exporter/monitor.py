@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from exporter.aggregator import RunAggregator
 from exporter.endpoint import RunEndpoints
@@ -102,21 +104,23 @@ class GradientMonitor:
         self._window_steps = window_steps
         self._before_clipping = before_clipping
         self._global_norm = global_norm
-        self._grad_scaler = grad_scaler
+        self._grad_scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._meter: HeadGradientMeter | None = None
-        self._hooks, self._sees_closures = [], False
+        self._hooks: list[RemovableHandle] = []
+        self._sees_closures = False
         self._progress = Progress()
         self._reporter = RunReporter(run, self._aggregator, global_norm, on_update, on_level, self._give_back)
         self._window_began_at: float | None = None
         self._alive_at = self._step_at = self._check_at = 0.0
         self._idle_steps = 0
-        self._optimizer_count, self._stepped = 1, set()
+        self._optimizer_count = 1
+        self._stepped: set[int] = set()
         self._endpoints = RunEndpoints(self._aggregator, run)
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
-        self._takes_early, self._may_be_too_early = before_clipping, False
+        self._may_be_too_early = False
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
         """Observe every step of `optimizer`, also through Accelerate's and other wrappers.
@@ -260,7 +264,7 @@ class GradientMonitor:
         To be called after that and before clipping, with or without `before_clipping`.
         """
         with self._lock:
-            self._takes_early, self._may_be_too_early = True, False
+            self._may_be_too_early = False
             if self._meter is not None:
                 self._meter.give_up(does_count=False)  # what was seen before the averaging is the same step
             self._after_backward()
@@ -296,7 +300,7 @@ class GradientMonitor:
                     self._safely(self._reporter.idle)
             self._close_window()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not has_closure(args, kwargs):
             self._observe(optimizer)
         elif not self._sees_closures:
@@ -304,7 +308,7 @@ class GradientMonitor:
             after = hidden_from_compiler(self._after_step)
             self._hooks += [each.register_step_post_hook(after) for each in self._registration.optimizers]
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A closure runs the backward pass within the step; what it has left behind is measured after it.
         if has_closure(args, kwargs):
             self._observe(optimizer)
@@ -323,13 +327,13 @@ class GradientMonitor:
                     self._may_be_too_early = False
                     self._warn(unaveraged_warning(self._meter.parameters))
                 scale = getattr(optimizer, "grad_scale", None)
-                if self._takes_early and self._grad_scaler is not None:
+                if self._grad_scaler is not None and self._meter.has_early:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
                 # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
                 # step, and so this hook, is not called. Either way such a step is none.
                 if self._meter.record(scale, getattr(optimizer, "found_inf", None)):
                     self._idle_steps = 0
-                    self._step_recorded()
+                    self._step_recorded(self._meter)
                     return
                 self._idle_steps += 1
                 if self._idle_steps % DEFAULT_WINDOW_STEPS == 0:
@@ -344,14 +348,14 @@ class GradientMonitor:
                     # What a GradScaler gives up has overflowed, and is no step.
                     may_give_up = self._grad_scaler is None
                     if self._meter.take_early(may_give_up=may_give_up):
-                        self._step_recorded(was_given_up=True)
+                        self._step_recorded(self._meter, was_given_up=True)
                     if may_give_up and self._meter.is_finite() is False:
                         self._reporter.foresee(self._meter.early)
         except Exception as error:
             self._reporter.failed(error)
 
-    def _step_recorded(self, was_given_up: bool = False) -> None:
-        recorded = self._meter.recorded
+    def _step_recorded(self, meter: HeadGradientMeter, was_given_up: bool = False) -> None:
+        recorded = meter.recorded
         if not recorded:
             return
         now = time.monotonic()
@@ -361,29 +365,29 @@ class GradientMonitor:
         is_long = self._window_steps is not None and now - self._window_began_at >= WINDOW_SECONDS
         if is_long or recorded >= (self._window_steps or _MOST_WINDOW_STEPS):
             return self._close_window()
-        is_finite = self._meter.is_finite()
+        is_finite = meter.is_finite()
         if now >= self._check_at and (was_given_up or not is_finite):
             self._check_at = now + (_DEVICE_CHECK_SECONDS if is_finite is None else _CHECK_SECONDS)
-            self._reporter.hand_over(self._meter.unchecked())
+            self._reporter.hand_over(meter.unchecked())
         if now - self._alive_at >= WINDOW_SECONDS:
             self._alive_at = now
             self._aggregator.note_progress(self.run, time.time())
 
     def _close_window(self, is_last: bool = False) -> None:
-        if self._meter is None:
+        meter = self._meter
+        if meter is None:
             return
         if is_last:
-            self._meter.give_up(self._grad_scaler is None)
-        if not self._meter.recorded:
+            meter.give_up(self._grad_scaler is None)
+        if not meter.recorded:
             return  # without a gradient step there is nothing to call healthy
         self._window_began_at = None
         self._alive_at = time.monotonic()
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}
-        self._safely(self._publish, progress, is_last)
+        self._safely(self._publish, meter, progress, is_last)
 
-    def _publish(self, progress: Mapping[str, object], is_last: bool) -> None:
-        pending = self._meter.start_collecting()
-        self._reporter.hand_over(pending, progress, self._meter.trainable_heads, must_wait=is_last)
+    def _publish(self, meter: HeadGradientMeter, progress: Mapping[str, object], is_last: bool) -> None:
+        self._reporter.hand_over(meter.start_collecting(), progress, meter.trainable_heads, must_wait=is_last)
 
     def _warn(self, warning: str | None) -> None:
         if warning is not None:

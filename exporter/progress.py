@@ -2,7 +2,9 @@
 
 import difflib
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from typing import Any
 
 from exporter.telemetry import GradientMetrics, PPOUpdatePayload
 
@@ -17,31 +19,31 @@ class Progress:
     else stays until it is recorded anew."""
 
     def __init__(self) -> None:
-        self._signals: dict[str, object] = {}
+        self._signals: dict[str, float] = {}
         self._others: dict[str, float] = {}
         self._increments: Counter[str] = Counter()
 
-    def record(self, values: dict[str, object]) -> None:
+    def record(self, values: Mapping[str, Any]) -> None:
         """Take values over, all of them or none.
 
         Raises:
             TypeError: there is no signal of that name, or the value is no number.
             ValueError: the value is out of its range, a negative count say.
         """
-        others = dict(values.pop("signals", None) or {})
-        checked = {name: _checked(name, value) for name, value in values.items()}
-        others = {name: None if value is None else _number(name, value, float) for name, value in others.items()}
+        signals: Mapping[str, Any] = values.get("signals") or {}
+        checked = {name: _checked(name, value) for name, value in values.items() if name != "signals"}
+        others = {name: None if value is None else _number(name, value, float) for name, value in signals.items()}
         PPOUpdatePayload(run="checked", signals={name: value or 0.0 for name, value in others.items()})
         self._others = {name: value for name, value in {**self._others, **others}.items() if value is not None}
         for name, value in checked.items():
             if name in _INCREMENTS:
-                self._increments[name] += value or 0
+                self._increments[name] += int(value or 0)
             elif value is None:
                 self._signals.pop(name, None)
             else:
                 self._signals[name] = value
 
-    def take(self) -> dict[str, object]:
+    def take(self) -> dict[str, Any]:
         """What a window has to say: fields of `PPOUpdatePayload`."""
         progress = {**self._signals, **self._increments, "signals": self._others}
         self._increments = Counter()
@@ -49,12 +51,12 @@ class Progress:
             self._signals.pop(name, None)
         return progress
 
-    def give_back(self, progress: dict[str, object]) -> None:
+    def give_back(self, progress: Mapping[str, Any]) -> None:
         """Nothing came of the window: what was counted in it goes to the next one."""
         self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
 
 
-def _checked(name: str, value: object) -> float | int | None:
+def _checked(name: str, value: object) -> float | None:
     """`value` as the payload takes it."""
     if name not in _RECORDABLE:
         nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
@@ -63,11 +65,12 @@ def _checked(name: str, value: object) -> float | int | None:
     if value is None:
         return None
     number = _number(name, value, int if name in _INCREMENTS else float)
-    PPOUpdatePayload(run="checked", **{name: number})
+    payload: dict[str, Any] = {"run": "checked", name: number}
+    PPOUpdatePayload(**payload)
     return number
 
 
-def _number(name: str, value: object, kind: type) -> float | int:
+def _number(name: str, value: Any, kind: Callable[[Any], float]) -> float:
     try:
         return kind(value.detach() if hasattr(value, "detach") else value)  # of a loss torch would warn
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:

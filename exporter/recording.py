@@ -1,6 +1,6 @@
 """Numbers of gradient steps on the device, from the step on until their window is closed."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -81,7 +81,7 @@ class Buffer:
     Gradients of one shape but for their first axis are one copy. Norms are taken of many steps at once.
     """
 
-    def __init__(self, owners: Mapping[Tensor, Sequence[int]], dtype: torch.dtype | None) -> None:
+    def __init__(self, owners: Mapping[Tensor, list[int]], dtype: torch.dtype | None) -> None:
         # Rows of each parameter: of one that is whole they are all its head's.
         owners = {p: each if len(each) > 1 else each * len(p) for p, each in owners.items()}
         groups: dict[object, list[Tensor]] = {}
@@ -108,7 +108,7 @@ class Buffer:
         self.filled = 0
 
     @classmethod
-    def of(cls, owners: Mapping[Tensor, Sequence[int]], dtype: torch.dtype | None) -> "Buffer | None":
+    def of(cls, owners: Mapping[Tensor, list[int]], dtype: torch.dtype | None) -> "Buffer | None":
         """A buffer for gradients of these parameters, or None where norms are better."""
         small = sum(parameter.numel() for parameter in owners) <= _SMALL_ELEMENTS
         plain = all(parameter.dim() and parameter.numel() and parameter.is_floating_point() for parameter in owners)
@@ -120,7 +120,7 @@ class Buffer:
         step, places = self._places[self.filled]
         try:
             for group, place in zip(self._groups, places):
-                torch.cat([parameter.grad for parameter in group], out=place)
+                torch.cat([parameter.grad for parameter in group], out=place)  # type: ignore[misc]  # None raises
         except (RuntimeError, TypeError):
             return None  # one is missing, sparse, or part of a graph
         return Taken(self._owners, step, self)

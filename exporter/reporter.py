@@ -17,6 +17,7 @@ from exporter.telemetry import emit_ppo_update
 OnUpdate = Callable[[RunSnapshot], object]
 OnLevel = Callable[[HealthLevel, RunSnapshot], object]
 
+_Window = tuple[PendingGradientSteps, Mapping[str, object] | None, Callable[[], Collection[str]]]
 _ABSENT_WINDOWS = _IDLE_UPDATES = 3
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class RunReporter:
         self._absent: Counter[str] = Counter()
         self._has_failed = self._is_nonfinite = self._is_blind = False
         self._idle_updates = 0
-        self._arriving: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self._arriving: queue.SimpleQueue[_Window | None] = queue.SimpleQueue()
         self._publisher: threading.Thread | None = None
 
     def hand_over(

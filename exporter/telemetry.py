@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -224,14 +224,18 @@ class PPOUpdatePayload:
 HEAD_SIGNALS = ("head_entropy_ratios", "head_approx_kls", "head_clip_fractions", "head_update_ratios")
 """Fields of `PPOUpdatePayload` that are a number of each head, exported as one gauge each."""
 
-
-def _signal_names() -> tuple[str, ...]:
-    names = [f.name for f in fields(PPOUpdatePayload)]
-    return tuple(names[names.index("policy_loss") : names.index("update_duration_seconds")])
-
-
-TRAINING_SIGNALS = _signal_names()
-"""Fields of `PPOUpdatePayload` that are exported as one gauge each, from `policy_loss` on."""
+TRAINING_SIGNALS = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "approx_kl",
+    "clip_fraction",
+    "explained_variance",
+    "learning_rate",
+    "episode_return_mean",
+    "episode_length_mean",
+)
+"""Fields of `PPOUpdatePayload` that are exported as one gauge each, and left out where they are None."""
 
 
 def require_label_value(name: str, value: object) -> None:

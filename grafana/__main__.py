@@ -1,4 +1,4 @@
-"""`python -m grafana`: writes grafana/dashboards/*.json. A site needs only those, not this."""
+"""`python -m grafana`: writes grafana/dashboards/*.json. To use the dashboards you need only these files."""
 
 import argparse
 import json

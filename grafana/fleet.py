@@ -1,6 +1,6 @@
-"""The fleet dashboard: which runs need somebody? One row per run, the worst first.
+"""The fleet dashboard: which runs need attention? One row per run, the worst first.
 
-With many runs it must stay cheap, so it reads what alerts/ppo.rules.yml records.
+To stay cheap with many runs, it reads the series that alerts/ppo.rules.yml records.
 """
 
 from exporter.health import HealthLevel
@@ -9,13 +9,13 @@ from grafana.panels import BY_LEVEL, GREEN, RED, YELLOW, now_query, override, ru
 
 CHOSEN = 'job=~"$job", run=~"$run", instance=~"$instance"'
 LEVEL = f"run:ppo_gradient_level:max{{{CHOSEN}}}"
-# A run without an update yet may have the CV that it had before it began anew, for the sake of alerts.
+# Before its first update, a restarted run keeps its earlier CV there, for the alerts.
 CV = f"(run:ppo_gradient_cv:max{{{CHOSEN}}} unless run:ppo_gradient_cv:unmeasured{{{CHOSEN}}})"
-# Only targets that have served a run, as for PPOTrainerDown: other systems too have targets with a label `run`.
+# Only targets that have served a run, as for PPOTrainerDown: targets of other systems may have a label `run` too.
 UP = f"(up{{{CHOSEN}}} and on (job, instance) job_instance:ppo_run_info:last6h)"
-# By the alert: it compares counters, not clocks.
+# From the alert, which compares counters, not clocks.
 STALLED = f'ALERTS{{{CHOSEN}, alertname="PPOTrainingStalled", alertstate="firing"}}'
-# Runs without a target of their own, such as those of a text file, are up while they are served.
+# Runs without their own target, such as those of a text file, are up while they are served.
 STATE = (
     f"max without () ({UP} == 1 and on (job, instance, run) {STALLED})"
     f" or max without () (2 * {UP}) or 2 * group without () ({LEVEL})"
@@ -32,13 +32,13 @@ def fleet_dashboard() -> dict:
     return panels.dashboard(
         panels.FLEET_DASHBOARD_UID,
         "PPO fleet",
-        "Which runs need somebody? A click on a run opens its own dashboard.",
+        "Which runs need attention? A click on a run opens its dashboard.",
         [
             panels.variable("job", "Job", "ppo_gradient_cv", ".+"),
             panels.variable("run", "Run", 'ppo_gradient_cv{job=~"$job"}', ".*"),  # .* for targets without it
             panels.variable("instance", "Instance", 'ppo_gradient_cv{job=~"$job", run=~"$run"}', ".+"),
         ],
-        panels.row(1, "Which runs need somebody?", *_counts(), _all_runs(), *_levels(), collapsed=False),
+        panels.row(1, "Which runs need attention?", *_counts(), _all_runs(), *_levels(), collapsed=False),
     )
 
 
@@ -55,7 +55,7 @@ def _counts() -> list[dict]:
         ),
         panels.stat(
             *(3, (12, 0, 6, 4), "Runs down"),
-            "Trainers that Prometheus cannot scrape and that have not ended cleanly. Good: 0. Bad: any.",
+            "Trainers that Prometheus cannot scrape and that did not end cleanly. Good: 0. Bad: any.",
             now_query(f"count({UP} == 0) or vector(0)", "down"),
             filled=True,
             thresholds=thresholds(GREEN, (1, RED)),
@@ -71,7 +71,7 @@ def _counts() -> list[dict]:
 
 
 def _all_runs() -> dict:
-    # Column of a value: its query, and how it is shown. A rate over minutes outlives its run, hence `and`.
+    # Column of a value: its query, and its display. A rate over minutes outlives its run, hence `and`.
     values = {
         "state": (STATE, dict(mappings=words(STATES, ABSENT), **CELL)),
         "level": (LEVEL, dict(mappings=words(panels.LEVELS, ABSENT), **CELL | dict(custom__width=120))),
@@ -106,8 +106,8 @@ def _all_runs() -> dict:
 def _levels() -> list[dict]:
     over_time = panels.lines(
         *(20, (0, 15, 12, 8), "Runs by level"),
-        "How many of the chosen runs were at each level. Good: all healthy. Bad: many changing at once, which points "
-        "at what they share: data, code, or a machine.",
+        "How many of the chosen runs were at each level. Good: all healthy. Bad: many change at once, which points "
+        "to something that they share: data, code, or a machine.",
         *(panels.range_query(*query) for query in RUNS_BY_LEVEL),
         stacked=True,
         min=0,
@@ -116,8 +116,8 @@ def _levels() -> list[dict]:
     worst_first = list(enumerate(HealthLevel))[::-1]
     worst = panels.bars(
         *(21, (12, 15, 12, 8), "The ten worst runs now"),
-        "The ten highest gradient CVs, each in the colour of the run's level. Good: all green. A bar that fills its "
-        "line is at 3 or beyond, up to infinity.",
+        "The ten highest gradient CVs, each in the color of the run's level. Good: all green. A full bar means 3 or "
+        "more, up to infinity.",
         *(now_query(f"topk(10, {CV}) and {LEVEL} == {index}", "{{run}}") for index, _ in worst_first),
         decimals=3,
         max=3,
@@ -126,5 +126,5 @@ def _levels() -> list[dict]:
         links=run_link("__field.labels"),
         overrides=panels.colored({ref: level.color for ref, (_, level) in zip("ABC", worst_first)}, "byFrameRefID"),
     )
-    # Every point counts all runs anew: no more points than can be told apart, however long the time range.
+    # Every point counts all runs again: limit the number of points for any time range.
     return [over_time | {"maxDataPoints": 240}, worst]

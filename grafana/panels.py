@@ -1,6 +1,6 @@
-"""What both dashboards share: variables, queries, colours, panels with our defaults, and the grid.
+"""What both dashboards share: variables, queries, colors, panels with our defaults, and the grid.
 
-Everything is a dict as Grafana's JSON model has it.
+Everything is a dict of Grafana's JSON model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,30 +13,30 @@ FLEET_DASHBOARD_UID = "ppo-fleet"
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 MIN_STEP = "30s"
-"""Of queries with rates. $__rate_interval is at least four times as long: room for two scrapes a minute apart."""
+"""Minimum step of queries with rates. $__rate_interval is at least four times that: enough for a scrape a minute."""
 
 # Green, yellow and red are levels.
 GREEN, YELLOW, RED = (level.color for level in HealthLevel)
-NEUTRAL = "text"  # Grafana's name for the colour of text
+NEUTRAL = "text"  # Grafana's name for the color of text
 SHADES = {"mode": "shades", "fixedColor": "blue"}
 BY_NAME = {"mode": "palette-classic-by-name"}
-"""For lines that have to be told apart: one colour for a name in all panels."""
+"""For lines that must be distinguished: one color per name in all panels."""
 HEAD_COLORS = {
     **{"slot": "#8AB8FF", "blueprint": "#1F60C4", "alpha": "#37B7C3", "target": "#B877D9"},
     **{"speed": "#FF85D0", "curve": "#7C6BE0", "op": "#C7D0D9"},
 }
-"""Heads of the trainer's own environment: two of them would have the same colour by name."""
+"""Heads of the default environment: two of them would get the same color by name."""
 NO_UPDATE_YET = -1
 LEVELS = {NO_UPDATE_YET: ("no update yet", "transparent")} | {
     index: (level.word, level.color) for index, level in enumerate(HealthLevel)
 }
-"""-1, 0, 1, 2 in the operators' words and colours."""
+"""-1, 0, 1, 2 in words and colors for operators."""
 LAST_VALUE = dict(calcs=["lastNotNull"], values=False)
 LOG_SCALE = dict(scaleDistribution=dict(type="log", log=10))
 
 
 def range_query(expr: str, legend: str, **more: object) -> dict:
-    """The values of `expr` over the time range. The legend may hold labels: {{run}}."""
+    """The values of `expr` over the time range. The legend may contain labels: {{run}}."""
     min_step = {"interval": MIN_STEP} if "$__rate_interval" in expr else {}
     return dict(expr=expr, legendFormat=legend, range=True, instant=False, datasource=DATASOURCE) | min_step | more
 
@@ -47,7 +47,7 @@ def now_query(expr: str, legend: str = "", **more: object) -> dict:
 
 
 def table_query(expr: str) -> dict:
-    """One row per series, one column per label. A metric's name would be a label too: aggregate it away."""
+    """One row per series, one column per label. Aggregate the metric's name away, or it becomes a column."""
     return now_query(expr, format="table")
 
 
@@ -62,21 +62,21 @@ def fixed(color: str) -> dict:
 
 
 def colored(colors: Mapping[str, str], matcher: str = "byName") -> list[dict]:
-    """Overrides that give each series of `colors` its own."""
+    """Overrides that give each series its color."""
     return [override(name, matcher, color=fixed(color)) for name, color in colors.items()]
 
 
 BY_LEVEL = colored({str(level): level.color for level in HealthLevel})
-"""For series that are called as the levels are."""
+"""For series named after levels."""
 
 
 def thresholds(lowest: str, *steps: tuple[float, str]) -> dict:
-    """Colours: of the lowest values, and from each of the steps on."""
+    """Colors: `lowest` below the first step, then the color of each step."""
     return dict(mode="absolute", steps=[dict(value=value, color=color) for value, color in ((None, lowest), *steps)])
 
 
 def words(meanings: Mapping[int, tuple[str, str]], null: tuple[str, str] | None = None) -> list[dict]:
-    """Shows numbers, and what has no value, as a text in a colour."""
+    """Mappings that show numbers, and a missing value (`null`), as colored text."""
     mappings: list[dict] = [
         {"type": "value", "options": {str(number): dict(text=text, color=color)}}
         for number, (text, color) in meanings.items()
@@ -100,9 +100,9 @@ def _panel(
     overrides: Sequence[dict] = (),
     **defaults: object,
 ) -> dict:
-    """A panel `at` (x, y below its row, width, height), in units of a grid that is 24 columns wide.
+    """A panel `at` (x, y below its row, width, height), in units of a grid with 24 columns.
 
-    Links from alerts and runbooks carry `panel_id`: an id stays with its panel. `defaults` are fieldConfig.defaults.
+    Never change a `panel_id`: links from alerts and runbooks use it. `defaults` are fieldConfig.defaults.
     """
     defaults = dict(unit=unit, decimals=decimals, noValue="no data") | defaults
     return dict(
@@ -118,11 +118,11 @@ def _panel(
     )
 
 
-# The panels take, beside what is their own, all that `_panel` takes from `panel_id` on.
+# Besides their own arguments, the panels take all arguments of `_panel` from `panel_id` on.
 
 
 def stat(*panel: Any, filled: bool = False, text: str = "auto", **more: Any) -> dict:
-    """Large figures. `filled`: the colour as background, to be seen from afar. `text`: auto, value, value_and_name."""
+    """Large numbers. `filled`: use the color as background. `text`: auto, value, value_and_name."""
     options = dict(
         colorMode="background" if filled else "value",
         textMode=text,
@@ -135,7 +135,7 @@ def stat(*panel: Any, filled: bool = False, text: str = "auto", **more: Any) -> 
 
 
 def lines(*panel: Any, stacked: bool = False, legend: str = "table", custom: Mapping = {}, **more: Any) -> dict:
-    """Lines over time, or areas. The legend as a table has last value and maximum, as a list names alone."""
+    """Lines over time, or areas. A legend `table` has last value and maximum, a `list` only names."""
     calcs = ["lastNotNull", "max"] if legend == "table" else []
     options = dict(
         legend=dict(showLegend=True, displayMode=legend, placement="bottom", calcs=calcs),
@@ -146,12 +146,12 @@ def lines(*panel: Any, stacked: bool = False, legend: str = "table", custom: Map
 
 
 def head_lines(*panel: Any, **more: Any) -> dict:
-    """Lines that are called as the heads are."""
+    """Lines named after heads."""
     return lines(*panel, color=BY_NAME, overrides=colored(HEAD_COLORS), **more)
 
 
 def bars(*panel: Any, names: str, **more: Any) -> dict:
-    """Horizontal bars from zero. `names`: where they stand, auto or top."""
+    """Horizontal bars from zero. `names`: their place, auto or top."""
     options = dict(
         displayMode="basic",
         orientation="horizontal",
@@ -165,7 +165,7 @@ def bars(*panel: Any, names: str, **more: Any) -> dict:
 
 
 def level_timeline(*panel: Any) -> dict:
-    """When a run was at which level; expects numbers of `LEVELS`. No legend: *Level now* has it."""
+    """Levels over time; expects numbers of `LEVELS`. It has no legend: *Level now* shows the words."""
     options = dict(
         showValue="never",
         rowHeight=0.9,
@@ -201,12 +201,12 @@ def table(
     sort_by: Sequence[tuple[str, bool]],
     **more: Any,
 ) -> dict:
-    """One row for all that the queries say of the same labels.
+    """One row for each set of labels, with the values of all queries.
 
     Args:
-        columns: title by label or, for the value of query A, by `Value #A` (`Value` where only one query has a
-            result), from left to right. Labels that links refer to must keep their names.
-        excluded: labels and values that are not shown; links cannot refer to them.
+        columns: label -> title, from left to right; the value of query A is `Value #A` (`Value` if only one query has
+            a result). Labels used in links must keep their names.
+        excluded: labels and values that are not shown; links cannot use them.
         sort_by: (title, descending), the most important first.
     """
     options = dict(
@@ -230,7 +230,7 @@ def row(panel_id: int, title: str, *panels: dict, collapsed: bool = True) -> dic
 
 
 def _stack(rows: Sequence[dict]) -> list[dict]:
-    """The rows from top to bottom. Panels of a collapsed row stand in it, those of an open one after it."""
+    """The rows from top to bottom. Panels of a collapsed row are inside it, those of an open row after it."""
     stacked, top = [], 0
     for each in rows:
         each = each | {"gridPos": dict(x=0, y=top, w=24, h=1)}
@@ -247,7 +247,7 @@ def _stack(rows: Sequence[dict]) -> list[dict]:
 
 
 def variable(name: str, title: str, of: str, all_value: str | None) -> dict:
-    """A choice of the label `name` of the series `of`: of one value, or with `all_value` of several or all of them."""
+    """A variable for the label `name` of the series `of`; with `all_value` for several or all values."""
     query = f"label_values({of}, {name})"
     several = dict(allValue=all_value, current=dict(text="All", value="$__all")) if all_value else {}
     on_change_of_time_range, alphabetical = 2, 1
@@ -276,7 +276,7 @@ def dashboard(
         title=title,
         description=f"{question} Written by `python -m grafana` of the PPO gradient exporter; change it there.",
         tags=["ppo"],
-        # Of Grafana 10.0, the oldest with every feature used (docs/dashboards.md); later ones migrate it on loading.
+        # That of Grafana 10.0, the oldest with every feature used (docs/dashboards.md). Newer versions migrate it.
         schemaVersion=38,
         editable=False,
         graphTooltip=1,
@@ -290,7 +290,7 @@ def dashboard(
 
 
 def run_link(values: str) -> list[dict]:
-    """Leads to the run dashboard. `values` is where Grafana finds the labels of what was clicked: `__data.fields` in a
+    """A link to the run dashboard. `values` is where Grafana finds the labels of the clicked item: `__data.fields` in a
     table, `__field.labels` elsewhere."""
     labels = "&".join(f"var-{name}=${{{values}.{name}:percentencode}}" for name in ("job", "run", "instance"))
     url = f"/d/{RUN_DASHBOARD_UID}?var-datasource=${{datasource:percentencode}}&{labels}&${{__url_time_range}}"

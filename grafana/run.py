@@ -1,6 +1,6 @@
 """The run dashboard: is it healthy, since when, and which head is it?
 
-It reads what the run itself serves, so that it works without recording rules; only alerts need rules.
+It reads the run's own metrics, so it works without recording rules; only alerts need rules.
 """
 
 from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
@@ -47,7 +47,7 @@ def _steps(window: str, **labels: str) -> str:
     return f"sum without (health) ({_increase('ppo_gradient_steps_total', window, **labels)})"
 
 
-# A run says 0.0 and healthy before the first update of its process: nothing is measured yet.
+# Before the first update of its process a run exports 0.0 and healthy: nothing is measured yet.
 UNMEASURED = (
     f"(max without (health) ({_of('ppo_gradient_cv')} == 0) unless {_of('ppo_gradient_level_since_timestamp_seconds')})"
 )
@@ -57,7 +57,7 @@ CV = f"max without (health) ({_of('ppo_gradient_cv')}) unless {UNMEASURED}"
 LEVEL = NO_UPDATE_YET + " or max without (health) ({} or {} or {})".format(
     *(f"{index} * group without () ({_of('ppo_gradient_cv', health=of)})" for index, of in enumerate(HealthLevel))
 )
-# A run that does not tell its thresholds has the usual ones. (count is 1 here.)
+# A run that exports no thresholds has the default ones. (count is 1 here.)
 WARNING, CRITICAL = (
     f"max without (level) ({_of('ppo_gradient_cv_threshold', level=level)})"
     f" or {usual} * count without (health) ({_of('ppo_gradient_cv')})"
@@ -90,7 +90,7 @@ def run_dashboard() -> dict:
         keepTime=True,
         **dict(asDropdown=False, includeVars=False, targetBlank=False, tags=[], tooltip=""),
     )
-    # The first row is 21 units high: what a browser shows of 1080 lines.
+    # The first row is 21 units high: as much as a browser shows on 1080 lines.
     return panels.dashboard(
         panels.RUN_DASHBOARD_UID,
         "PPO gradient health",
@@ -111,21 +111,20 @@ def run_dashboard() -> dict:
 
 
 def _now() -> list[dict]:
-    extreme = "topk(6, {0} == ignoring (head) group_left () {1} without (head) ({0}))"  # six of those that tie
+    extreme = "topk(6, {0} == ignoring (head) group_left () {1} without (head) ({0}))"  # at most six that tie
     return [
         stat(
             *(2, (0, 0, 4, 4), "Level now"),
-            "Health level of the last update's gradient CV, by the run's own thresholds. Good: stable. Bad: BAD, from "
-            "the critical threshold on or with a gradient that is NaN or infinite. A run that has just begun has no "
-            "update yet.",
+            "Health level of the last update's gradient CV, by the run's own thresholds. Good: stable. Bad: BAD, at or "
+            "above the critical threshold or with a NaN or infinite gradient. A run that has just begun has no update yet.",
             now_query(LEVEL, "{{instance}}"),
             filled=True,
             mappings=words(panels.LEVELS, ("no data", "transparent")),
         ),
         stat(
             *(3, (4, 0, 3, 4), "Gradient CV now"),
-            "Spread of the heads' gradient norms in the last update, in the colour of its level: standard deviation "
-            "over mean. Good: near 0, all heads learn alike. Bad: one head takes most of the gradient.",
+            "Spread of the heads' gradient norms in the last update, in the color of its level: standard deviation "
+            "over mean. Good: near 0, all heads get a similar gradient. Bad: one head gets most of it.",
             now_query(f"{_of('ppo_gradient_cv')} unless ignoring (health) {UNMEASURED}", "{{health}}"),
             now_query(NO_UPDATE_YET, "no update yet"),
             decimals=3,
@@ -135,9 +134,9 @@ def _now() -> list[dict]:
         ),
         stat(
             *(4, (7, 0, 3, 4), "CV ceiling"),
-            "The largest CV that the contributing heads can reach: one has the whole gradient. Good: above the "
+            "The largest CV that the contributing heads can reach, when one has the whole gradient. Good: above the "
             "critical threshold. Bad: at or below it, in yellow: the run hardly ever becomes critical, however starved "
-            "its heads. Give it thresholds of its own.",
+            "its heads. Set thresholds for this run.",
             now_query(f"{CEILING} > ({CRITICAL})", "above critical"),
             now_query(f"{CEILING} <= ({CRITICAL})", "never critical"),
             decimals=3,
@@ -147,15 +146,15 @@ def _now() -> list[dict]:
         stat(
             *(5, (10, 0, 4, 4), "At this level for"),
             "Time since the level last changed, or since the process began to measure. Good: long at a healthy level. "
-            "Bad: long at any other.",
+            "Bad: long at another.",
             now_query(f"time() - {_of('ppo_gradient_level_since_timestamp_seconds')}", "{{instance}}"),
             unit="s",
             decimals=1,
         ),
         stat(
             *(6, (14, 0, 5, 4), "Dominating head"),
-            "The head with the largest share of the gradient norms in the last update; all of them where some tie. "
-            "Good: near an equal part. Bad: near 100 %, the others learn nothing.",
+            "The head with the largest share of the gradient norms in the last update; all of them if several tie. "
+            "Good: near an equal share. Bad: near 100 %, the others learn nothing.",
             now_query(extreme.format(SHARE, "max"), "{{head}}"),
             unit="percentunit",
             decimals=1,
@@ -163,8 +162,8 @@ def _now() -> list[dict]:
         ),
         stat(
             *(7, (19, 0, 5, 4), "Most starved head"),
-            "The head with the smallest share of the gradient norms in the last update; all of them where some tie. "
-            "Good: near an equal part. Bad: near 0 %, it does not learn.",
+            "The head with the smallest share of the gradient norms in the last update; all of them if several tie. "
+            "Good: near an equal share. Bad: near 0 %, it does not learn.",
             now_query(extreme.format(SHARE, "min"), "{{head}}"),
             unit="percentunit",
             decimals=1,
@@ -179,8 +178,8 @@ def _since_when() -> list[dict]:
         lines(
             *(CV_PANEL_ID, (0, 4, 14, 9), "Gradient CV"),
             "Gradient CV of each update, with the run's own thresholds in yellow and red. Good: below both. The dashed "
-            "ceiling is what the heads can reach. A CV of +Inf, after a NaN or infinite gradient, has no place on the "
-            "axis: see the level over time.",
+            "ceiling is what the heads can reach. A CV of +Inf, after a NaN or infinite gradient, is not on the axis: "
+            "see the level over time.",
             range_query(CV, "CV"),
             range_query(CEILING, "ceiling"),
             range_query(WARNING, "warning"),
@@ -197,8 +196,8 @@ def _since_when() -> list[dict]:
         ),
         panels.level_timeline(
             *(11, (14, 4, 10, 4), "Level over time"),
-            "When the run was stable (green), warn (yellow) or BAD (red). Good: green throughout. Bad: red; gaps are "
-            "times without a scrape.",
+            "When the run was stable (green), warn (yellow) or BAD (red). Good: always green. Bad: red. Gaps are times "
+            "without a scrape.",
             range_query(LEVEL, "{{instance}}"),
         ),
         panels.bars(
@@ -229,7 +228,7 @@ def _since_when() -> list[dict]:
         ),
         lines(
             *(14, (0, 13, 8, 7), "Share of gradient steps by level"),
-            "Every gradient step counts by its own CV, so spikes are seen that the mean of an update hides. Good: all "
+            "Every gradient step counts by its own CV, so it shows spikes that the mean of an update hides. Good: all "
             "green. Bad: a growing band of red.",
             *(range_query(f"{_steps(window, health=of)} / {_steps(window)}", str(of)) for of in HealthLevel),
             unit="percentunit",
@@ -247,9 +246,9 @@ def _heads() -> list[dict]:
     return [
         head_lines(
             *(15, (8, 13, 8, 7), "Gradient norm per head"),
-            "Mean L2 norm of each head's gradient in the last update, before clipping. Norms of heads that differ in "
-            "depth or size are not comparable as such. Good: lines run in parallel. Bad: they drift apart, or one "
-            "ends: a norm of zero has no place on the logarithmic axis.",
+            "Mean L2 norm of each head's gradient in the last update, before clipping. Do not compare norms of "
+            "heads of different depth or size. Good: lines run in parallel. Bad: they drift apart, or one ends: a norm "
+            "of zero is not on the logarithmic axis.",
             range_query(_of("ppo_head_gradient_norm"), "{{head}}"),
             unit="short",
             decimals=3,
@@ -258,8 +257,7 @@ def _heads() -> list[dict]:
         ),
         head_lines(
             *(16, (16, 13, 8, 7), "Share of the gradient per head"),
-            "Each head's part of the sum of norms. Good: near equal bands. Bad: one band swallows the others, or one "
-            "vanishes.",
+            "Each head's part of the sum of norms. Good: nearly equal bands. Bad: one band takes all, or one vanishes.",
             range_query(SHARE, "{{head}}"),
             unit="percentunit",
             decimals=1,
@@ -274,16 +272,16 @@ def _heads() -> list[dict]:
 def _every_step() -> list[dict]:
     return [
         panels.heatmap(
-            *(21, (0, 0, 12, 14), "CV per gradient step"),  # so high that the labels of all buckets stand apart
-            "How many gradient steps had a CV in each bucket; the topmost one holds everything beyond. Non-finite "
-            "steps are in none. Good: a dark band at the bottom. Bad: a second band high above it, which means spikes.",
+            *(21, (0, 0, 12, 14), "CV per gradient step"),  # high enough for the labels of all buckets
+            "How many gradient steps had a CV in each bucket; the top bucket has everything above. Non-finite "
+            "steps are in none. Good: a dark band at the bottom. Bad: a second band far above it, which means spikes.",
             range_query(f"sum by (le) ({_increase('ppo_gradient_cv_per_step_bucket')})", "{{le}}", format="heatmap"),
             axis_decimals=2,
         ),
         head_lines(
             *(22, (12, 0, 12, 7), "Non-finite and skipped gradient steps"),
-            "Gradient steps in which a head's gradient was NaN or infinite, and steps that were skipped for any such "
-            "gradient, in the two minutes (more where the time range is long) before each point. Good: zero. Bad: "
+            "Gradient steps in which a head's gradient was NaN or infinite, and steps skipped because of any such "
+            "gradient, in the two minutes (more if the time range is long) before each point. Good: zero. Bad: "
             "anything else.",
             range_query(_increase("ppo_nonfinite_gradients_total"), "{{head}}"),
             range_query(_increase("ppo_skipped_gradient_steps_total"), "skipped"),
@@ -291,12 +289,12 @@ def _every_step() -> list[dict]:
             min=0,
         ),
         _line(23, (12, 7, 12, 7), "Global gradient norm", "ppo_gradient_norm",
-              "Good: of steady size. Bad: growing without end, or near 0.", "short", 3, custom=panels.LOG_SCALE),
+              "Good: steady. Bad: growing without end, or near 0.", "short", 3, custom=panels.LOG_SCALE),
     ]  # fmt: skip
 
 
 def _line(panel_id: int, at: tuple, title: str, metric: str, judgement: str, unit: str, decimals: int, **more) -> dict:
-    """A panel with the values of one metric of ours, which says itself what it is."""
+    """A panel with one metric of ours; its HELP text is the description."""
     documentation = next(family.documentation for family in METRIC_FAMILIES if family.name == metric)
     query = range_query(more.pop("expr", _of(metric)), "{{instance}}")
     return lines(panel_id, at, title, f"{documentation} {judgement}", query, unit=unit, decimals=decimals, **more)
@@ -305,11 +303,11 @@ def _line(panel_id: int, at: tuple, title: str, metric: str, judgement: str, uni
 def _signals() -> list[dict]:
     signals = [
         ("Episode return", "ppo_episode_return_mean", "Good: rising, or at its plateau. Bad: falling.", "short", 2),
-        ("Episode length", "ppo_episode_length_mean", "Good: as the task has it. Bad: a sudden change.", "short", 0),
-        ("Learning rate", "ppo_learning_rate", "Good: as the schedule has it. Bad: zero before the end.", "sci", 2),
+        ("Episode length", "ppo_episode_length_mean", "Good: as the task expects. Bad: a sudden change.", "short", 0),
+        ("Learning rate", "ppo_learning_rate", "Good: as scheduled. Bad: zero before the end.", "sci", 2),
         ("Policy loss", "ppo_policy_loss", "Good: small and around zero. Bad: spikes.", "short", 4),
         ("Value loss", "ppo_value_loss", "Good: falling. Bad: growing by orders of magnitude.", "short", 3),
-        ("Entropy", "ppo_entropy", "Good: falling slowly. Bad: near zero early: it explores no more.", "short", 3),
+        ("Entropy", "ppo_entropy", "Good: falling slowly. Bad: near zero early: no more exploration.", "short", 3),
         ("Approximate KL", "ppo_approx_kl", "Good: about 0.003 to 0.03. Bad: spikes above.", "short", 4),
         ("Clip fraction", "ppo_clip_fraction", "Good: below about 30 %. Bad: above.", "percentunit", 1),
         ("Explained variance", "ppo_explained_variance", "Good: towards 1. Bad: at or below 0.", "none", 3),
@@ -332,8 +330,8 @@ def _throughput() -> list[dict]:
         lines(
             *(52, (6, 0, 6, 7), "Where the time goes"),
             "Parts of wall time: collecting rollouts, updating the policy, and the rest (evaluation, checkpoints, "
-            "waiting). Good: little rest. Bad: a rest that grows. Updates that take longer than a few scrapes make the "
-            "bands jump, because a duration is counted when it ends.",
+            "waiting). Good: little rest. Bad: a growing rest. If updates take longer than a few scrapes, the bands "
+            "jump, because a duration is counted when it ends.",
             *(range_query(expr, part) for part, expr in (parts | {"rest": rest}).items()),
             unit="percentunit",
             decimals=1,
@@ -353,7 +351,7 @@ def _throughput() -> list[dict]:
         lines(
             *(54, (18, 0, 6, 7), "Age of the last update"),
             "Time since the last PPO update ended, by the trainer's clock, beside the recent maximum of the time "
-            "between two updates. Good: a low saw-tooth. Bad: growing far above the time between two.",
+            "between two updates. Good: a low saw-tooth. Bad: far above the time between two.",
             range_query(f"time() - {_of('ppo_last_update_timestamp_seconds')}", "age"),
             range_query(_of("ppo_update_interval_seconds"), "between two"),
             unit="s",
@@ -361,8 +359,8 @@ def _throughput() -> list[dict]:
         ),
         lines(
             *(55, (0, 7, 24, 6), "Rollout of each rank"),
-            "Wall time that each process of the run took for its part of the last rollout. Good: lines together. Bad: "
-            "one above the others, for which all of them wait.",
+            "Wall time of each process of the run for its part of the last rollout. Good: lines together. Bad: one "
+            "above the others, which all of them wait for.",
             range_query(_of("ppo_rank_rollout_seconds"), "rank {{rank}}"),
             unit="s",
             decimals=3,
@@ -382,22 +380,22 @@ def _process() -> list[dict]:
         ),
         lines(
             *(62, (6, 0, 6, 7), "CPU"),
-            "Cores that the training process keeps busy. Good: as many as it has threads. Bad: near zero while it "
-            "should be training.",
+            "Cores that the training process uses. Good: as many as it has threads. Bad: near zero while it should be "
+            "training.",
             range_query(_rate("process_cpu_seconds_total"), "{{instance}}"),
             unit="short",
             decimals=2,
         ),
         lines(
             *(63, (12, 0, 6, 7), "Trainer up"),
-            "Good: 1, Prometheus can scrape the trainer. Bad: 0, its process has gone.",
+            "Good: 1, Prometheus can scrape the trainer. Bad: 0, its process is gone.",
             range_query(_of("up"), "{{instance}}"),
             min=0,
             max=1,
         ),
         _line(
             *(64, (18, 0, 6, 7), "Errors of the measurement", "ppo_exporter_errors_total"),
-            *("Good: zero. Bad: anything else; the trainer's log says what.", "short", 0),
+            *("Good: zero. Bad: anything else; see the trainer's log.", "short", 0),
             expr=_increase("ppo_exporter_errors_total"),
             min=0,
         ),

@@ -23,19 +23,19 @@ from stack.configuration import Ports
 from stack.processes import POLL_INTERVAL, START_TIMEOUT, ChildProcess, StopRequested, StopSignal
 from stack.servers import ROOT, Servers
 
-TRAINER_STOP_TIMEOUT = 60.0  # seconds; it ends after the running gradient step
+TRAINER_STOP_TIMEOUT = 60.0  # seconds; the trainer first finishes its gradient step
 RETENTION = "15d"
 
 
 class StartError(Exception):
-    """What keeps the stack from starting."""
+    """The stack cannot start; the message says why."""
 
 
 class TerminalMessages:
-    """The file that collects what the terminal shows beside training, and how much of it was shown.
+    """A file with the messages that the terminal shows beside training, and how much of it was shown.
 
-    The receiver writes its notifications there, the runner what happens to the servers. In a terminal
-    the trainer prints new lines above its live display; at all other times the runner prints them.
+    The receiver writes notifications into it, the runner news of the servers. In a terminal the trainer
+    prints new lines above its live display; at all other times the runner prints them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,14 +47,14 @@ class TerminalMessages:
             file.write(text.rstrip("\n") + "\n")
 
     def show(self) -> None:
-        """Print the whole lines that are new."""
+        """Print new lines, if complete."""
         new = self._unread()
         if new:
             sys.stdout.write(new.decode(errors="replace"))
             sys.stdout.flush()
 
     def skip(self) -> None:
-        """Leave what is new to the trainer."""
+        """Leave new lines to the trainer."""
         self._unread()
 
     def _unread(self) -> bytes:
@@ -82,7 +82,7 @@ class Stack:
         self.stop_signal = StopSignal()
 
     def run(self) -> int:
-        """Start all, wait for the end, end all; the exit code."""
+        """Start everything, wait for the end, stop everything. Returns the exit code."""
         code = 0
         try:
             self.grafana = grafana.find()
@@ -126,8 +126,8 @@ class Stack:
             print(f"Dashboard      {self.ports.url('grafana')}/d/{RUN_DASHBOARD_UID}")
             print(f"Status page    {self.ports.url('metrics')}/")
         else:
-            why = "no Grafana with its conf/defaults.ini is here; `make grafana` fetches one"
-            print(f"Status page    {self.ports.url('metrics')}/  the place to look: {why}")
+            why = "found no Grafana with its conf/defaults.ini; `make grafana` fetches one"
+            print(f"Status page    {self.ports.url('metrics')}/  look here: {why}")
         print(f"Prometheus     {self.ports.url('prometheus')}")
         print(f"Alertmanager   {self.ports.url('alertmanager')}")
         print(f"Notifications  {_shown(self.state / 'notifications.jsonl')}")
@@ -180,7 +180,7 @@ class Stack:
             f"--storage.path={self.state.resolve() / 'data/alertmanager'}",
             f"--web.listen-address=127.0.0.1:{self.ports.alertmanager}",
             f"--web.external-url={self.ports.url('alertmanager')}",
-            "--cluster.listen-address=",  # one instance alone needs no gossip port
+            "--cluster.listen-address=",  # a single instance needs no gossip port
         ]
 
     def _receiver_command(self) -> list[str | Path]:
@@ -206,10 +206,10 @@ class Stack:
     def _wait_until_ready(self, process: ChildProcess) -> None:
         deadline = time.monotonic() + START_TIMEOUT
         while not process.is_ready:
-            self.messages.show()  # nobody else does while the trainer is starting
+            self.messages.show()  # the trainer does not show them while it starts
             if process.exit_code is not None:
                 if process is self.trainer and process.exit_code == 0:
-                    return  # training was done before it could be asked
+                    return  # training ended before the first check
                 log = f"; the end of {_shown(process.log)}:\n{process.log_tail()}" if process.log else ""
                 raise StartError(f"{process.name} ended with exit code {process.exit_code} before it was ready{log}")
             if time.monotonic() > deadline:
@@ -218,7 +218,7 @@ class Stack:
             self.stop_signal.check()
 
     def _watch(self) -> None:
-        """Until a signal comes: show messages, and say what has ended."""
+        """Show messages and report processes that end, until a signal comes."""
         trainer_shows = sys.stdout.isatty()
         running = list(self.servers)
         training = True
@@ -230,7 +230,7 @@ class Stack:
             for server in [server for server in running if server.exit_code is not None]:
                 running.remove(server)
                 self.messages.write(
-                    f"{server.name} has ended with exit code {server.exit_code}; the rest goes on. "
+                    f"{server.name} has ended with exit code {server.exit_code}; the others continue. "
                     f"The end of {_shown(server.log)}:\n{server.log_tail()}"
                 )
             if training and trainer_shows:
@@ -244,7 +244,7 @@ class Stack:
         trainer = self.trainer
         if trainer and trainer.exit_code is None:
             if sys.stdout.isatty():
-                self.messages.skip()  # the trainer prints to its end what was there before
+                self.messages.skip()  # the trainer prints earlier lines until it ends
             number = signal.SIGINT if self.stop_signal.number == signal.SIGINT else signal.SIGTERM
             trainer.stop(number, TRAINER_STOP_TIMEOUT)
         elif trainer:
@@ -259,12 +259,12 @@ class Stack:
 
 
 def _check_ports(ports: dict[str, int]) -> None:
-    """Raises StartError naming every port that cannot be had, with its flag."""
+    """Raise StartError with every port that is not free, and its flag."""
     problems = []
-    with contextlib.ExitStack() as held:  # all at once, so that a port given twice is noticed too
+    with contextlib.ExitStack() as held:  # hold all at once, to notice a port given twice
         for name, port in ports.items():
             probe = held.enter_context(socket.socket())
-            # As the servers do it: connections of an earlier run that linger are no obstacle.
+            # Like the servers, ignore lingering connections of an earlier run.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
@@ -283,14 +283,14 @@ def _check(tool: Path, *arguments: str | Path) -> None:
 
 
 def _shown(path: Path) -> str:
-    """`path` as a person reads it: relative to the present folder where it lies below it."""
+    """`path` for people: relative to the current folder if it is below it."""
     path = path.resolve()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
     return int(text)
 
 

@@ -15,7 +15,7 @@ from stack.servers import ROOT
 
 @dataclass(frozen=True)
 class Ports:
-    """TCP ports on 127.0.0.1. The defaults are those that the files of the repository name."""
+    """TCP ports on 127.0.0.1. The defaults are those in the repository's files."""
 
     prometheus: int = 9090
     alertmanager: int = 9093
@@ -28,7 +28,7 @@ class Ports:
 
 
 def adapt(text: str, ports: Ports) -> str:
-    """`text` with the default ports on 127.0.0.1 and localhost exchanged for those of `ports`."""
+    """`text` with the default ports on 127.0.0.1 and localhost replaced by those of `ports`."""
     new = {str(field.default): str(getattr(ports, field.name)) for field in fields(Ports)}
     return re.sub(
         r"\b(127\.0\.0\.1|localhost):(\d+)\b", lambda match: f"{match[1]}:{new.get(match[2], match[2])}", text
@@ -36,7 +36,7 @@ def adapt(text: str, ports: Ports) -> str:
 
 
 def prometheus_configuration(ports: Ports, targets: Path) -> dict[str, Any]:
-    """The repository's prometheus.yml for other ports and another targets folder; may be written anywhere."""
+    """The repository's prometheus.yml for other ports and another targets folder; works in any folder."""
     configuration = yaml.safe_load(adapt((ROOT / "prometheus.yml").read_text(), ports))
     configuration["rule_files"] = [str(ROOT / pattern) for pattern in configuration.get("rule_files", [])]
     for job in configuration["scrape_configs"]:
@@ -46,7 +46,7 @@ def prometheus_configuration(ports: Ports, targets: Path) -> dict[str, Any]:
 
 
 def alertmanager_configuration(ports: Ports) -> dict[str, Any]:
-    """The repository's alertmanager.yml for other ports; may be written anywhere.
+    """The repository's alertmanager.yml for other ports; works in any folder.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -58,7 +58,7 @@ def alertmanager_configuration(ports: Ports) -> dict[str, Any]:
 
 def write_yaml(path: Path, content: dict[str, Any], source: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# Made from {source}; changes belong there.\n" + yaml.safe_dump(content, sort_keys=False))
+    path.write_text(f"# Made from {source}; change that file.\n" + yaml.safe_dump(content, sort_keys=False))
     return path
 
 

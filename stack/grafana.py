@@ -16,10 +16,10 @@ from pathlib import Path
 from stack.servers import DIRECTORY as SERVERS
 
 DIRECTORY = SERVERS / "grafana"
-VERSION = "12.4.2"  # docker-compose.yml has a later one; this is the newest whose checksums are known, see below
+VERSION = "12.4.2"  # docker-compose.yml has a later one; this is the newest with known checksums, see below
 URL = "https://dl.grafana.com/grafana/release/{0}/grafana_{0}_23531306697_linux_{1}.tar.gz"
-# Machine -> the publisher's name of it, and the archive's SHA-256. The archives were never downloaded where this was
-# written: the sums are those that packagers of the same files have pinned (two for amd64, one for arm64).
+# Machine -> the publisher's name for it, and the archive's SHA-256. These archives were not downloaded for this: the
+# sums are those that packagers of the same files have pinned (two for amd64, one for arm64).
 ARCHIVES = {
     "x86_64": ("amd64", "f240b200a803bf64592fae645331750c2681df5f07496743d714db12393a591f"),
     "aarch64": ("arm64", "28f37f0952e923e90aed02c7d71cef7443705a9a37ba5439b76d7f72aeb1a63f"),
@@ -31,7 +31,7 @@ class GrafanaError(RuntimeError):
 
 
 def find() -> tuple[list[str], Path] | None:
-    """Command that starts Grafana's server, and its home folder; None where there is none with its files."""
+    """The command that starts Grafana's server, and its home folder; None if there is no Grafana with its files."""
     for name in ("grafana", "grafana-server", f"{DIRECTORY}/bin/grafana"):
         if path := shutil.which(name):
             root = Path(path).resolve().parents[1]
@@ -42,7 +42,7 @@ def find() -> tuple[list[str], Path] | None:
 
 
 def environment(port: int, data: Path, provisioning: Path) -> dict[str, str]:
-    """Settings of a Grafana on 127.0.0.1 that calls nobody; creates the folders that it would complain of."""
+    """Settings of a Grafana on 127.0.0.1 that sends nothing to the internet. Creates folders that Grafana expects."""
     for folder in (data / "plugins", provisioning / "plugins", provisioning / "alerting"):
         folder.mkdir(parents=True, exist_ok=True)
     return {
@@ -56,17 +56,17 @@ def environment(port: int, data: Path, provisioning: Path) -> dict[str, str]:
         "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
         "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES": "false",
         "GF_PLUGINS_PREINSTALL_DISABLED": "true",
-        # Looking needs no password on this machine; changing does.
+        # On this machine, viewing needs no password; changing does.
         "GF_AUTH_ANONYMOUS_ENABLED": "true",
     }
 
 
 def fetch(directory: Path, url: str = "", sha256: str = "") -> None:
-    """Put Grafana into `directory`, in the place of another one; nothing when that very archive is there.
+    """Install Grafana into `directory`, replacing another version. Does nothing if the same archive is installed.
 
     Args:
-        url: of an archive; the publisher's one of VERSION for this machine if empty.
-        sha256: its checksum in hexadecimal digits; that of the publisher's archive if empty.
+        url: address of an archive; empty: the publisher's archive of VERSION for this machine.
+        sha256: its checksum in hexadecimal digits; empty: that of the publisher's archive.
 
     Raises:
         GrafanaError: no archive for this machine, no network, another checksum, or no Grafana in the archive.
@@ -82,7 +82,7 @@ def fetch(directory: Path, url: str = "", sha256: str = "") -> None:
     if stamp.exists() and stamp.read_text() == sha256:
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed into place only when whole, so that an interrupted fetch leaves nothing that looks finished.
+    # Rename into place only when complete, so that an interrupted download never looks finished.
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix="unfinished-") as work:
         archive, unpacked = Path(work, "grafana.tar.gz"), Path(work, "unpacked")
         try:
@@ -99,14 +99,14 @@ def fetch(directory: Path, url: str = "", sha256: str = "") -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             raise GrafanaError(
-                f"{url} has the SHA-256 {found}, but {sha256} was expected: it is damaged or not what was published. "
-                "Nothing of it was kept; try again"
+                f"{url} has the SHA-256 {found}, but {sha256} was expected: it is damaged or not the published one. "
+                "Nothing was kept; try again"
             )
         try:
             shutil.unpack_archive(archive, unpacked)
             [executable] = unpacked.glob("*/bin/grafana")
         except (OSError, ValueError) as error:
-            raise GrafanaError(f"{url} is no archive with a folder that has bin/grafana: {error}") from error
+            raise GrafanaError(f"{url} is not an archive of a folder with bin/grafana: {error}") from error
         home = executable.parents[1]
         (home / ".sha256").write_text(sha256)
         if directory.exists():
@@ -117,7 +117,7 @@ def fetch(directory: Path, url: str = "", sha256: str = "") -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stack.grafana", description=__doc__)
     parser.add_argument("--url", default="", help=f"an archive (.tar.gz) elsewhere; default: Grafana {VERSION}")
-    parser.add_argument("--sha256", default="", help="its checksum; needed where it is another archive")
+    parser.add_argument("--sha256", default="", help="its checksum; needed for another archive")
     options = parser.parse_args(arguments)
     try:
         fetch(DIRECTORY, options.url, options.sha256)
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; nothing of the archive was kept.", file=sys.stderr)
+        print("Interrupted; nothing was kept.", file=sys.stderr)
         return 130
     print(f"  grafana: {DIRECTORY}; `make run` starts it")
     return 0

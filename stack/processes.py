@@ -11,21 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-START_TIMEOUT = 120.0  # seconds; a cold import of torch from a slow disk takes its time
+START_TIMEOUT = 120.0  # seconds; a cold import of torch from a slow disk is slow
 POLL_INTERVAL = 0.2  # seconds
 _PR_SET_PDEATHSIG = 1
-# Loaded here because little may be done between fork and exec.
+# Load it here: little is safe between fork and exec.
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 class StopRequested(Exception):
-    """A signal asked for the end."""
+    """A signal has requested the end."""
 
 
 class StopSignal:
-    """The first signal that asks for the end; `number` is None until it comes. Make it in the main thread.
+    """The first signal that requests the end; `number` is None until it comes. Create it in the main thread.
 
-    The handlers stay to the end of the process: a second Ctrl-C must not interrupt the clean-up.
+    The handlers stay until the process ends: a second Ctrl-C must not interrupt the clean-up.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class StopSignal:
             signal.signal(number, self._on_signal)
 
     def check(self) -> None:
-        """Raises StopRequested if a signal has come."""
+        """Raise StopRequested if a signal has come."""
         if self.number is not None:
             raise StopRequested
 
@@ -48,12 +48,12 @@ class ChildProcess:
     Start it from the main thread: the kernel kills it when the thread that started it ends.
 
     Args:
-        name: what messages call it.
+        name: its name in messages.
         command: executable and arguments.
         ready_url: answers with status 200 when the process is ready.
         output, errors: files for stdout and stderr, emptied first; None inherits the terminal. Without
-            `errors`, stderr goes where stdout goes.
-        environment: added to the present one.
+            `errors`, stderr goes to `output`.
+        environment: added to the current one.
 
     Raises:
         OSError: the command cannot be started.
@@ -75,11 +75,11 @@ class ChildProcess:
         runner = os.getpid()
 
         def end_with_runner() -> None:
-            # Writing to the terminal from the background is wanted, even under `stty tostop`.
+            # Allow writing to the terminal from the background, even under `stty tostop`.
             signal.signal(signal.SIGTTOU, signal.SIG_IGN)
             if _libc is not None:
                 _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-                if os.getppid() != runner:  # it died before the line above
+                if os.getppid() != runner:  # the runner died before the line above
                     os._exit(1)
 
         self._process = subprocess.Popen(
@@ -99,7 +99,7 @@ class ChildProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """As a shell has it (128 + signal number); None while the process runs."""
+        """The exit code as in a shell (128 + signal number); None while the process runs."""
         code = self._process.poll()
         return code if code is None or code >= 0 else 128 - code
 
@@ -112,7 +112,7 @@ class ChildProcess:
             return False
 
     def log_tail(self, lines: int = 12) -> str:
-        """The last lines of its log, indented; empty for a process that writes to the terminal."""
+        """The last lines of its log, indented; empty if the process writes to the terminal."""
         if self.log is None:
             return ""
         content = self.log.read_text(errors="replace").splitlines()
@@ -124,18 +124,18 @@ class ChildProcess:
             os.killpg(self.pid, number)
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 10.0) -> None:
-        """Ask with a signal, and kill what still runs after `seconds`."""
+        """Send a signal, and kill the process group after `seconds`."""
         if self.exit_code is not None:
-            return  # its number may belong to somebody else by now
+            return  # another process may have its PID by now
         self.send(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
-        # Also what the process may have left behind in its group.
+        # Also kill children that it left in its group.
         self.send(signal.SIGKILL)
         self._process.wait()
 
 
-# No proxy from the environment stands between us and 127.0.0.1.
+# Ignore proxies from the environment for 127.0.0.1.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -144,5 +144,5 @@ def _emptied(path: Path | None) -> IO[bytes] | None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"")
-    # Appending, so that others may write to the same file.
+    # Append, so that others may write to the same file.
     return path.open("ab")

@@ -22,10 +22,10 @@ _RED, _GREEN, _BOLD, _DIM, _RESET = "\x1b[1;31m", "\x1b[1;32m", "\x1b[1m", "\x1b
 
 
 class NotificationLog:
-    """JSONL file to which whole lines are appended; each is on disk when `append` returns.
+    """JSONL file; `append` adds a complete line, which is on disk when it returns.
 
     Args:
-        path: the file; its folder is created. A last line that a crash left unfinished is cut off.
+        path: the file; its folder is created. An incomplete last line, left by a crash, is removed.
 
     Raises:
         OSError: the file cannot be opened.
@@ -53,9 +53,9 @@ class NotificationLog:
 
 
 def alert_lines(alert: dict[str, Any], color: bool) -> list[str]:
-    """What a person reads of one alert of a webhook: headline and, while it fires, description.
+    """One alert of a webhook for people: headline and, while it fires, description.
 
-    Control characters, which labels may carry, are shown escaped.
+    Control characters, which labels may contain, are escaped.
     """
     labels, annotations = alert.get("labels", {}), alert.get("annotations", {})
     status = str(alert.get("status", "firing")).upper()
@@ -69,14 +69,14 @@ def alert_lines(alert: dict[str, Any], color: bool) -> list[str]:
         _harmless(annotations.get("summary", "")),
     ]
     lines = ["  ".join(filter(None, headline))]
-    # What it says was true while the alert fired.
+    # A description is true only while the alert fires.
     if status != "RESOLVED" and (description := _harmless(annotations.get("description", ""))):
         lines.append(f"          {dim}{description}{reset}")
     return lines
 
 
 def notification_lines(notification: dict[str, Any], color: bool) -> list[str]:
-    """`alert_lines` of the first ten alerts of a webhook, and how many there are where there are more."""
+    """`alert_lines` of the first ten alerts of a webhook, and the number of alerts if there are more."""
     alerts = notification["alerts"]
     lines = [line for alert in alerts[:PRINTED_ALERTS] for line in alert_lines(alert, color)]
     if len(alerts) > PRINTED_ALERTS:
@@ -85,7 +85,7 @@ def notification_lines(notification: dict[str, Any], color: bool) -> list[str]:
 
 
 def _harmless(text: object) -> str:
-    """`text` on one line, with every character that could steer a terminal escaped."""
+    """`text` on one line, with every control character escaped."""
     words = " ".join(str(text).split(" ")).replace("\r\n", "\n").replace("\n", " ").strip()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
@@ -94,7 +94,7 @@ def _checked(body: bytes) -> dict[str, Any]:
     """The webhook in `body`.
 
     Raises:
-        ValueError: not JSON, or not what Alertmanager sends.
+        ValueError: not JSON, or not in Alertmanager's form.
     """
     try:
         notification = json.loads(body)
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 self.log.append(notification)
             except OSError as error:
-                # Alertmanager tries again after a 5xx.
+                # Alertmanager retries after a 5xx.
                 self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"cannot write the notification: {error}")
                 return
             for line in lines:
@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
-    # Requests being answered are finished before the process ends; idle connections do not hold it up.
+    # The process finishes its requests before it ends; idle connections do not delay the end.
     daemon_threads = True
 
 
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            with handler.lock:  # let a notification that is being written become whole
+            with handler.lock:  # wait until a notification is completely written
                 pass
     return 0
 

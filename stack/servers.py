@@ -1,7 +1,7 @@
 """Prometheus and Alertmanager: those on PATH, else the distribution's packages unpacked into `.servers`.
 
-`python -m stack.servers` makes sure that they are there and says which ones are used. The newest that Debian has
-are unpacked beside them, into `.servers/newest`, for tests: delete that folder to have them fetched again.
+`python -m stack.servers` provides them and prints which ones are used. For tests, Debian's newest versions are
+unpacked into `.servers/newest`: delete that folder to fetch them again.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTORY = ROOT / ".servers"
 ADVICE = "install {} with its tools and put them on PATH"
-NEWEST = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {} sid main\n"  # of the system's own mirror
-# In some releases a package of its own, on which the server's package depends.
+NEWEST = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {} sid main\n"  # {}: the system's mirror
+# In some releases a separate package, on which the server's package depends.
 TOOLS = ("promtool", "amtool")
 
 
 class ServersMissing(RuntimeError):
-    """A server is neither on PATH nor to be had from the distribution's packages; the message says what to do."""
+    """A server is neither on PATH nor in the distribution's packages; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Servers:
-    """Executables, and the options that tell an unpacked Prometheus where its own files lie."""
+    """Executables, and the options that tell an unpacked Prometheus where its files are."""
 
     prometheus: Path
     promtool: Path
@@ -53,17 +53,17 @@ def provide(directory: Path = DIRECTORY, newest: bool = False) -> Servers:
     """Find the four executables, fetching what is missing into `directory`.
 
     Args:
-        newest: those of Debian's unstable release, whatever is on PATH.
+        newest: use those of Debian's unstable release and ignore PATH.
 
     Raises:
-        ServersMissing: nothing on PATH and no package to be had.
+        ServersMissing: a server is not on PATH, and no package is available.
     """
     sources = NEWEST.format(_debian_mirror()) if newest else ""
     directory = directory / "newest" if newest else directory
     prometheus, promtool, unpacked = _pair("prometheus", ["prometheus"], "promtool", directory, sources)
     prometheus_options: tuple[str, ...] = ()
     if unpacked:
-        # Debian's build reads its web pages from disk, and asks for another place by an option of its own.
+        # Debian's build reads its web pages from disk, from the folder in an option of its own.
         prometheus_options = (
             f"--web.local-assets={unpacked}/usr/share/prometheus/web/",
             f"--web.console.templates={unpacked}/etc/prometheus/consoles",
@@ -75,13 +75,13 @@ def provide(directory: Path = DIRECTORY, newest: bool = False) -> Servers:
 
 
 def package_root(package: str, directory: Path = DIRECTORY, sources: str = "") -> Path:
-    """The folder that holds what `package` installs, its tool and its web pages; fetched if it is not there yet.
+    """The folder with the files of `package`, its tool and its web pages; fetched if missing.
 
     Args:
-        sources: where apt looks, in the format of sources.list; empty: where the system looks.
+        sources: package sources in the format of sources.list; empty: those of the system.
 
     Raises:
-        ServersMissing: there is no package to be had.
+        ServersMissing: no package is available.
     """
 
     def choose(apt: Callable[..., str]) -> list[str]:
@@ -95,14 +95,15 @@ def package_root(package: str, directory: Path = DIRECTORY, sources: str = "") -
 
 
 def fetch_packages(root: Path, choose: Callable[[Callable[..., str]], list[str]], sources: str = "") -> None:
-    """Unpack packages into the new folder `root`. Needs no root, and leaves the system's package lists alone.
+    """Unpack packages into the new folder `root`. Needs no root rights, and does not change the system's package lists.
 
     Args:
-        choose: names the packages; is given a function that runs an apt command and gives its output.
+        choose: returns the names of the packages; its argument is a function that runs an apt command and returns its
+            output.
         sources: as for `package_root`.
 
     Raises:
-        ServersMissing: a package is not to be had.
+        ServersMissing: a package is not available.
     """
     advice = ADVICE.format(root.name)
     missing = [command for command in ("apt-get", "apt-cache", "dpkg") if shutil.which(command) is None]
@@ -112,7 +113,7 @@ def fetch_packages(root: Path, choose: Callable[[Callable[..., str]], list[str]]
     print(f"Fetching {root.name} from the distribution's packages ...", flush=True)
     root.parent.mkdir(parents=True, exist_ok=True)
     options, complaints = _package_lists(root.parent / "apt", sources)
-    # Renamed into place only when whole, so that an interrupted fetch leaves nothing that looks finished.
+    # Rename into place only when complete, so that an interrupted download never looks finished.
     with tempfile.TemporaryDirectory(dir=root.parent, prefix="unfinished-") as work:
         downloads, unpacked = Path(work, "downloads"), Path(work, "unpacked")
         downloads.mkdir()
@@ -132,7 +133,7 @@ def fetch_packages(root: Path, choose: Callable[[Callable[..., str]], list[str]]
         try:
             unpacked.rename(root)
         except OSError:
-            if not root.exists():  # else another process was faster
+            if not root.exists():  # otherwise another process was faster
                 raise
     print(f"  {root.name}: ready after {time.monotonic() - started:.0f} s", flush=True)
 
@@ -151,11 +152,11 @@ def _pair(package: str, names: list[str], tool: str, directory: Path, sources: s
 
 
 def _make_relocatable(root: Path) -> None:
-    """Let Debian's Alertmanager run from `root`.
+    """Make Debian's Alertmanager run from `root`.
 
-    Its build reads its notification templates from a fixed folder, which no option changes, and does
-    not start without them. The name of that folder is overwritten by an equally long one that stands
-    for a file descriptor, and a wrapper opens this descriptor on the unpacked folder.
+    Debian's build reads its notification templates from a fixed folder and does not start without them.
+    No option changes that folder. So replace its name in the executable by a name of the same length
+    that means a file descriptor, and let a wrapper open this descriptor on the unpacked folder.
     """
     fixed = b"/usr/share/prometheus/alertmanager"
     real, wrapper = root / "usr/lib/prometheus-alertmanager", root / "usr/bin/prometheus-alertmanager"
@@ -172,7 +173,7 @@ def _make_relocatable(root: Path) -> None:
 
 @functools.cache
 def _package_lists(directory: Path, sources: str) -> tuple[list[str], list[str]]:
-    """Fetch package lists into `directory`; the options with which apt uses them, and what it complained of."""
+    """Fetch package lists into `directory`. Returns apt's options to use them, and apt's error messages."""
     lists, cache, file = directory / "lists", directory / "cache", directory / "sources.list"
     for folder in (lists / "partial", cache / "archives" / "partial"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,10 +182,10 @@ def _package_lists(directory: Path, sources: str) -> tuple[list[str], list[str]]
         file.write_text(sources)
         settings += [f"Dir::Etc::SourceList={file}", "Dir::Etc::SourceParts=/dev/null"]
     if os.geteuid() == 0:
-        # apt's download user may not enter the folder of a checkout.
+        # apt's download user may have no access to the folder of a checkout.
         settings += ["APT::Sandbox::User=root"]
     options = [f"--option={setting}" for setting in settings]
-    # A source that cannot be reached may be none of those that are needed.
+    # Errors are not fatal here: an unreachable source may not be needed.
     return options, _complaints(_run("apt-get", *options, "update", directory=directory))
 
 

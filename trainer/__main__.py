@@ -7,6 +7,25 @@ import sys
 from trainer.stop import StopRequest
 
 
+def command() -> int:
+    """`main()` as a program, with an end that nothing can spoil."""
+    try:
+        code = main()
+    except ModuleNotFoundError as error:
+        if error.name not in ("gymnasium", "numpy", "rich"):
+            raise
+        print(
+            f"ppo-train: error: {error.name} is missing: pip install 'ppo-gradient-exporter[trainer]'", file=sys.stderr
+        )
+        code = 1
+    _drop_unwritable_output()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Rarely, a thread of gloo that still releases a tensor while Python shuts down aborts the process, and torchrun
+        # reports a failed rank: https://github.com/pytorch/pytorch/issues/190489. All is written by now.
+        os._exit(code)
+    return code
+
+
 def main() -> int:
     with StopRequest().listening() as stop:
         try:
@@ -20,7 +39,7 @@ def main() -> int:
 
 
 def _train(stop: StopRequest) -> int:
-    # After the signal handlers, for these imports take seconds. torch comes last, when the settings are good.
+    # Import after installing the signal handlers: this takes seconds. Import torch last, when the settings are valid.
     from trainer.config import ConfigError, StartError
     from trainer.parsing import parse_config
 
@@ -54,7 +73,7 @@ def _examine(command: str, arguments: list[str], stop: StopRequest) -> int:
     except CheckpointError as error:
         return _failed(error, 1)
     except BrokenPipeError:
-        # As in `inspect CHECKPOINT | head`. What is still buffered must not fail again at the exit.
+        # As in `inspect CHECKPOINT | head`. Buffered output must not fail again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -67,7 +86,7 @@ def _failed(error: Exception, code: int) -> int:
 
 
 def _drop_unwritable_output() -> None:
-    """On a full disk, for example, Python would try to write it again at the exit and change the exit code."""
+    """Python would write it again at the exit, for example on a full disk, and change the exit code."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
         try:
             stream.flush()
@@ -76,10 +95,4 @@ def _drop_unwritable_output() -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    _drop_unwritable_output()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Rarely, a thread of gloo that still releases a tensor while Python shuts down aborts the process, and torchrun
-        # reports a failed rank: https://github.com/pytorch/pytorch/issues/190489. All is written by now.
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(command())

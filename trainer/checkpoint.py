@@ -1,4 +1,4 @@
-"""When checkpoints are written, and what of: the state after the last completed update."""
+"""Decides when to write checkpoints, and keeps what they hold: the state after the last completed update."""
 
 import contextlib
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 class Checkpoints:
     """Keeps the state after the last completed update. Writes it every few updates and at the end.
 
-    Does nothing if the settings want no checkpoints. A checkpoint that cannot be written is a warning: training goes
-    on. The first rank writes; all ranks have to call `updated` and `finish`.
+    Does nothing if the settings turn checkpoints off. If a checkpoint cannot be written, it warns and training
+    continues. The first rank writes; all ranks must call `updated` and `finish`.
 
     Attributes:
-        last: the last checkpoint that was written, or the one that the run goes on from.
+        last: the last checkpoint written, or the one from which the run resumed.
 
     Raises:
         StartError: the folder cannot be used.
@@ -57,8 +57,8 @@ class Checkpoints:
         if not self._every:
             return
         is_due = self._training.updates % self._every == 0
-        # A signal or an error may come in the middle of the next update, so this state is kept. With several ranks
-        # none stops there, and collecting their states takes time.
+        # A signal or an error may end the next update in its middle, so keep this state. Several ranks never stop
+        # there, and collecting their states takes time.
         if is_due or self._training.ranks.size == 1:
             self._keep(self._training.state_dict())
         if self._folder is not None:
@@ -85,7 +85,7 @@ class Checkpoints:
             self._folder = None
 
     def _keep(self, state: Mapping[str, Any]) -> None:
-        # New memory would cost more than the copy. Two copies take turns, so that one is whole at any interrupt.
+        # New memory would cost more than the copy. Two copies alternate, so that an interrupt leaves one intact.
         self._state, self._spare = copied(state, self._spare), self._state
 
     def _note_totals(self) -> None:
@@ -112,9 +112,9 @@ class Checkpoints:
 
 
 def copied(state: Any, earlier: Any = None) -> Any:
-    """`state` with a copy of every tensor in its dicts, on its device.
+    """`state` with a copy of every tensor in its dicts, on the tensor's device.
 
-    Tensors of `earlier`, a copy that nobody needs any more, are overwritten where they fit.
+    Reuses the tensors of `earlier`, an unused copy, where shape, dtype and device match.
     """
     if isinstance(state, Tensor):
         if isinstance(earlier, Tensor) and (earlier.shape, earlier.dtype, earlier.device) == (

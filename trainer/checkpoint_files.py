@@ -1,8 +1,8 @@
-"""The files of checkpoints: what they hold, how a crash cannot spoil them, and which one a run goes on from.
+"""The files of checkpoints: their content, writing them safe from crashes, and choosing one to resume from.
 
-A checkpoint is the state between two updates, tensors and plain values only, as `torch.save` writes it. It lies in the
-folder of its run, `update-00000120.pt`. Beside it lies `totals.json`, written after every update: what the run's
-counters have reached. With it they never go back when a crash costs the updates since the last checkpoint.
+A checkpoint is the state between two updates, tensors and plain values only, written by `torch.save`. It is in the
+folder of its run, `update-00000120.pt`. Beside it is `totals.json`, written after every update: the values of the run's
+counters. So the counters never go back, even if a crash costs the updates since the last checkpoint.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ class CheckpointError(Exception):
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that at every moment `path` is whole, the one before, or not there.
+    """Write a checkpoint atomically: at every moment `path` is complete, the previous version, or missing.
 
     Args:
-        path: of the file, in a folder that exists.
+        path: the file, in an existing folder.
         state: `Training.state_dict()`.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        OSError: the file cannot be written; no part of it stays.
     """
     content = {
         "format": FORMAT,
@@ -61,9 +61,9 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name must outlast a power cut too
+        os.fsync(folder)  # so that the new name survives a power cut
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # CIFS and others cannot do it for a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # CIFS and others cannot sync a folder
             raise
     finally:
         os.close(folder)
@@ -90,7 +90,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path}: the file is empty")
-        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+        with zipfile.ZipFile(path) as archive:  # torch itself does not check the checksums
             damaged = archive.testzip()
         if damaged:
             raise CheckpointError(f"{path}: the file is damaged: the checksum of its part {damaged} is wrong")
@@ -103,8 +103,7 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: the file is truncated, or no checkpoint at all") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: it holds something other than tensors and plain values, and was not loaded, for that could run "
-            "code"
+            f"{path}: not loaded: it holds something other than tensors and plain values, which could run code"
         ) from error
     except Exception as error:  # torch has no common error for foreign archives
         raise CheckpointError(f"{path}: not a checkpoint: {(str(error) or repr(error)).splitlines()[0]}") from error
@@ -121,7 +120,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether `load` takes it."""
+    """Whether `load` accepts it."""
     try:
         load(path)
     except CheckpointError:
@@ -130,13 +129,13 @@ def is_readable(path: Path) -> bool:
 
 
 def update_of(path: Path) -> int | None:
-    """The update that a checkpoint's name says, None if it is no such name."""
+    """The update in a checkpoint's name; None for any other name."""
     match = re.fullmatch(r"update-(\d+)\.pt", path.name)
     return int(match[1]) if match else None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """A run's checkpoints, readable or not, the newest first; none where there is no folder."""
+    """A run's checkpoints, readable or not, newest first; empty if the folder does not exist."""
     try:
         found = [path for path in folder.iterdir() if update_of(path) is not None]
     except OSError:
@@ -148,11 +147,11 @@ def resolve(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, An
     """The checkpoint that `path` means, and its content.
 
     Args:
-        path: a checkpoint, or a run's folder: its newest checkpoint that can be read.
-        warn: told of each newer one that cannot be.
+        path: a checkpoint, or a run's folder, which means its newest readable checkpoint.
+        warn: called for each newer checkpoint that is not readable.
 
     Raises:
-        CheckpointError: there is none; where `path` is a file, the message offers the one before it.
+        CheckpointError: there is none; if `path` is a file, the message names the one before it.
     """
     if not path.is_dir():
         try:
@@ -177,10 +176,10 @@ def resolve(path: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, An
 
 
 def latest_folder(directory: Path, run: str, warn: Callable[[str], None]) -> Path:
-    """The folder in `directory` to which a run of this name wrote a checkpoint last.
+    """The folder in `directory` with the newest readable checkpoint of a run of this name.
 
     Args:
-        warn: told of a newer one that may be the run's, but cannot be read.
+        warn: called for a newer folder that may be the run's, but is not readable.
 
     Raises:
         CheckpointError: there is none.
@@ -204,7 +203,7 @@ def latest_folder(directory: Path, run: str, warn: Callable[[str], None]) -> Pat
 
 
 def totals(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the counters of a checkpoint's run had reached when it ended: at least what the checkpoint says."""
+    """The counters of a checkpoint's run when it ended: from totals.json if that is newer, else from the checkpoint."""
     saved = content["run"]
     try:
         noted = json.loads((path.parent / TOTALS).read_text())
@@ -212,11 +211,11 @@ def totals(path: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
             return saved
         return {**saved, **noted, "gradient_quality": {**saved["gradient_quality"], **noted["gradient_quality"]}}
     except (OSError, ValueError, TypeError, KeyError):
-        return saved  # totals.json is not forced to the disk: a power cut may spoil it
+        return saved  # totals.json is not synced: a power cut may damage it
 
 
 def _counters(run: RunSnapshot) -> dict[str, Any]:
-    """What only counts up in a run, as `RunSnapshot.plain()` has it."""
+    """The counters of a run, in the form of `RunSnapshot.plain()`."""
     quality = run.gradient_quality
     return {
         "run": run.run,
@@ -237,14 +236,14 @@ def _counters(run: RunSnapshot) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The folder with the checkpoints of one run, held by one process until `close()`.
+    """The folder with the checkpoints of one run, locked by one process until `close()`.
 
     Args:
-        path: of the folder; created if missing.
-        keep: checkpoints that are kept, the newest.
+        path: the folder; created if missing.
+        keep: number of newest checkpoints to keep.
 
     Raises:
-        OSError: the folder cannot be written, or (BlockingIOError) another process holds it.
+        OSError: the folder is not writable, or (BlockingIOError) another process has locked it.
     """
 
     def __init__(self, path: Path, keep: int) -> None:
@@ -265,7 +264,7 @@ class RunFolder:
 
     @classmethod
     def of_new_run(cls, directory: Path, run: str, keep: int) -> "RunFolder":
-        """DIRECTORY/RUN; where an earlier run of that name has left checkpoints, RUN.2, RUN.3 and so on."""
+        """DIRECTORY/RUN; if an earlier run of that name has left checkpoints, RUN.2, RUN.3 and so on."""
         for number in count(1):
             path = directory / (_folder_name(run) + (f".{number}" if number > 1 else ""))
             if not checkpoints_in(path):
@@ -278,7 +277,7 @@ class RunFolder:
 
     @classmethod
     def of_resumed_run(cls, checkpoint: Path, run: str, keep: int) -> "RunFolder":
-        """The checkpoint's folder; a new one beside it if newer checkpoints, or those of another run, are there."""
+        """The checkpoint's folder; a new one beside it if it holds newer checkpoints or those of another run."""
         is_newer = True
         for other in checkpoints_in(checkpoint.parent):
             if other.name == checkpoint.name:
@@ -293,7 +292,7 @@ class RunFolder:
         """Save `state`, which holds `updates`, and delete the oldest checkpoints.
 
         Raises:
-            OSError: it cannot be written; the others stay.
+            OSError: the file cannot be written; the other checkpoints stay.
         """
         path = self.path / f"update-{state['updates']:08d}.pt"
         save(path, state)
@@ -303,15 +302,15 @@ class RunFolder:
         return path
 
     def note_totals(self, run: RunSnapshot) -> None:
-        """Write down how far the counters are.
+        """Write the counters to totals.json.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         if self._totals is None:
             self._totals = os.open(self.path / TOTALS, os.O_WRONLY | os.O_CREAT, 0o666)
-        # In place, because a rename costs more and makes ext4 write to the disk at once. A kill cannot cut a page
-        # (4 KiB) in two. Spaces cover the end of a longer text.
+        # Write in place: a rename costs more and makes ext4 write to the disk at once. A kill cannot split a page
+        # (4 KiB). Spaces overwrite the end of a longer earlier text.
         text = json.dumps(_counters(run)).encode()
         os.pwrite(self._totals, text.ljust(os.fstat(self._totals).st_size), 0)
 

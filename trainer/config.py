@@ -1,4 +1,4 @@
-"""Settings of a run and of the place where its metrics go; `trainer.parsing` reads them."""
+"""Settings of a run and of its telemetry; `trainer.parsing` reads them."""
 
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -10,19 +10,19 @@ from trainer.environments import DEFAULT_ENVIRONMENT, VECTORIZATIONS
 
 
 class ConfigError(ValueError):
-    """A setting is unknown, of the wrong type or impossible; the message names it and where it stands."""
+    """A setting is unknown, of the wrong type or impossible; the message names it and its place."""
 
 
 class StartError(Exception):
-    """The run cannot start here and now: an address is taken, or a folder cannot be written."""
+    """The run cannot start here and now: an address is in use, or a folder is not writable."""
 
 
 def _option(default: Any, description: str, *, group: str, **limits: Any) -> Any:
     """A setting: the one source of its flag, its key in the YAML file and its help.
 
     `limits`: `minimum` and `maximum` (inclusive), `above` (exclusive), `choices`. `flag` replaces the flag made from
-    the field's name; `alias` is a second one. A checkpoint keeps the settings of `TrainerConfig`, and a resume takes
-    them from there. A `fixed` setting cannot change then. A `local` one is not kept.
+    the field's name; `alias` adds a second flag. A checkpoint keeps the settings of `TrainerConfig`, and a resume reads
+    them from it. A resume cannot change a `fixed` setting. A checkpoint does not keep a `local` one.
     """
     return field(default=default, metadata={"description": description, "group": group, **limits})
 
@@ -52,15 +52,15 @@ class TrainerConfig:
     )
     run: str | None = _option(
         None,
-        "name of the run, its label on /metrics (default: ENV-seedSEED); the longer name is for torchrun, which takes "
-        "the shorter one for its own",
+        "name of the run, its label on /metrics (default: ENV-seedSEED); use --run-name under torchrun, which reads "
+        "--run as its own",
         group=_RUN,
         fixed=True,
         alias="--run-name",
     )
     seed: int = _option(
         1,
-        "seed of environment, initialization and sampling; environment i gets seed + i, so runs to compare want seeds "
+        "seed of environment, initialization and sampling; environment i gets seed + i, so runs to compare need seeds "
         "at least num-envs apart",
         group=_RUN,
         minimum=0,
@@ -70,7 +70,7 @@ class TrainerConfig:
     device: str = _option("cpu", "torch device", group=_RUN)
     threads: int = _option(
         1,
-        "torch's CPU threads; a second one pays where a core is idle, and costs much where none is",
+        "torch's CPU threads; a second thread helps if a core is idle, and slows training down much if none is",
         group=_RUN,
         minimum=1,
         maximum=256,
@@ -79,14 +79,14 @@ class TrainerConfig:
     num_envs: int = _option(64, "parallel environments", group=_RUN, minimum=1, fixed=True)
     vectorization: str = _option(
         "sync",
-        "how copies of a Gymnasium environment are stepped: one after the other, or by its own vector class",
+        "how to step the copies of a Gymnasium environment: one after the other, or with its own vector class",
         group=_RUN,
         choices=VECTORIZATIONS,
     )
-    log_interval: int = _option(10, "updates per line where there is no terminal", group=_RUN, minimum=1)
+    log_interval: int = _option(10, "updates per line of output if there is no terminal", group=_RUN, minimum=1)
     rank_timeout: float = _option(
         60.0,
-        "seconds that a rank waits for another one, under torchrun, before it gives up",
+        "under torchrun: seconds that a rank waits for another before it gives up",
         group=_RUN,
         above=0.0,
         maximum=86_400.0,
@@ -95,7 +95,7 @@ class TrainerConfig:
 
     rollout_steps: int = _option(64, "steps per environment and rollout", group=_PPO, minimum=1, fixed=True)
     minibatch_size: int = _option(
-        512, "samples per gradient step, as nearly as they divide a rollout evenly", group=_PPO, minimum=2
+        512, "samples per gradient step, rounded so that they divide a rollout evenly", group=_PPO, minimum=2
     )
     epochs: int = _option(4, "passes over a rollout per update", group=_PPO, minimum=1)
     learning_rate: float = _option(1e-3, "Adam's learning rate at the start", group=_PPO, above=0.0)
@@ -106,32 +106,32 @@ class TrainerConfig:
     clip_range: float = _option(0.2, "clip range of the probability ratio", group=_PPO, above=0.0)
     value_clip_range: float | None = _option(
         None,
-        "clip range of the value's change, in standard deviations of the returns where normalize-returns is on",
+        "clip range of the value's change, in standard deviations of the returns if normalize-returns is on",
         group=_PPO,
         above=0.0,
     )
     entropy_coef: float = _option(0.01, "weight of the entropy bonus", group=_PPO, minimum=0.0)
     value_coef: float = _option(0.5, "weight of the value loss", group=_PPO, minimum=0.0)
-    max_grad_norm: float = _option(0.5, "global norm to which gradients are clipped", group=_PPO, above=0.0)
+    max_grad_norm: float = _option(0.5, "clip gradients to this global norm", group=_PPO, above=0.0)
     target_kl: float | None = _option(
-        None, "end an update after an epoch whose last minibatch had an approx_kl above this", group=_PPO, above=0.0
+        None, "end an update after an epoch whose last minibatch has an approx_kl above this", group=_PPO, above=0.0
     )
     hidden_size: int = _option(128, "width of the two layers of a trunk", group=_PPO, minimum=1, fixed=True)
-    separate_critic: bool = _option(False, "give the value function a trunk of its own", group=_PPO, fixed=True)
+    separate_critic: bool = _option(False, "give the value function its own trunk", group=_PPO, fixed=True)
     normalize_returns: bool = _option(
         True, "train the value function on returns with mean 0 and standard deviation 1", group=_PPO
     )
     on_nonfinite: str = _option(
         "skip",
-        "what to do at a NaN or infinite gradient: skip the gradient step, or raise an error that names the head",
+        "at a NaN or infinite gradient: skip the gradient step, or raise an error that names the head",
         group=_PPO,
         choices=("skip", "raise"),
     )
 
     resume: str | None = _option(
         None,
-        "go on from a checkpoint, from the newest one in a run's folder, or without a PATH from the newest one of this "
-        "run in checkpoint-dir; settings come from the checkpoint where neither file nor flag has them",
+        "continue from a checkpoint, or from the newest one in a run's folder; without a PATH from the newest one of "
+        "this run in checkpoint-dir; settings come from the checkpoint unless the file or a flag sets them",
         group=_CHECKPOINTS,
         local=True,
     )
@@ -144,26 +144,25 @@ class TrainerConfig:
         group=_CHECKPOINTS,
         minimum=0,
     )
-    keep_checkpoints: int = _option(3, "checkpoints that are kept, the newest", group=_CHECKPOINTS, minimum=1)
+    keep_checkpoints: int = _option(3, "number of newest checkpoints to keep", group=_CHECKPOINTS, minimum=1)
 
     warning_threshold: float = _option(
         WARNING_THRESHOLD,
-        "gradient CV from which the run's level is warning; label, terminal, status page, rules and dashboards follow "
-        "it",
+        "gradient CV from which the run's level is warning; label, terminal, status page, rules and dashboards use it",
         group=_TELEMETRY,
         above=0.0,
     )
     critical_threshold: float = _option(
         CRITICAL_THRESHOLD,
-        "gradient CV from which the run's level is critical, followed in the same way; n heads reach at most sqrt(n)",
+        "gradient CV from which the run's level is critical, used in the same way; n heads reach at most sqrt(n)",
         group=_TELEMETRY,
         above=0.0,
     )
     drill: str | None = _option(
         None,
-        "bend gradients to test alerts. KIND:HEAD:FIRST-LAST does it from update FIRST to LAST (dominate:op:20-60), or "
-        "with s behind both numbers from second FIRST to LAST of training (dominate:op:10s-130s). KIND:HEAD:@FILE does "
-        "it while FILE exists. Kinds: " + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
+        "change gradients to test alerts. KIND:HEAD:FIRST-LAST does it from update FIRST to LAST (dominate:op:20-60), "
+        "or from second FIRST to LAST of training (dominate:op:10s-130s). KIND:HEAD:@FILE does it while FILE exists. "
+        "Kinds: " + "; ".join(f"{kind}, {meaning}" for kind, meaning in KINDS.items()),
         group=_TELEMETRY,
         local=True,
     )
@@ -188,7 +187,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
-    """Where the metrics of a run go. This belongs to a place, not to the run: no checkpoint keeps it."""
+    """Where the metrics of a run go. It belongs to the machine, not to the run: checkpoints do not keep it."""
 
     metrics_address: str = _option(DEFAULT_ADDRESS, "address that serves /metrics", group=_TELEMETRY)
     metrics_port: int = _option(
@@ -206,15 +205,14 @@ class TelemetryConfig:
     )
     web_max_requests: int = _option(
         DEFAULT_MAX_REQUESTS,
-        "scrapes at a time, above which they get 503; 0 for no limit",
+        "scrapes at the same time; more get 503; 0 for no limit",
         group=_TELEMETRY,
         minimum=0,
         flag="--web.max-requests",
     )
     metrics_target: str | None = _option(
         None,
-        "HOST:PORT that the target file names (default: address and port of /metrics; this machine's name in place of "
-        "0.0.0.0)",
+        "HOST:PORT in the target file (default: address and port of /metrics; this machine's name instead of 0.0.0.0)",
         group=_TELEMETRY,
     )
     targets_dir: str = _option(
@@ -222,7 +220,7 @@ class TelemetryConfig:
     )
     textfile_dir: str | None = _option(
         None,
-        "keep the run's metrics in a file in this folder, for node_exporter's textfile collector; removed at a clean "
+        "write the run's metrics to a file in this folder, for node_exporter's textfile collector; removed at a clean "
         "end",
         group=_TELEMETRY,
     )
@@ -234,13 +232,11 @@ class TelemetryConfig:
     )
     pushgateway: str | None = _option(
         None,
-        f"URL of a Pushgateway that gets the run's final state, as job {PUSH_JOB}, at a clean end and after SIGINT, "
+        f"URL of a Pushgateway; gets the run's final state, as job {PUSH_JOB}, at a clean end and after SIGINT, "
         "SIGTERM or SIGHUP",
         group=_TELEMETRY,
     )
-    follow: str | None = _option(
-        None, "print the lines that are appended to this file above the live display", group=_TELEMETRY
-    )
+    follow: str | None = _option(None, "print lines appended to this file above the live display", group=_TELEMETRY)
 
 
 OPTIONS: dict[str, Field] = {
@@ -250,12 +246,12 @@ OPTIONS: dict[str, Field] = {
 
 
 def settings_of_run(config: TrainerConfig) -> dict[str, Any]:
-    """The settings that a checkpoint keeps: all but folders and others of the place."""
+    """The settings that a checkpoint keeps: all but the `local` ones."""
     kept = {option.name: getattr(config, option.name) for option in fields(config) if is_of_run(option.name)}
     return {**kept, "run": config.run_name}
 
 
 def is_of_run(name: str) -> bool:
-    """Whether there is a setting `name` that a checkpoint keeps."""
+    """Whether `name` is a setting that a checkpoint keeps."""
     option = TrainerConfig.__dataclass_fields__.get(name)
     return option is not None and not option.metadata.get("local")

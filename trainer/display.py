@@ -23,7 +23,7 @@ REFRESHES_PER_SECOND = 4
 
 
 def say(text: str, *, to_stderr: bool = False) -> None:
-    """Print a line. A full disk or a closed terminal does not end the training."""
+    """Print a line. A full disk or a closed terminal does not end training."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
 
@@ -90,7 +90,7 @@ class LiveDisplay:
     """Progress, training signals and the heads panel, redrawn in place from the current snapshot.
 
     Args:
-        follow: lines that are appended to this file are printed above the display.
+        follow: a file; lines appended to it are printed above the display.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class LiveDisplay:
 
 
 def heads_panel(quality: GradientQuality) -> Group:
-    """A bar for every head's norm, the longest for the largest, and the CV in its level's colour."""
+    """A bar for every head's norm, relative to the largest, and the CV in its level's color."""
     heads = Table.grid(padding=(0, 1), expand=True)
     heads.add_column(no_wrap=True)
     heads.add_column(ratio=1)
@@ -167,7 +167,7 @@ def heads_panel(quality: GradientQuality) -> Group:
 
 
 def flow_line(quality: GradientQuality) -> Text:
-    """`Flow: CV:0.312 stable` in its level's colour, with what is wrong beside it."""
+    """`Flow: CV:0.312 stable` in its level's color, then non-finite and skipped steps."""
     line = Text.assemble("Flow: ", (cv_text(quality.gradient_cv, quality.thresholds), f"bold {quality.health.color}"))
     nonfinite = [f"{head} {count}" for head, count in quality.nonfinite_steps.items() if count]
     if nonfinite:

@@ -1,4 +1,4 @@
-"""The processes that train one run together, as torchrun starts them."""
+"""The processes that train one run together, started by torchrun."""
 
 import ctypes
 import os
@@ -16,9 +16,9 @@ _PR_SET_PDEATHSIG = 1  # from Linux' prctl.h
 
 
 class Ranks:
-    """This process among those that train together; alone, every method is the identity.
+    """This process among those that train together; with a single process every method is the identity.
 
-    Each rank steps as many environments as every other; together they are in the order of the ranks.
+    Each rank has the same number of environments. All environments together are in the order of the ranks.
 
     Attributes:
         rank: number of this process, from 0.
@@ -33,10 +33,10 @@ class Ranks:
 
     @classmethod
     def of_torchrun(cls, timeout_seconds: float = 60.0) -> "Ranks":
-        """The ranks that torchrun started, connected; this process alone where it did not.
+        """The connected ranks of torchrun, or this process alone if torchrun did not start it.
 
-        gloo carries what lies on CPUs and NCCL what lies on GPUs. A rank that waits for another one for
-        longer than the timeout fails. On Linux a rank gets SIGTERM when torchrun dies.
+        gloo is used for tensors on CPUs, NCCL for those on GPUs. A rank that waits longer than the timeout for
+        another fails. On Linux a rank gets SIGTERM when torchrun dies.
         """
         if not dist.is_torchelastic_launched():
             return cls()
@@ -55,11 +55,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that serves, shows and writes."""
+        """Whether this is the rank that serves metrics, shows progress and writes checkpoints."""
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The torch device for this rank: of several GPUs, `cuda` is the one with its number on this machine."""
+        """The torch device for this rank; `cuda` means the GPU with this rank's number on this machine."""
         return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and self.size > 1 else name
 
     def any(self, flag: bool) -> bool:
@@ -71,7 +71,7 @@ class Ranks:
         return self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """`tensor`, in place the sum of those of all ranks: the same bits on each."""
+        """Sum `tensor` over all ranks, in place; the result has the same bits on each."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -93,26 +93,26 @@ class Ranks:
         return values
 
     def gather_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors [environments, ...] of all ranks by name, one below the other."""
+        """Tensors [environments, ...] of all ranks by name, concatenated in the order of the ranks."""
         if self.size == 1:
             return dict(tensors)
-        # Through the CPU: a tensor that comes from another GPU would stay there.
+        # Via the CPU: a tensor from another GPU would stay there.
         of_ranks = self.gather_objects({name: tensor.cpu() for name, tensor in tensors.items()})
         return {name: torch.cat([of_rank[name] for of_rank in of_ranks]) for name in tensors}
 
     def own_rows(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of tensors [all environments, ...] by name the rows of this rank's environments."""
+        """The rows of this rank's environments, from tensors [all environments, ...] by name."""
         return {name: tensor.tensor_split(self.size)[self.rank] for name, tensor in tensors.items()}
 
     def own_columns(self, tensor: Tensor) -> Tensor:
-        """Of a tensor [..., all environments] the columns of this rank's environments."""
+        """The columns of this rank's environments, from a tensor [..., all environments]."""
         return tensor.tensor_split(self.size, dim=-1)[self.rank]
 
     def own_samples(self, samples: Tensor, num_envs: int) -> Tensor:
-        """Those of `samples` that are this rank's, counted in its own flattened [steps, num_envs].
+        """This rank's part of `samples`, as indices into its own flattened [steps, num_envs].
 
         Args:
-            samples: [n] int64, counted in the flattened [steps, all environments].
+            samples: [n] int64, indices into the flattened [steps, all environments].
             num_envs: environments of each rank.
         """
         if self.size == 1:
@@ -122,6 +122,6 @@ class Ranks:
         return (steps * num_envs + environments)[(environments >= 0) & (environments < num_envs)]
 
     def close(self) -> None:
-        """Part from the others."""
+        """Leave the process group."""
         if self._is_connected and dist.is_initialized():
             dist.destroy_process_group()

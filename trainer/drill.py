@@ -1,4 +1,4 @@
-"""Faults for fire drills: they change gradients on purpose, so that an alert has a real cause."""
+"""Faults for fire drills: they change gradients on purpose, so that an alert fires for a real reason."""
 
 import math
 import re
@@ -44,7 +44,7 @@ class Drill:
         or `KIND:HEAD:@FILE`.
 
         Raises:
-            ValueError: the text is something else; the message says what is expected.
+            ValueError: the text has another form; the message says what is expected.
         """
         kind, head, span = parts if len(parts := text.split(":", 2)) == 3 else ("", "", "")
         file = Path(span[1:]) if span.startswith("@") and span != "@" else None

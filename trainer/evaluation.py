@@ -1,4 +1,4 @@
-"""`python -m trainer evaluate` plays episodes with a checkpoint; `python -m trainer inspect` says what is inside."""
+"""`python -m trainer evaluate` plays episodes with a checkpoint; `python -m trainer inspect` shows its content."""
 
 import argparse
 import sys
@@ -45,7 +45,7 @@ def play(
 ) -> Episodes:
     """Play whole episodes.
 
-    Each environment plays a fixed number of them. Taking the first ones to end would count short episodes too often.
+    Each environment plays a fixed number of them. Taking the first to end would favor short episodes.
 
     Args:
         policy: on the CPU.
@@ -53,7 +53,7 @@ def play(
         episodes: how many, at least 1.
         seed: of the environments and of sampling.
         deterministic: take the most probable choice of every head, instead of sampling.
-        played: called after each step with the number of episodes so far; true ends it.
+        played: called after each step with the number of finished episodes; playing ends if it returns True.
     """
     count = environment.vector_env.num_envs
     left = episodes // count + (np.arange(count) < episodes % count)
@@ -98,8 +98,8 @@ def evaluate(arguments: Sequence[str], stop: StopRequest) -> int:
         "--seed",
         type=int,
         default=1_000_000,
-        help="seed of environments and sampling; environment i gets seed + i (default: %(default)s, far from those "
-        "that runs train on)",
+        help="seed of environments and sampling; environment i gets seed + i (default: %(default)s, far from the seeds "
+        "of training)",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--sample", action="store_true", help="draw actions as in training (the default)")
@@ -164,13 +164,13 @@ def inspect(arguments: Sequence[str]) -> int:
         ConfigError: an argument is wrong.
         CheckpointError: the checkpoint cannot be used.
     """
-    options = _parser("inspect", "Say what is inside a checkpoint.").parse_args(arguments)
+    options = _parser("inspect", "Show the content of a checkpoint.").parse_args(arguments)
     path, content = resolve(options.checkpoint, _warn)
     try:
         lines = _description(path, content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: not a checkpoint as this version writes it: {error!r}") from error
-    # A stranger's file must not send control characters to the terminal.
+    # A file from a stranger must not send control characters to the terminal.
     print("\n".join(line if line.isprintable() else ascii(line) for line in lines), flush=True)
     return 0
 

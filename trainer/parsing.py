@@ -1,4 +1,4 @@
-"""Reads the settings from defaults, checkpoint, YAML file and flags; every error says where the setting stands."""
+"""Reads the settings from defaults, checkpoint, YAML file and flags. Every error says where the setting comes from."""
 
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ from trainer.drill import Drill
 
 
 def _check_plain(arguments: dict) -> None:
-    """Raises ValueError for what no checkpoint could keep, such as dates, and for names that are no strings."""
+    """Raise ValueError for values that a checkpoint cannot keep, such as dates, and for names that are not strings."""
     try:
         is_plain = json.loads(json.dumps(arguments)) == arguments
     except (TypeError, ValueError, RecursionError):
@@ -47,7 +47,7 @@ class _Setting:
 def parse_config(arguments: Sequence[str] | None = None) -> tuple[TrainerConfig, TelemetryConfig]:
     """The settings from the command line and the file that it names.
 
-    With `resume` they come from the checkpoint first, and `resume` becomes that file.
+    With `resume`, the checkpoint's settings replace the defaults, and `resume` becomes the path of that checkpoint.
     Prints help and exits for `--help`; otherwise raises only `ConfigError`.
     """
     parser = _parser()
@@ -66,15 +66,15 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[TrainerConfig,
 
 
 def _made(kind: type[_Config], settings: Mapping[str, _Setting]) -> _Config:
-    """A `kind` with those of `settings` that it has."""
+    """A `kind`, from those `settings` that are fields of it."""
     return kind(**{name: setting.value for name, setting in settings.items() if name in kind.__dataclass_fields__})
 
 
 def config_of_run(path: Path, content: Mapping[str, Any]) -> TrainerConfig:
-    """The settings that the checkpoint at `path` keeps; the others are the defaults.
+    """The settings in the checkpoint at `path`, and the defaults for all others.
 
     Raises:
-        ConfigError: they are not those of this version, or impossible.
+        ConfigError: this version does not know a setting, or its value is impossible.
     """
     return _made(TrainerConfig, _saved(path, content))
 
@@ -90,8 +90,8 @@ def _saved(path: Path, content: Mapping[str, Any]) -> dict[str, _Setting]:
 
 
 def _resumed(settings: dict[str, _Setting]) -> dict[str, _Setting]:
-    """`settings` over those of the checkpoint that they name."""
-    # Imports torch, so only where it is needed.
+    """The settings of the checkpoint that `settings` name, replaced by `settings` where these have a value."""
+    # These import torch: only a resume needs that.
     from trainer.checkpoint_files import CheckpointError, latest_folder, resolve
     from trainer.display import say
 
@@ -110,7 +110,7 @@ def _resumed(settings: dict[str, _Setting]) -> dict[str, _Setting]:
     for name, setting in settings.items():
         if OPTIONS[name].metadata.get("fixed") and name in saved and setting.value != saved[name].value:
             raise ConfigError(
-                f"{setting.place}: the run in {path} has {saved[name].value!r}, and that cannot change on the way; "
+                f"{setting.place}: the run in {path} has {saved[name].value!r}, which a resume cannot change; "
                 f"got {setting.value!r}"
             )
     return {**saved, **settings, "resume": _Setting(str(path), place)}
@@ -121,7 +121,7 @@ def _flag(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `ConfigError` for what it cannot parse, with the nearest known flag."""
+    """Raises `ConfigError` for arguments that it cannot parse, with the nearest known flag."""
 
     def error(self, message: str) -> None:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -135,9 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m trainer",
         description="Train a PPO agent and serve the health of its gradients on /metrics.",
-        epilog="Settings come from the defaults, then the file, then the flags. Two more commands, each with its own "
-        "--help: `python -m trainer evaluate CHECKPOINT` plays episodes, `python -m trainer inspect CHECKPOINT` says "
-        "what is inside.",
+        epilog="A flag replaces a setting of the file, and the file a default. Two more commands, each with its own "
+        "--help: `python -m trainer evaluate CHECKPOINT` plays episodes, `python -m trainer inspect CHECKPOINT` shows "
+        "its content.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _mapping(text: str) -> dict:
-    """What a flag says in JSON or YAML; JSON first, for YAML 1.1 reads its 1e-3 as a string."""
+    """The mapping in a flag, in JSON or YAML. JSON first, because YAML 1.1 reads 1e-3 as a string."""
     value = None
     for read in (json.loads, yaml.safe_load):
         with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
@@ -202,7 +202,7 @@ def _read_file(path: Path) -> dict[str, _Setting]:
             if name not in OPTIONS:
                 raise ConfigError(f"{path}:{line}: unknown key {str(key)!r}{_suggestion(name, list(OPTIONS))}")
             if name in settings:
-                raise ConfigError(f"{path}:{line}: key {str(key)!r} is there twice, before at {settings[name].place}")
+                raise ConfigError(f"{path}:{line}: key {str(key)!r} is set twice, first at {settings[name].place}")
             try:
                 value = loader.construct_object(value_node, deep=True)
             except (ValueError, OverflowError) as error:

@@ -16,7 +16,7 @@ from trainer.environments import TrainingEnvironment, UnsupportedEnvironment
 from trainer.policy import ActorCritic
 
 EPISODE_WINDOW = 100
-# What the collector knows of every episode in progress.
+# The collector's state of every episode in progress.
 _EPISODES = ("observations", "only_resets", "returns", "lengths")
 
 
@@ -35,7 +35,7 @@ class Rollout:
         valid: bool [steps, environments], False for steps that only reset an environment; always on the CPU.
         environment_steps: environment steps taken, all ranks together, resets left out.
         episodes: episodes that ended, all ranks together.
-        seconds_of_ranks: wall time of each rank's environments and policy, before any waited for another.
+        seconds_of_ranks: wall time of each rank's environments and policy, without waiting for other ranks.
     """
 
     observations: Tensor
@@ -66,8 +66,8 @@ def generalized_advantages(
 
     Args:
         rewards, values: [steps, environments].
-        next_values: [steps, environments], value of the state each step led to: 0 where the
-            episode terminated, the value of its final observation where it was truncated.
+        next_values: [steps, environments], value of the state after each step: 0 if the episode terminated, the
+            value of its final observation if it was truncated.
         episode_ends: bool [steps, environments], whether the episode ended with the step.
 
     Returns:
@@ -78,21 +78,21 @@ def generalized_advantages(
     later = torch.zeros_like(errors[0])
     for error, is_end, advantage in reversed(list(zip(errors, episode_ends, advantages))):
         torch.add(error, later, alpha=gamma * gae_lambda, out=advantage)
-        # Not by a factor of 0: what comes after the end may be NaN.
+        # Not a factor of 0: a value after the end may be NaN.
         later = torch.where(is_end, error, advantage, out=advantage)
     return advantages
 
 
 class RolloutCollector:
-    """Steps the environments with the policy, from where the last rollout ended.
+    """Steps the environments with the policy. Each rollout begins where the last one ended.
 
-    Respects Gymnasium's three autoreset modes: a truncated episode is continued with the value of its own final
-    observation, the step in which NEXT_STEP environments only reset is not trained on, and DISABLED ones are reset
-    here. Environments that live on the policy's device (`as_tensors`) hand over tensors, and nothing waits for the
-    device before the rollout is over; they end episodes by termination only.
+    Supports Gymnasium's three autoreset modes. A truncated episode bootstraps from the value of its own final
+    observation. The step in which a NEXT_STEP environment only resets is not trained on. DISABLED environments are
+    reset here. Environments on the policy's device (`as_tensors`) return tensors, and nothing waits for the device
+    before the rollout is over; their episodes only terminate.
 
     Attributes:
-        recent_returns, recent_lengths: of the last 100 episodes, as the environment paid them.
+        recent_returns, recent_lengths: undiscounted returns and lengths of the last 100 episodes.
     """
 
     def __init__(
@@ -126,13 +126,13 @@ class RolloutCollector:
 
     @property
     def environment_can_be_saved(self) -> bool:
-        """Whether episodes in progress can go on after `load_state_dict`: the environment has that method too."""
+        """Whether episodes in progress continue after `load_state_dict`: the environment needs that method too."""
         return hasattr(self._environment.vector_env, "load_state_dict")
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next rollout of all ranks starts; the environment is the first axis of each of its tensors.
 
-        Only valid between two rollouts, and all ranks have to call it. Tensors are not copied.
+        Call it only between two rollouts, and on all ranks. Tensors are not copied.
         """
         state = {
             "generator": self._generator.get_state(),
@@ -146,13 +146,13 @@ class RolloutCollector:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], *, seed: int) -> None:
-        """Go on from `state_dict()` of collectors with as many environments in all, whatever the number of ranks.
+        """Continue from `state_dict()`. The total number of environments must match; the number of ranks may differ.
 
         An environment that cannot be saved begins new episodes.
 
         Args:
-            state: of the collector.
-            seed: of these new episodes.
+            state: from `state_dict()`.
+            seed: seed of these new episodes.
 
         Raises:
             KeyError, RuntimeError, TypeError, ValueError: the state does not fit the environment.
@@ -181,7 +181,7 @@ class RolloutCollector:
         actions = self._buffer(torch.int64, len(environment.heads))
         rewards, ends = self._buffer(torch.float32), self._buffer(torch.bool)
         uniforms = self._uniforms()
-        # NumPy writes into the same memory, with less of a detour.
+        # NumPy writes into the same memory, faster.
         buffers = observations, actions, rewards, ends, uniforms
         observed, taken, paid, ended, uniforms = buffers if self._as_tensors else map(_as_array, buffers)
         truncated_only = np.zeros(ends.shape, bool)
@@ -207,7 +207,7 @@ class RolloutCollector:
         self._observations = _copied(next_observations)
         on_host = _start_copying(rewards, ends)
 
-        # The policy has not changed on the way, and one large batch costs less than many small ones.
+        # The policy is still the same, and one large batch costs less than many small ones.
         observations, actions, rewards, ends = (
             tensor.to(device, non_blocking=True) for tensor in (observations, actions, rewards, ends)
         )
@@ -247,19 +247,19 @@ class RolloutCollector:
         )
 
     def _buffer(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """[steps, environments, *shape], where the environments write it; pinned if it has to go to a GPU then."""
+        """An empty tensor [steps, environments, *shape] for the environments; pinned if it goes to a GPU later."""
         device = self._policy.device
         where = {"device": device} if self._as_tensors else {"pin_memory": device.type == "cuda"}
         return torch.empty(self._steps, self._environment.vector_env.num_envs, *shape, dtype=dtype, **where)
 
     def _uniforms(self) -> Tensor:
-        """The chance in the sampling, [steps, heads, environments]: all ranks draw alike, and each takes its part."""
+        """Uniforms for sampling actions, [steps, heads, environments]. All ranks draw the same; each uses its part."""
         generator, environments = self._generator, self._ranks.size * self._environment.vector_env.num_envs
         shape = (self._steps, len(self._environment.heads), environments)
         return self._ranks.own_columns(torch.rand(shape, generator=generator, device=generator.device))
 
     def _finished_episodes(self, rewards: np.ndarray, valid: np.ndarray, ended: np.ndarray) -> list[tuple[float, int]]:
-        """Return and length of the episodes that ended, in order."""
+        """Return and length of each episode that ended, in order."""
         finished: list[tuple[float, int]] = []
         start = 0
         for stop in np.flatnonzero(ended.any(1)) + 1:
@@ -274,7 +274,7 @@ class RolloutCollector:
 
 
 def _as_array(tensor: Tensor) -> np.ndarray | Tensor:
-    """The NumPy array of a tensor on the CPU, in the same memory; a tensor elsewhere as it is."""
+    """A tensor on the CPU as a NumPy array that shares its memory; any other tensor unchanged."""
     return tensor.numpy() if tensor.is_cpu else tensor
 
 
@@ -282,25 +282,25 @@ def _final(infos: Mapping[str, Any]) -> np.ndarray:
     """Final observations of the environments whose episode ended.
 
     Raises:
-        UnsupportedEnvironment: the environment does not hand them over.
+        UnsupportedEnvironment: the environment does not return them.
     """
     if "final_obs" not in infos:
         raise UnsupportedEnvironment(
-            "the environment declares SAME_STEP autoreset and has cut an episode short, but infos lacks `final_obs`, "
-            "the final observations, from which a truncated episode is continued"
+            "the environment declares SAME_STEP autoreset and has truncated an episode, but infos lacks `final_obs`, "
+            "the final observations, which give the value of a truncated episode"
         )
     return infos["final_obs"]
 
 
 def _copied(observations: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """In float32. Vector environments may reuse what they return."""
+    """A copy in float32: vector environments may reuse the memory that they return."""
     if isinstance(observations, Tensor):
         return observations.to(torch.float32, copy=True)
     return np.array(observations, dtype=np.float32)
 
 
 def _start_copying(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
-    """Begin to bring tensors to the host; the returned function waits for them, and for nothing that comes later."""
+    """Start copying tensors to the host. The returned function waits for these copies only and returns them."""
     if tensors[0].is_cpu:
         return lambda: [tensor.numpy() for tensor in tensors]
     copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]

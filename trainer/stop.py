@@ -1,4 +1,4 @@
-"""How signals reach a run. Imports nothing heavy, so that signals count from the first moment."""
+"""How signals reach a run. This module imports quickly, so that the handlers are installed at once."""
 
 import contextlib
 import signal
@@ -8,11 +8,11 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_SECONDS = 1.0
-"""A signal that follows the first one sooner is the same request: a process group and its leader may both get one."""
+"""A second signal within this time is the same request: a process group and its leader may both get one."""
 
 
 class StopRequest:
-    """Set by SIGINT, SIGTERM or SIGHUP; training looks at it after every environment and gradient step."""
+    """Set by SIGINT, SIGTERM or SIGHUP; training checks it after every environment and gradient step."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -29,7 +29,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Handle the signals. A second one raises KeyboardInterrupt at once, so that the usual clean-up runs.
+        """Handle the signals. A second one raises KeyboardInterrupt, so that the usual clean-up runs.
 
         Signals that are ignored already, such as SIGHUP under `nohup`, stay ignored.
         """
@@ -50,7 +50,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:
-        """No second signal interrupts this block: what a signal asks for is under way already."""
+        """A second signal does not interrupt this block: the clean end that it asks for is under way."""
         self._must_finish = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""The run: rollout, update, emit, until the end or a signal."""
+"""A run: rollout, update, emit, until the end or a signal."""
 
 import signal
 import sys
@@ -33,19 +33,19 @@ from trainer.stop import StopRequest
 
 
 class LostRankError(Exception):
-    """Another rank of the run has failed, or torchrun has, and this one cannot go on without it."""
+    """Another rank of the run or torchrun has failed, so this rank cannot continue."""
 
 
 class Training:
-    """One run and its parts, built from its settings, or from the checkpoint that they name.
+    """One run and its parts, built from the settings or from the checkpoint that they name.
 
     Args:
         config: the settings; `num_envs` counts the environments of all ranks.
         ranks: the processes that train the run together. Each builds a `Training` and calls the same methods.
 
     Attributes:
-        updates: completed since the run began; a resume goes back to those of the checkpoint.
-        notes: what a person should know of the environment and of a resume.
+        updates: completed updates of the run; a resume continues from the checkpoint's number.
+        notes: warnings about the environment and a resume.
 
     Raises:
         ConfigError: the environment, the device or the drill's head is not available, or the checkpoint does not fit.
@@ -88,9 +88,10 @@ class Training:
             self._resume(Path(config.resume))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the run's future depends on, between two updates; all ranks have to call it.
+        """Everything that determines the rest of the run, between two updates; all ranks must call it.
 
-        Tensors, plain values and the snapshot, as `trainer.checkpoint_files.save` takes them. Tensors are not copied.
+        Tensors, plain values and the snapshot, in the form that `trainer.checkpoint_files.save` takes. Tensors are not
+        copied.
         """
         return {
             "config": self._settings,
@@ -106,7 +107,7 @@ class Training:
         return self.aggregator.snapshot.runs[self.config.run_name]
 
     def run(self, stop: StopRequest) -> Iterator[int]:
-        """Train until the end, or until a signal reaches any rank; the number of every completed update.
+        """Train until the end, or until a signal reaches any rank. Yields the number of every completed update.
 
         Raises:
             NonFiniteGradientError: as `update`.
@@ -118,12 +119,12 @@ class Training:
     def update(self, stop: StopRequest) -> bool:
         """One rollout and one PPO update, emitted to the aggregator; False if a signal came before its end.
 
-        An update that a signal cuts short is given up: the run goes on from before it, from a checkpoint.
+        An update that a signal interrupts is discarded: a resume repeats it.
 
         Raises:
-            NonFiniteGradientError: as `PPOAgent.update`; the update was emitted before.
+            NonFiniteGradientError: as `PPOAgent.update`, after emitting the update.
         """
-        # Ranks that stop at different places would wait for each other for ever.
+        # Ranks that stop at different points would wait for each other for ever.
         should_stop = stop if self.ranks.size == 1 else lambda: False
         rollout = self.collector.collect(should_stop)
         if rollout is None:
@@ -151,7 +152,7 @@ class Training:
             episodes=rollout.episodes,
             episode_return_mean=fmean(returns) if returns else None,
             episode_length_mean=fmean(lengths) if lengths else None,
-            # The others wait for the slowest.
+            # All ranks wait for the slowest.
             rollout_duration_seconds=max(rollout.seconds_of_ranks),
             rank_rollout_seconds=rollout.seconds_of_ranks,
         )
@@ -165,31 +166,29 @@ class Training:
             raise ConfigError(str(error)) from error
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-            raise ConfigError(
-                f"{path}: it does not fit {self.config.env} as this version trains it: {reason}"
-            ) from error
+            raise ConfigError(f"{path}: it does not fit {self.config.env} in this version: {reason}") from error
         if not self.collector.environment_can_be_saved:
             self.notes.append(
                 f"{self.config.env} cannot be saved: its episodes in progress are lost, new ones begin; "
-                "weights, optimizer, schedule and counters go on"
+                "weights, optimizer, schedule and counters continue"
             )
         now, before = self._settings, state["config"]
         changes = [f"{name} {value} -> {now[name]}" for name, value in before.items() if now[name] != value]
         if changes:
-            self.notes.append(f"other settings than in the checkpoint: {', '.join(changes)}")
+            self.notes.append(f"settings that differ from the checkpoint: {', '.join(changes)}")
         if self.updates >= self.config.total_updates:
             self.notes.append(
-                f"the run has reached its end, update {self.updates}; a larger --total-timesteps takes it further"
+                f"the run has reached its end, update {self.updates}; set a larger --total-timesteps to continue"
             )
 
     def _load_state_dict(self, state: dict[str, Any]) -> None:
-        # Where the run cannot go on exactly, it must not see again what it has seen.
+        # If the run cannot continue exactly, its random numbers must still be new ones.
         sampling, shuffling, episodes = _seeds((self.config.seed, state["updates"]), 3)
         for part, seed in (("collector", sampling), ("agent", shuffling)):
             generator = self._generators[part]
-            # A GPU's generator cannot continue that of a CPU.
+            # A GPU's generator cannot load the state of a CPU's.
             if state[part]["generator"].shape != generator.get_state().shape:
-                self.notes.append(f"random numbers of the {part} begin anew on {generator.device}")
+                self.notes.append(f"random numbers of the {part} start anew on {generator.device}")
                 state[part]["generator"] = generator.manual_seed(seed).get_state()
         self.agent.load_state_dict(state["agent"])
         self.collector.load_state_dict(state["collector"], seed=episodes)
@@ -209,19 +208,19 @@ def make_policy(config: TrainerConfig, environment: TrainingEnvironment, device:
 
 
 def train(config: TrainerConfig, telemetry: TelemetryConfig, stop: StopRequest) -> int:
-    """Train as `config` says, with /metrics, target file, checkpoints and display.
+    """Train with these settings: serve /metrics, write target file and checkpoints, show the display.
 
-    The target file is removed at the end and after a signal. It stays after an error, as after a crash, so that an
-    alert tells somebody. A checkpoint of the last completed update is written in any case.
+    Removes the target file at the end and after a signal. Leaves it after an error, as after a crash, so that an alert
+    fires. Always writes a checkpoint of the last completed update.
 
     Returns:
         Exit code: 0 at the end, 128 + signal number after SIGINT, SIGTERM or SIGHUP.
 
     Raises:
         ConfigError: the run cannot start as configured.
-        StartError: the port is taken, or the target file or checkpoints cannot be written.
+        StartError: the port is in use, or the target file or checkpoints cannot be written.
         NonFiniteGradientError: a gradient was not finite and `on_nonfinite` is `raise`.
-        LostRankError: another rank has failed, or torchrun.
+        LostRankError: another rank or torchrun has failed.
         KeyboardInterrupt: a second signal came.
     """
     ranks = Ranks.of_torchrun(config.rank_timeout)
@@ -238,13 +237,13 @@ def train(config: TrainerConfig, telemetry: TelemetryConfig, stop: StopRequest) 
         if not ranks.is_lost_rank(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise LostRankError(f"rank {ranks.rank} cannot go on without the others: {reason}") from error
+        raise LostRankError(f"rank {ranks.rank} cannot continue without the others: {reason}") from error
     finally:
         ranks.close()
 
 
 def _lead(training: Training, telemetry: TelemetryConfig, stop: StopRequest) -> int:
-    """Train, serve the metrics, write checkpoints and show the progress: the part of the first rank."""
+    """What only the first rank does: serve metrics, write checkpoints and show progress while training."""
     config = training.config
 
     def read_run() -> RunSnapshot:
@@ -289,13 +288,13 @@ def _lead(training: Training, telemetry: TelemetryConfig, stop: StopRequest) -> 
                     display.updated(update)
             checkpoints.finish()
             if training.ranks.has_lost_launcher:
-                raise LostRankError("torchrun has died, and its ranks do not go on without it")
+                raise LostRankError("torchrun has died, so its ranks stop")
             how = "finished" if training.updates >= config.total_updates else "stopped with another rank"
         finally:
-            # After an error it is no clean end: torchrun sends SIGTERM to all ranks when one of them fails.
+            # A signal after an error is not a clean end: torchrun sends SIGTERM to all ranks when one fails.
             if stop() and isinstance(sys.exception(), (KeyboardInterrupt, types.NoneType)):
                 how = f"stopped by {signal.Signals(stop.signum).name}"
-            # The checkpoint first: it cannot be made again, and the target file's folder may be slow.
+            # The checkpoint first: it would be lost, and the target file's folder may be slow.
             with stop.deaf():
                 checkpoints.close()
                 server.end(config.run_name, crashed=how == "failed")
@@ -318,7 +317,7 @@ def _closing_line(training: Training, how: str, checkpoint: Path | None) -> str:
 
 
 def _check_device(device: str, name: str) -> None:
-    """Check that `device` can be used, and make it the current one; errors call it `name`."""
+    """Check that `device` is usable and make it the current one; errors call it `name`."""
     try:
         torch.zeros(1, device=device)
         if torch.device(device).type == "cuda":
@@ -339,7 +338,7 @@ def _make_environment(config: TrainerConfig, ranks: Ranks, device: str) -> Train
         raise ConfigError(str(error)) from error
     if config.rollout_steps == 1 and environment.autoreset_mode is AutoresetMode.NEXT_STEP:
         raise ConfigError(
-            f"rollout-steps must be at least 2: {config.env} spends a step on every reset, and a rollout of one may "
+            f"rollout-steps must be at least 2: {config.env} uses a step for every reset, so a rollout of one step may "
             "hold nothing to learn from"
         )
     return environment
@@ -357,7 +356,7 @@ def _make_drill(config: TrainerConfig, environment: TrainingEnvironment) -> Dril
 
 
 def _make_aggregator(config: TrainerConfig, environment: TrainingEnvironment) -> RunAggregator:
-    """An aggregator that knows the run."""
+    """An aggregator with the run registered."""
     aggregator = RunAggregator()
     info = {
         "environment": config.env,

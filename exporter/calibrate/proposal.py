@@ -127,7 +127,7 @@ def _thresholds(runs: Sequence[HealthyRun], rate: float) -> Thresholds:
 
 def _steps_above(runs: Sequence[HealthyRun]) -> dict[float, float]:
     """Finite bound of a CV -> share of the single gradient steps above it, as far as the runs know."""
-    below = Counter()
+    below: Counter[float] = Counter()
     for run in runs:
         below.update(run.steps)
     total = below.pop(math.inf, 0.0)

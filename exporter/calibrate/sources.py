@@ -11,7 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +33,7 @@ from exporter.metrics import (
 HEADS_COLUMN, CV_COLUMN, FAULT_COLUMN = "heads", "gradient_cv", "fault"
 RUN_COLUMNS = ("run", "task", "environment", FAULT_COLUMN, "seed")
 """Those of them that a table has tell its runs apart."""
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _SUFFIXES = (".prom", ".txt", ".om", ".csv")
 _BUCKET, _BOUND_LABEL = f"{GRADIENT_CV_PER_STEP.name}_bucket", "le"
 _QUERIES = {

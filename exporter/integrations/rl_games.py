@@ -104,7 +104,7 @@ class PrometheusObserver(AlgoObserver):
             window_steps=None,
             # With several processes it is rl_games that averages gradients, between backward and clipping.
             before_clipping=not algo.multi_gpu,
-            grad_scaler=algo.scaler if algo.scaler.is_enabled() else None,
+            grad_scaler=algo.scaler,
             info={
                 "environment": str(algo.config.get("env_name", "")),
                 "algorithm": type(algo).__name__,

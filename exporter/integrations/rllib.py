@@ -21,6 +21,7 @@ from exporter.heads import Head, Rows, head_parts
 from exporter.health import Thresholds
 from exporter.monitor import GradientMonitor
 
+_Callback = Callable[..., None]
 # RLlib's results of a module and of the env runners -> our signals.
 _MODULE_RESULTS = {
     "policy_loss": "policy_loss",
@@ -65,7 +66,7 @@ def module_heads(module: RLModule) -> dict[str, list[Rows]]:
         raise ValueError(f"{error}; give monitored(heads=...) a function from module to heads") from error
 
 
-def _in_order(space: spaces.Space) -> spaces.Space:
+def _in_order(space: spaces.Space[Any]) -> spaces.Space[Any]:
     """With the parts in RLlib's order, which is that of sorted keys."""
     if isinstance(space, spaces.Dict):
         return spaces.Dict({key: _in_order(part) for key, part in space.items()})
@@ -79,7 +80,7 @@ class GradientMonitoring(TorchLearner):
     They are taken after they have been averaged over the learners, and before RLlib clips them and sets NaN to zero.
     """
 
-    _monitors: Mapping[str, GradientMonitor] = {}
+    _monitors: dict[str, GradientMonitor] = {}  # until `build()`
 
     @property
     def metrics_url(self) -> str | None:
@@ -256,7 +257,7 @@ def monitored(
     )
 
 
-def _with(callback: Callable, others: Callable | list[Callable] | None) -> list[Callable]:
+def _with(callback: _Callback, others: _Callback | list[_Callback] | None) -> list[_Callback]:
     others = others if isinstance(others, list) else [] if others is None else [others]
     return [*(other for other in others if other is not callback), callback]
 

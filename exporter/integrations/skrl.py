@@ -81,7 +81,7 @@ def watch_agent(
         window_steps=None,
         # With several processes it is skrl that averages gradients, which are measured when it has.
         before_clipping=not config.torch.is_distributed,
-        grad_scaler=agent.scaler if agent.scaler.is_enabled() else None,
+        grad_scaler=agent.scaler,
         info={
             "algorithm": type(agent).__name__,
             "device": str(agent.device),

@@ -1,11 +1,13 @@
 """Stable-Baselines3: a callback that measures an on-policy algorithm and serves it with SB3's own logger values."""
 
+import math
 import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +54,7 @@ def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict
     if not isinstance(layer, torch.nn.Module):
         raise TypeError(f"{type(policy).__name__} has no action_net; an actor-critic policy is needed")
     log_std = getattr(policy, "log_std", None)
-    if log_std is not None and log_std.shape != (np.prod(space.shape),):
+    if log_std is not None and log_std.shape != (math.prod(space.shape or ()),):
         log_std = None  # with `use_sde` it belongs to features
     return space_heads(layer, space, names, log_std=log_std)
 
@@ -129,7 +131,7 @@ class PrometheusCallback(BaseCallback):
         super().__init__(verbose)
         self.monitor: GradientMonitor | None = None
         self._run = run
-        self._delivery = {
+        self._delivery: dict[str, Any] = {
             "port": port,
             "address": address,
             "targets_dir": targets_dir,
@@ -248,7 +250,7 @@ class PrometheusCallback(BaseCallback):
 
     def _on_step(self) -> bool:
         # No more than this, for it delays every step; the update hands them over.
-        self._uncounted_episodes += np.count_nonzero(self.locals["dones"])
+        self._uncounted_episodes += int(np.count_nonzero(self.locals["dones"]))
         return True
 
     def _after_update(self, run: RunSnapshot) -> None:

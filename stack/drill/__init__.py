@@ -1,1 +1,1 @@
-"""Fire drill: does the stack that is running page somebody when a run goes bad?"""
+"""Fire drill: does the running stack page somebody when a run goes bad?"""

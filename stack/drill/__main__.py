@@ -1,6 +1,6 @@
-"""Fire drill: does the stack that is running page somebody when a run goes bad?
+"""Fire drill: does the running stack page somebody when a run goes bad?
 
-Starts a real trainer of its own, drives it to critical and back, and follows its alert through Prometheus,
+Starts its own real trainer, drives it to critical and back, and follows its alert through Prometheus,
 Alertmanager and the receiver. The exit code is 0 only if every step was seen. Everything after `--` goes to the
 drilled trainer: `make drill ARGS="-- --device cuda"`.
 """
@@ -19,10 +19,10 @@ from rich.markup import escape
 
 from stack.configuration import Ports
 from stack.drill.clients import ALERT, NO_ANSWER, Alertmanager, DrillError, Event, Notifications, Prometheus, reason
-from stack.drill.steps import CROSSED, NOTIFIED, RECOVERED, TOLD_OVER, Drill, DrilledRun, Step
+from stack.drill.steps import CROSSED, NOTIFIED, RECOVERED, NOTIFIED_RESOLVED, Drill, DrilledRun, Step
 from stack.processes import POLL_INTERVAL, StopRequested, StopSignal
 
-_CAUSES = {NOTIFIED: CROSSED, TOLD_OVER: RECOVERED}
+_CAUSES = {NOTIFIED: CROSSED, NOTIFIED_RESOLVED: RECOVERED}
 
 
 class Command:
@@ -36,7 +36,7 @@ class Command:
         self.drilled: DrilledRun | None = None
 
     def run(self) -> int:
-        """Drill and clean up; the exit code."""
+        """Drill and clean up. Returns the exit code."""
         try:
             with tempfile.TemporaryDirectory(prefix="fire-drill-") as work:
                 try:
@@ -62,7 +62,7 @@ class Command:
         rule = self._check_stack(prometheus, alertmanager)
         notifications = Notifications(options.receiver_log)
         self._say(
-            f"Fire drill {options.run}: critical from when Prometheus has scraped it until the notification is here. "
+            f"Fire drill {options.run}: critical from the first scrape until the notification arrives. "
             f"The alert waits {rule['duration']:g} s before it fires, {rule['keepFiringFor']:g} s before it resolves.\n"
             f"\n{'step':<35}{'time':<10}{'at [s]':>8}{'delta [s]':>11}   seen"
         )
@@ -74,7 +74,7 @@ class Command:
             self._report(step.name, self._follow(step))
 
     def _check_stack(self, prometheus: Prometheus, alertmanager: Alertmanager) -> dict:
-        """The rule that is drilled. Raises DrillError where something is missing that a drill needs."""
+        """The drilled rule. Raises DrillError if something that a drill needs is missing."""
         server = prometheus
         try:
             rule = prometheus.rule()
@@ -84,17 +84,17 @@ class Command:
             name = type(server).__name__
             raise DrillError(
                 f"{name} does not answer at {server.url}: {reason(error)}\n"
-                f"`make run` starts the stack; another one is named with --{name.lower()}-url"
+                f"`make run` starts the stack; --{name.lower()}-url names another one"
             ) from error
         if not self.options.targets_dir.is_dir():
             raise DrillError(
-                f"there is no folder {self.options.targets_dir}, where Prometheus would find the drilled trainer; "
+                f"there is no folder {self.options.targets_dir}, in which Prometheus would find the drilled trainer; "
                 "--targets-dir names another one"
             )
         if not self.options.receiver_log.is_file():
             raise DrillError(
-                f"there is no file {self.options.receiver_log}, where the receiver of `make run` writes what it is "
-                "sent; --receiver-log names another one, which `python -m stack.receiver --output FILE` writes"
+                f"there is no file {self.options.receiver_log}, into which the receiver of `make run` writes "
+                "notifications; --receiver-log names another one, from `python -m stack.receiver --output FILE`"
             )
         if rule is None:
             raise DrillError(
@@ -107,7 +107,7 @@ class Command:
         """Wait for `step`.
 
         Raises:
-            DrillError: it did not come in time, and what to check; or the trainer has ended.
+            DrillError: the step did not come in time, with what to check; or the trainer has ended.
             StopRequested: a signal came.
         """
         started, allowed = time.monotonic(), step.seconds + self.options.patience
@@ -121,7 +121,7 @@ class Command:
                     if event := step.look():
                         return event
                 except NO_ANSWER as error:
-                    trouble = f" (the last look failed: {reason(error)})"
+                    trouble = f" (the last check failed: {reason(error)})"
                 waited = time.monotonic() - started
                 if waited > allowed:
                     raise DrillError(
@@ -152,7 +152,7 @@ def _url(text: str) -> str:
         parts = urllib.parse.urlsplit(text)
         if parts.scheme in ("http", "https") and parts.netloc and "@" not in text:
             return text.rstrip("/")
-    # Without the text, which may hold a password.
+    # Do not show the text: it may hold a password.
     raise argparse.ArgumentTypeError(
         "give an address such as http://127.0.0.1:9090; for a password, name a file with --...-http-config"
     )
@@ -162,7 +162,7 @@ def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < (number := float(text)) < 1e6:
             return number
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0 and below 1000000")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0 and below 1000000")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,15 +177,15 @@ def main(arguments: list[str] | None = None) -> int:
     add, ports = parser.add_argument, Ports()
     for name in ("prometheus", "alertmanager"):
         add(f"--{name}-url", type=_url, default=ports.url(name), metavar="URL", help=name.capitalize())
-        text = "its credentials and CA, in a file as `promtool --http.config.file` takes it"
+        text = "file with its credentials and CA, in the format of `promtool --http.config.file`"
         add(f"--{name}-http-config", type=Path, default=argparse.SUPPRESS, metavar="FILE", help=text)
     text = "folder that Prometheus watches for target files"
     add("--targets-dir", type=Path, default=Path("targets"), metavar="FOLDER", help=text)
     text = "file of the notification receiver, one webhook JSON a line"
     add("--receiver-log", type=Path, default=Path(".stack/notifications.jsonl"), metavar="FILE", help=text)
-    text = "how long Alertmanager may hold a notification back: no less than `group_wait` and `group_interval`"
+    text = "how long Alertmanager may hold a notification back: at least `group_wait` plus `group_interval`"
     add("--notification-wait", type=_seconds, default=300.0, metavar="SECONDS", help=text)
-    text = "how much longer a step may take than the rule's own waits and this: no less than two scrapes"
+    text = "extra time for every step, beyond the waits of rule and Alertmanager: at least two scrape intervals"
     add("--patience", type=_seconds, default=120.0, metavar="SECONDS", help=text)
     add("--head", default="op", help="action head that gets the whole gradient")
     add("--run", default=time.strftime("fire-drill-%Y%m%d-%H%M%S"), metavar="NAME", help="name of the drilled run")

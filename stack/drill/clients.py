@@ -1,4 +1,4 @@
-"""What the drill asks Prometheus, Alertmanager and the receiver's file."""
+"""The drill's clients of Prometheus, Alertmanager and the receiver's file."""
 
 import base64
 import http.client
@@ -15,12 +15,12 @@ from typing import Any
 import yaml
 
 ALERT = {"alertname": "PPOGradientCVHigh", "severity": "critical"}
-# What a look at a server raises where there is no answer, or another one than expected.
+# Errors of a request without an answer, or with an unexpected one.
 NO_ANSWER = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError)
 
 
 class DrillError(Exception):
-    """What keeps the drill from starting or from going on."""
+    """The drill cannot start or continue; the message says why."""
 
 
 class Connection:
@@ -28,8 +28,8 @@ class Connection:
 
     Args:
         url: its address.
-        config: file with `basic_auth`, `authorization` or `tls_config.ca_file`, as `promtool --http.config.file` takes
-            it. No error shows what it holds, and a redirect does not take it along.
+        config: file with `basic_auth`, `authorization` or `tls_config.ca_file`, in the format of
+            `promtool --http.config.file`. No error shows its content, and a redirect gets no credentials.
 
     Raises:
         DrillError: the file cannot be used.
@@ -38,7 +38,7 @@ class Connection:
     def __init__(self, url: str, config: Path | None = None) -> None:
         self.url = url
         self._authorization, context = _http_config(config) if config else (None, None)
-        # No proxy from the environment stands between us and the stack.
+        # Ignore proxies from the environment.
         self._opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
         )
@@ -55,7 +55,7 @@ class Connection:
 
 
 def _http_config(path: Path) -> tuple[str | None, ssl.SSLContext]:
-    """The Authorization header, and how certificates are checked. Relative paths are relative to `path`."""
+    """The Authorization header and the TLS context. Relative paths are relative to `path`."""
 
     def secret(keys: Mapping[str, str], name: str) -> str:
         file = keys.get(f"{name}_file")
@@ -70,13 +70,13 @@ def _http_config(path: Path) -> tuple[str | None, ssl.SSLContext]:
         elif authorization := config.get("authorization"):
             header = f"{authorization.get('type', 'Bearer')} {secret(authorization, 'credentials')}"
         if header and not (header.isascii() and header.isprintable()):
-            raise ValueError  # else an error of the HTTP client would show it
+            raise ValueError  # otherwise an error of the HTTP client would show it
         ca_file = (config.get("tls_config") or {}).get("ca_file")
         return header, ssl.create_default_context(cafile=path.parent / ca_file if ca_file else None)
     except OSError as error:
-        raise DrillError(f"{path} or a file that it names cannot be used: {reason(error)}") from None
+        raise DrillError(f"{path} or a file named in it cannot be used: {reason(error)}") from None
     except (yaml.YAMLError, *NO_ANSWER):
-        # Without the cause, which may show what is in the file.
+        # Do not show the cause: it may show the file's content.
         raise DrillError(
             f"{path} must be YAML with basic_auth (username, and password or password_file) or authorization "
             "(credentials or credentials_file), and tls_config (ca_file) if needed"
@@ -93,7 +93,7 @@ def reason(error: Exception) -> str:
 
 
 class Prometheus(Connection):
-    """What the drill asks a Prometheus. Answers of another form than expected raise one of `NO_ANSWER`."""
+    """A Prometheus. Answers of an unexpected form raise one of `NO_ANSWER`."""
 
     def get(self, path: str, **parameters: str) -> Any:
         return self.json(f"/api/v1/{path}", **parameters)["data"]
@@ -102,7 +102,7 @@ class Prometheus(Connection):
         return self.get("query", query=expression)["result"]
 
     def rule(self) -> dict[str, Any] | None:
-        """The critical alert as it is loaded, with its group's `interval`. Durations are in seconds."""
+        """The critical alert as loaded, with its group's `interval`. Durations are in seconds."""
         for group in self.get("rules", type="alert")["groups"]:
             for rule in group["rules"]:
                 if {"alertname": rule["name"], "severity": rule["labels"].get("severity")} == ALERT:
@@ -110,7 +110,7 @@ class Prometheus(Connection):
         return None
 
     def target(self, run: str) -> dict[str, Any] | None:
-        """The target of `run`, whichever job it belongs to and whatever relabeling makes of its labels."""
+        """The target of `run`, in any job and with any relabeling."""
         targets = self.get("targets", state="active")["activeTargets"]
         return next((target for target in targets if target["discoveredLabels"].get("run") == run), None)
 
@@ -122,7 +122,7 @@ class Prometheus(Connection):
 
 
 class Alertmanager(Connection):
-    """What the drill asks an Alertmanager. Answers of another form than expected raise one of `NO_ANSWER`."""
+    """An Alertmanager. Answers of an unexpected form raise one of `NO_ANSWER`."""
 
     def alert(self, labels: Mapping[str, str]) -> dict[str, Any] | None:
         filters = [f"{name}={quoted(value)}" for name, value in labels.items()]
@@ -133,21 +133,21 @@ class Alertmanager(Connection):
         return f"{identifier} by {silence['createdBy']} until {silence['endsAt']}: {silence['comment']}"
 
     def failed_notifications(self) -> list[str]:
-        """Its counters of attempts to deliver that failed, where they are not zero."""
+        """Alertmanager's counters of failed deliveries that are not zero."""
         name = "alertmanager_notification_requests_failed_total{"
         return [line for line in self.text("/metrics").splitlines() if line.startswith(name) and line[-2:] != " 0"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """A step that was seen: its Unix time, by the clock of the server that told of it, and what was seen."""
+    """A step that was seen: its Unix time, by the clock of the server that reported it, and a note."""
 
     time: float
     note: str = ""
 
 
 class Notifications:
-    """Alerts that the receiver appends to its file from now on."""
+    """Alerts that the receiver appends to its file after this object is made."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -171,5 +171,5 @@ class Notifications:
 
 
 def quoted(text: str) -> str:
-    """`text` as a string of PromQL and of Alertmanager's matchers."""
+    """`text` as a string literal of PromQL and of Alertmanager's matchers."""
     return json.dumps(text, ensure_ascii=False)

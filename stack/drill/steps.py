@@ -16,13 +16,13 @@ from stack.drill.clients import ALERT, NO_ANSWER, Alertmanager, Event, Notificat
 from stack.processes import START_TIMEOUT, ChildProcess
 from stack.servers import ROOT
 
-STOP_TIMEOUT = 30.0  # seconds; the trainer ends after the running gradient step
+STOP_TIMEOUT = 30.0  # seconds; the trainer first finishes its gradient step
 LOOK_BACK = 300.0  # seconds; the rule also holds while most gradient steps within them were critical
-# Updates short enough for a timeline.
+# Short updates, for an exact timeline.
 TRAINER_FLAGS = ("--num-envs", "16", "--rollout-steps", "64", "--minibatch-size", "256")
 
 CROSSED, NOTIFIED = "gradient crossed the threshold", "notification received"
-RECOVERED, TOLD_OVER = "gradient fell below the threshold", "resolved notification received"
+RECOVERED, NOTIFIED_RESOLVED = "gradient fell below the threshold", "resolved notification received"
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Step:
     """A step of the drill.
 
     Attributes:
-        name: its row of the timeline.
-        seconds: how long it takes by the rule's own waits or Alertmanager's, beyond the patience that every step gets.
-        look: the event, or None while it has not come.
-        advice: what to check when it does not come.
+        name: its name in the timeline.
+        seconds: the waits of the rule or Alertmanager in this step; every step gets the patience on top.
+        look: returns the event, or None until it comes.
+        advice: returns what to check if it does not come.
     """
 
     name: str
@@ -63,15 +63,15 @@ class DrilledRun:
         self.process = ChildProcess("trainer", command, "", output=work / "trainer.log", directory=ROOT)
 
     def target_file(self) -> Path | None:
-        """The file that names this run to Prometheus."""
+        """This run's target file."""
         for path in self.targets.glob("ppo-*.json"):
-            with contextlib.suppress(*NO_ANSWER):  # somebody else's, in whatever form
+            with contextlib.suppress(*NO_ANSWER):  # a file of somebody else, in any form
                 if json.loads(path.read_text())[0]["labels"][RUN_LABEL] == self.run:
                     return path
         return None
 
     def end(self) -> None:
-        """End the trainer, and take its target from Prometheus, however it ended."""
+        """End the trainer and remove its target, however it ended."""
         self.process.stop(seconds=STOP_TIMEOUT)
         if path := self.target_file():
             path.unlink(missing_ok=True)
@@ -79,10 +79,10 @@ class DrilledRun:
 
 @dataclass(frozen=True)
 class Drill:
-    """What is followed in one drill, and whom to ask when a step does not come.
+    """One drill: the run, and the servers that show its alert.
 
     Attributes:
-        rule: as `Prometheus.rule` gives it.
+        rule: from `Prometheus.rule`.
         notification_wait: how long Alertmanager may hold a notification back, in seconds.
     """
 
@@ -99,9 +99,9 @@ class Drill:
         return {**ALERT, RUN_LABEL: self.drilled.run}
 
     def steps(self) -> Iterator[Step]:
-        """Every step in its order. Between them the run becomes critical and recovers."""
+        """All steps in order. Between them the run becomes critical and recovers."""
         hold, keep = self.rule["duration"], self.rule["keepFiringFor"]
-        interval = 2 * self.rule["interval"]  # the series that the rule reads are recorded once in an interval, too
+        interval = 2 * self.rule["interval"]  # the rule reads series that are recorded once per interval
         cv, critical = self._of_run(GRADIENT_CV), self._of_run(GRADIENT_CV, **{HEALTH_LABEL: HealthLevel.CRITICAL})
         pending, firing = (_selector("ALERTS", alertstate=state, **self.labels) for state in ("pending", "firing"))
 
@@ -114,11 +114,13 @@ class Drill:
             yield Step("alert pending", interval, self._sampled(pending), self._why_no_alert)
         yield Step("alert firing", hold + interval, self._sampled(firing), self._why_no_alert)
         yield Step("Alertmanager has it", interval, self._in_alertmanager, self._why_not_in_alertmanager)
-        yield Step(NOTIFIED, self.notification_wait, lambda: self._told("firing"), self._why_not_notified)
+        yield Step(NOTIFIED, self.notification_wait, lambda: self._notified("firing"), self._why_not_notified)
         self.drilled.fault.unlink()
         yield Step(RECOVERED, 0, lambda: self._level(critical=False), self._why_not_critical)
         yield Step("alert resolved", LOOK_BACK + keep + interval, lambda: self._over(firing), self._why_no_alert)
-        yield Step(TOLD_OVER, self.notification_wait, lambda: self._told("resolved"), self._why_not_notified)
+        yield Step(
+            NOTIFIED_RESOLVED, self.notification_wait, lambda: self._notified("resolved"), self._why_not_notified
+        )
 
     def _of_run(self, family: MetricFamily, **labels: str) -> str:
         return _selector(family.name, **{RUN_LABEL: self.drilled.run}, **labels)
@@ -133,7 +135,7 @@ class Drill:
         return Event(path.stat().st_mtime) if (path := self.drilled.target_file()) else None
 
     def _level(self, critical: bool) -> Event | None:
-        """When the run came to its level, if that is critical, or is not."""
+        """When the run reached its level; None unless that level is critical, or not, as asked."""
         cv, since = (self.prometheus.query(self._of_run(family)) for family in (GRADIENT_CV, GRADIENT_LEVEL_SINCE))
         if not cv or not since or (cv[0]["metric"][HEALTH_LABEL] == HealthLevel.CRITICAL) != critical:
             return None
@@ -143,13 +145,13 @@ class Drill:
         alert = self.alertmanager.alert(self.labels)
         return alert and Event(datetime.fromisoformat(alert["updatedAt"]).timestamp(), f"for {_receivers(alert)}")
 
-    def _told(self, status: str) -> Event | None:
+    def _notified(self, status: str) -> Event | None:
         return self.notifications.find(status, self.labels)
 
     def _over(self, firing: str) -> Event | None:
         if self.prometheus.query(firing):
             return None
-        # The evaluation that found it resolved left no sample; it came one interval after the last that did.
+        # The resolving evaluation left no sample; it came one interval after the last sample.
         return Event(self._times(firing)[-1] + self.rule["interval"])
 
     def _why_not_scraped(self) -> str:
@@ -161,14 +163,14 @@ class Drill:
             )
         return (
             f"Prometheus has the target {target['scrapeUrl']} in {target['scrapePool']}, health {target['health']}: "
-            f"{target['lastError'] or 'no error'}. Can it be reached from Prometheus, is it scraped often enough "
+            f"{target['lastError'] or 'no error'}. Can Prometheus reach it, is it scraped often enough "
             f"(--patience), and do `metric_relabel_configs` keep the label {RUN_LABEL} and the metrics?"
         )
 
     def _why_not_critical(self) -> str:
         return (
-            f"{self._series()} Has the run heads enough to reach the threshold, and does another setting of the "
-            f"trainer undo the drill? {self._why_not_scraped()}"
+            f"{self._series()} Has the run enough heads to reach the threshold? Does another setting of the trainer "
+            f"undo the drill? {self._why_not_scraped()}"
         )
 
     def _why_no_alert(self) -> str:
@@ -177,7 +179,7 @@ class Drill:
             return f"Prometheus no longer has the rule {ALERT['alertname']}; was its configuration changed?"
         if rule.get("lastError"):
             return f"The rule fails: {rule['lastError']}"
-        return f"The rule asks for {' '.join(rule['query'].split())}. {self._series()}"
+        return f"The rule's expression is {' '.join(rule['query'].split())}. {self._series()}"
 
     def _series(self) -> str:
         series = self.prometheus.query(self._of_run(GRADIENT_CV))
@@ -201,8 +203,8 @@ class Drill:
             return f"The alert is muted by the time intervals {', '.join(status['mutedBy'])}."
         failed = "; ".join(self.alertmanager.failed_notifications()) or "none"
         return (
-            f"Alertmanager routes the alert to {_receivers(alert) if alert else 'its receivers'}; attempts to deliver "
-            f"that failed since it started: {failed}. Does this receiver's webhook lead to the one that writes "
+            f"Alertmanager routes the alert to {_receivers(alert) if alert else 'its receivers'}; failed "
+            f"deliveries since it started: {failed}. Does this receiver's webhook lead to the process that writes "
             f"{self.notifications.path} (--receiver-log), with `send_resolved`, and does that run? Has its route "
             "`mute_time_intervals`, or a `group_wait` or `group_interval` above --notification-wait?"
         )

@@ -129,7 +129,6 @@ def test_three_heads_calibrated_on_healthy_runs_are_told_of_a_fault_that_two_cou
     assert levels == {2.0: HealthLevel.WARNING, thresholds[1]: HealthLevel.CRITICAL}
 
 
-@pytest.mark.processes
 def test_prometheus_text_files_and_table_give_the_same_thresholds(healthy, tmp_path, servers, start_prometheus, capsys):
     began, lines = time.time() - 3600, []
     for path in sorted((healthy / "files").iterdir()):

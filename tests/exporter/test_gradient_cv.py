@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import pytest
 
+import exporter
 from exporter import HealthLevel, Thresholds, cv_text, gradient_cv, gradient_cv_ceiling, unreachable_critical_warning
 
 
@@ -100,6 +101,11 @@ def test_says_when_critical_cannot_be_reached():
     assert "critical at 0.8 can never be reached" in unreachable_critical_warning(1, Thresholds(critical=0.8))
     assert "warning at 1.8 and critical at 2.0 can never be" in unreachable_critical_warning(3, Thresholds(warning=1.8))
     assert "critical at 2.7 can never be reached" in unreachable_critical_warning(7, Thresholds(critical=2.7))
+
+
+@pytest.mark.parametrize("name", exporter.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(exporter, name) is not None
 
 
 def test_reading_and_serving_does_not_take_torch():

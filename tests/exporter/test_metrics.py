@@ -14,7 +14,15 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from exporter import HealthLevel, MetricsServer, RunAggregator, Thresholds, emit_ppo_update
-from exporter.metrics import GuardedCollectors, RunCollector, build_collectors, build_registry
+from exporter import metrics as declared
+from exporter.metrics import (
+    METRIC_FAMILIES,
+    GuardedCollectors,
+    MetricFamily,
+    RunCollector,
+    build_collectors,
+    build_registry,
+)
 from exporter.snapshot import Snapshot
 from exporter.telemetry import GradientStep, summarize_gradient_steps
 
@@ -69,6 +77,10 @@ def test_every_family_is_as_recorded(aggregator, servers):
     for families in (parse_text(text), parse_openmetrics(openmetrics)):
         names = {family.name.removesuffix("_total") for family in families}
         assert {"ppo_gradient_cv", "ppo_gradient_cv_per_step", "process_cpu_seconds", "python_info"} <= names
+
+
+def test_every_family_that_is_declared_is_served():
+    assert [f.name for f in METRIC_FAMILIES] == [f.name for f in vars(declared).values() if isinstance(f, MetricFamily)]
 
 
 def test_before_the_first_update_a_run_is_there_and_healthy(aggregator):

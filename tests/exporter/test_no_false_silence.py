@@ -153,14 +153,17 @@ def test_the_first_one_is_said_at_once_everywhere_whatever_the_trainer_does_with
     assert caplog.text.count("NaN or infinite") == 1
 
 
-def test_an_overflow_that_the_scaler_gives_up_is_not_said(heads, aggregator, caplog):
-    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), sgd(heads)
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_an_overflow_that_a_scaler_gives_up_is_not_said_unless_it_is_switched_off(
+    heads, aggregator, caplog, is_enabled
+):
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=is_enabled), sgd(heads)
     GradientMonitor(heads, "r", before_clipping=True, grad_scaler=scaler, aggregator=aggregator).attach(optimizer)
     scaler.scale(heads["left"](torch.full((8, 4), 1e38)).mean() * 1e38).backward()
     scaler.step(optimizer)
     scaler.update()
-    assert "NaN or infinite" not in caplog.text
-    assert run_of(aggregator).gradient_quality.health is HealthLevel.HEALTHY
+    assert ("NaN or infinite" in caplog.text) is not is_enabled
+    assert (run_of(aggregator).gradient_quality.health is HealthLevel.HEALTHY) is is_enabled
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])

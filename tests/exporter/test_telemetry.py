@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from exporter import HealthLevel, PPOUpdatePayload, RunAggregator, emit_ppo_update
-from exporter.telemetry import GradientStep, summarize_gradient_steps
+from exporter.telemetry import TRAINING_SIGNALS, GradientStep, summarize_gradient_steps
 
 STEPS = [
     GradientStep({"op": 1.0, "slot": 3.0}, 4.0),
@@ -30,6 +30,12 @@ def test_a_summary_takes_each_head_over_the_steps_it_took_part_in():
     assert summary["head_gradient_norms"] == {"op": 1.0, "slot": 2.0}
     assert math.isnan(summarize_gradient_steps(STEPS[2:])["head_gradient_norms"]["op"])
     assert summarize_gradient_steps([GradientStep({"op": 1.7e308}, 1.7e308)] * 2)["gradient_norm"] == 1.7e308
+
+
+def test_every_optional_number_of_a_payload_is_exported():
+    optional = {field.name for field in dataclasses.fields(PPOUpdatePayload) if field.type == float | None}
+    others = {"gradient_norm", "update_duration_seconds", "rollout_duration_seconds"}
+    assert sorted(TRAINING_SIGNALS) == sorted(optional - others)
 
 
 def test_a_run_is_healthy_at_zero_before_its_first_update():

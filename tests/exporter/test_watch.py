@@ -198,14 +198,22 @@ def test_what_is_no_optimizer_is_named_with_its_module(heads, aggregator):
         GradientMonitor(heads, "r", aggregator=aggregator).attach(SimpleNamespace(inner=1))
 
 
-def test_gradients_that_are_averaged_by_hand_are_measured_when_they_are_ready(heads, aggregator):
+@pytest.mark.parametrize("before_clipping", [False, True])
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_gradients_that_are_averaged_by_hand_are_measured_when_they_are_ready(
+    heads, aggregator, before_clipping, is_scaled
+):
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.1)
-    monitor = GradientMonitor(heads, "r", window_steps=1, before_clipping=True, aggregator=aggregator).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=is_scaled)
+    options = dict(before_clipping=before_clipping, grad_scaler=scaler, aggregator=aggregator)
+    monitor = GradientMonitor(heads, "r", window_steps=1, **options).attach(optimizer)
     expected = {name: norm / 2 for name, norm in backward(heads).items()}
     for parameter in heads.parameters():
-        parameter.grad.mul_(0.5)
+        parameter.grad.mul_(0.5 * scaler.get_scale())
     monitor.gradients_ready()
+    scaler.scale(torch.zeros(()))  # as of a loss
+    scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(heads.parameters(), 1e-3)
-    optimizer.step()
+    scaler.step(optimizer)
     assert norms(aggregator) == pytest.approx(expected, rel=1e-5)
     assert math.isfinite(aggregator.snapshot.runs["r"].gradient_quality.gradient_cv)

@@ -1,6 +1,7 @@
 """CleanRL's and LeanRL's own files with the lines of the recipe in them, run to their end and scraped meanwhile.
 
-Nothing of theirs is in this repository: SINGLE_FILES names a folder that has cleanrl/ppo.py and the others.
+Nothing of theirs is in this repository: SINGLE_FILES names folders, with colons between them, that have cleanrl/ppo.py
+and the others. docs/recipes/README.md says how to get them.
 """
 
 import os
@@ -41,9 +42,10 @@ def test_every_file_of_the_recipe_is_run_here():
 
 @pytest.mark.parametrize("file", ARGUMENTS)
 def test_a_file_with_the_lines_of_the_recipe_serves_every_step_of_its_heads(file: str, tmp_path: Path):
-    folder = os.environ.get("SINGLE_FILES")
-    if not folder or not (Path(folder) / file).exists():
-        pytest.skip(f"SINGLE_FILES names no folder that has {file}")
+    folders = os.environ.get("SINGLE_FILES", "").split(os.pathsep)
+    source = next((path for path in (Path(folder) / file for folder in folders if folder) if path.exists()), None)
+    if source is None:
+        pytest.skip(f"SINGLE_FILES names no folder that has {file}: docs/recipes/README.md")
     for library in ("tyro", "tensorboard", *(["wandb", "tqdm", "tensordict"] if "leanrl" in file else [])):
         pytest.importorskip(library)
     arguments, heads, steps = ARGUMENTS[file]
@@ -51,7 +53,7 @@ def test_a_file_with_the_lines_of_the_recipe_serves_every_step_of_its_heads(file
         pytest.importorskip("mujoco")
     port = free_ports().prometheus
     program = tmp_path / Path(file).name
-    program.write_text(changed(file, (Path(folder) / file).read_text(), port))
+    program.write_text(changed(file, source.read_text(), port))
     updates = 12
     per_update = int(arguments[arguments.index("--num-steps") + 1]) * (4 if file == "cleanrl/ppo.py" else 1)
     command = [sys.executable, program, *arguments, "--total-timesteps", str(updates * per_update)]

@@ -256,7 +256,7 @@ def test_an_unusable_file_of_credentials_is_refused_without_showing_it(tmp_path,
     [
         (["--prometheus-url", "http://drill:geheim@127.0.0.1:9090"], "name a file with --...-http-config"),
         (["--prometheus-url", "http://drill:geheim@["], "name a file with --...-http-config"),
-        (["--patience", "x"], "'x' is no number of seconds above 0"),
+        (["--patience", "x"], "'x' is not a number of seconds above 0"),
         (["--", "--run", "other"], "the trainer's --run is set by the drill: use --run before the --"),
     ],
 )

@@ -258,9 +258,9 @@ def test_a_nan_is_skipped_and_shown_or_stops_the_run_with_the_head_named(run, tm
         (
             ["--env", "Pendulum-v1"],
             2,
-            "action space Box(-2.0, 2.0, (1,), float32) is not supported; supported are Discrete",
+            "action space Box(-2.0, 2.0, (1,), float32) is not supported; use Discrete",
         ),
-        (["--env", "Taxi-v4"], 2, "observation space Discrete(500) is not supported; supported is a Box"),
+        (["--env", "Taxi-v4"], 2, "observation space Discrete(500) is not supported; use a Box"),
         (["--device", "cudda"], 2, "device 'cudda'"),
         # Where the environment would live on the device too.
         (["--device", "cuda:99", "--num-envs", "1024"], 2, "device 'cuda:99'"),
@@ -268,7 +268,7 @@ def test_a_nan_is_skipped_and_shown_or_stops_the_run_with_the_head_named(run, tm
         (
             "--env CartPole-v1 --vectorization vector_entry_point --rollout-steps 1 --minibatch-size 2".split(),
             2,
-            "rollout-steps must be at least 2: CartPole-v1 spends a step on every reset",
+            "rollout-steps must be at least 2: CartPole-v1 uses a step for every reset",
         ),
         (["--metrics-address", "203.0.113.7"], 1, "cannot serve /metrics on 203.0.113.7:0"),
     ],

@@ -27,8 +27,8 @@ def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
     ("text", "message"),
     [
         ("seed: 1\nnum_env: 3\n", r"run.yml:2: unknown key 'num_env'; did you mean num_envs\?"),
-        ("seed: 1\nepochs: 2\nseed: 2\n", r"run.yml:3: key 'seed' is there twice, before at .*run.yml:1: seed"),
-        ("num-envs: 8\nnum_envs: 8\n", r"run.yml:2: key 'num_envs' is there twice"),
+        ("seed: 1\nepochs: 2\nseed: 2\n", r"run.yml:3: key 'seed' is set twice, first at .*run.yml:1: seed"),
+        ("num-envs: 8\nnum_envs: 8\n", r"run.yml:2: key 'num_envs' is set twice"),
         ("epochs: four\n", r"run.yml:1: epochs must be a whole number, got 'four'"),
         ("epochs: 4.0\n", r"epochs must be a whole number, got 4.0"),
         ("epochs: true\n", r"epochs must be a whole number, got True"),

@@ -98,8 +98,8 @@ def _plain(action):
     [
         (spaces.Discrete(1), "leaves nothing to choose"),
         (spaces.MultiDiscrete([1, 1]), "leaves nothing to choose"),
-        (spaces.Box(0, 1, (2,)), r"action space Box.* supported are Discrete"),
-        (spaces.MultiDiscrete([[2, 3]]), r"action space MultiDiscrete.* supported are Discrete"),
+        (spaces.Box(0, 1, (2,)), r"action space Box.* use Discrete"),
+        (spaces.MultiDiscrete([[2, 3]]), r"action space MultiDiscrete.* use Discrete"),
         (spaces.Dict({"move": spaces.Discrete(2), "force": spaces.Box(0, 1)}), r"action space Box.* is not supported"),
         (
             spaces.Dict({"a": spaces.Tuple((spaces.Discrete(2),)), "a_0": spaces.Discrete(2)}),
@@ -136,8 +136,8 @@ def test_a_vector_class_that_does_not_say_its_autoreset_mode_is_taken_for_gymnas
     assert training_environment("own", Plain()).notes == ()
     silent = training_environment("own", Plain(metadata={}))
     assert silent.autoreset_mode is AutoresetMode.NEXT_STEP
-    assert "taken for NEXT_STEP" in silent.notes[0] and 'metadata = {"autoreset_mode": ' in silent.notes[0]
-    with pytest.raises(UnsupportedEnvironment, match="autoreset_mode is 'sometimes', which is none of Gymnasium's"):
+    assert "sets no autoreset_mode" in silent.notes[0] and 'metadata = {"autoreset_mode": ' in silent.notes[0]
+    with pytest.raises(UnsupportedEnvironment, match="autoreset_mode is 'sometimes', which is not one of Gymnasium's"):
         training_environment("own", Plain(metadata={"autoreset_mode": "sometimes"}))
 
 
@@ -209,5 +209,5 @@ def test_a_run_keeps_the_arguments_of_its_environment(cli, tmp_path):
     cli(*flags, "--env-kwargs", '{"max_episode_steps": 5}', "--total-timesteps", "64")
     assert "length 5.0" in cli(*flags, "--resume", "--total-timesteps", "96")[0]
     _, refused = cli(*flags, "--resume", "--env-kwargs", '{"max_episode_steps": 6}', code=2)
-    assert "has {'max_episode_steps': 5}, and that cannot change on the way; got {'max_episode_steps': 6}" in refused
+    assert "has {'max_episode_steps': 5}, which a resume cannot change; got {'max_episode_steps': 6}" in refused
     assert "length mean 5.0" in cli("evaluate", tmp_path / "demo", "--episodes", "2")[0]

@@ -112,7 +112,7 @@ def test_a_dead_rank_ends_the_job_names_itself_and_leaves_a_target_and_a_checkpo
             job.terminate()
             job.wait(60)
     said = output.read_text()
-    assert "rank 0 cannot go on without the others" in said
+    assert "rank 0 cannot continue without the others" in said
     assert re.search(r"rank +: 1 .*\n +exitcode +: -9", said)  # torchrun's report
     assert re.search(r"^demo: failed after update \d+", said, re.MULTILINE)
     assert [json.loads(path.read_text())[0]["labels"]["run"] for path in (tmp_path / "targets").glob("*.json")] == [
@@ -151,7 +151,7 @@ def test_ranks_whose_torchrun_was_killed_end_with_a_checkpoint_and_leave_the_tar
             job.kill()
             job.wait(60)
     wait_until(lambda: not ranks_in(tmp_path), "the end of the ranks")
-    assert "torchrun has died, and its ranks do not go on without it" in output.read_text()
+    assert "torchrun has died, so its ranks stop" in output.read_text()
     last = int(re.search(r"^demo: failed after update (\d+)", output.read_text(), re.MULTILINE)[1])
     assert (tmp_path / "demo" / f"update-{last:08}.pt").exists()
     assert len(list((tmp_path / "targets").glob("*.json"))) == 1
@@ -167,7 +167,7 @@ def test_a_rank_that_stays_silent_is_given_up_after_the_timeout(tmp_path):
             wait_until(lambda: re.search(r"^update ", output.read_text(), re.MULTILINE), "an update")
             silent = ranks_in(tmp_path)[1]
             os.kill(silent, signal.SIGSTOP)
-            wait_until(lambda: "rank 0 cannot go on without the others" in output.read_text(), "an error", 40)
+            wait_until(lambda: "rank 0 cannot continue without the others" in output.read_text(), "an error", 40)
         finally:
             if silent is not None:
                 os.kill(silent, signal.SIGKILL)

@@ -207,7 +207,7 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_update(tiny, place):
         train(config, place, StopRequest())
     training = Training(resumed(tiny, "--on-nonfinite", "skip"))
     assert training.updates == 8 and training.run_snapshot.gradient_quality.skipped_steps == 1
-    assert training.notes == ["other settings than in the checkpoint: on_nonfinite raise -> skip"]
+    assert training.notes == ["settings that differ from the checkpoint: on_nonfinite raise -> skip"]
 
 
 def test_an_interrupt_while_a_state_is_kept_leaves_the_one_before_whole(tiny, monkeypatch):
@@ -235,7 +235,7 @@ def test_annealing_goes_on_and_a_longer_run_anneals_over_its_whole_length(tiny, 
     train(tiny, place, StopRequest())
     done = Training(resumed(tiny))
     assert done.updates == done.config.total_updates == 12
-    assert done.notes == ["the run has reached its end, update 12; a larger --total-timesteps takes it further"]
+    assert done.notes == ["the run has reached its end, update 12; set a larger --total-timesteps to continue"]
     longer = Training(resumed(tiny, "--total-timesteps", str(32 * 24)))
     (run,) = trained(longer, 1)
     assert run.signals["learning_rate"] == pytest.approx(tiny.learning_rate / 2)
@@ -264,7 +264,7 @@ def test_what_cannot_be_restored_is_said_and_the_run_goes_on(tiny):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--num-envs", "8"), r"--num-envs: the run in .*update-00000012.pt has 4, and that cannot change"),
+        (("--num-envs", "8"), r"--num-envs: the run in .*update-00000012.pt has 4, which a resume cannot change"),
         (("--hidden-size", "16"), r"--hidden-size: the run in .* has 8"),
         (("--minibatch-size", "99"), r"--minibatch-size and .*num_envs and .*rollout_steps: a minibatch of 99"),
         (("--run", "other"), r"--resume: .*other: there is no checkpoint of the run 'other' yet"),
@@ -322,7 +322,7 @@ def test_settings_come_from_the_checkpoint_but_not_places(tiny, place, tmp_path)
     assert Training(resumed(tiny)).run_snapshot.gradient_quality.thresholds == Thresholds(0.5, 1.5)
     training = Training(resumed(tiny, "--critical-threshold", "2.5"))
     assert training.run_snapshot.gradient_quality.thresholds == Thresholds(0.5, 2.5)
-    assert "other settings than in the checkpoint: critical_threshold 1.5 -> 2.5" in training.notes
+    assert "settings that differ from the checkpoint: critical_threshold 1.5 -> 2.5" in training.notes
     config = resumed(tiny, "--epochs", "3")
     assert (config.gamma, config.log_interval, config.num_envs, config.epochs) == (0.9, 3, 4, 3)
     assert config.drill is None
@@ -340,7 +340,7 @@ def test_a_checkpoint_that_fits_no_network_is_refused(tiny, place, tmp_path):
     content = load(path)
     content["agent"]["policy"] = {name: torch.ones(3, 3) for name in content["agent"]["policy"]}
     torch.save(content, path)
-    with pytest.raises(ConfigError, match=r"update-00000012.pt: it does not fit host-growth as this version trains"):
+    with pytest.raises(ConfigError, match=r"update-00000012.pt: it does not fit host-growth in this version"):
         Training(resumed(tiny))
 
 
@@ -387,4 +387,4 @@ def test_from_the_command_line_a_signal_then_resume(cli, tmp_path):
     out, err = cli(*places, "--resume", "--total-timesteps", end)
     assert f"from {path} on, metrics at http" in out.splitlines()[0]
     assert re.search(rf"^update {int(update) + 3}/{int(update) + 3} steps {end} ", out, re.M)
-    assert err == f"warning: other settings than in the checkpoint: total_timesteps 3200000 -> {end}\n"
+    assert err == f"warning: settings that differ from the checkpoint: total_timesteps 3200000 -> {end}\n"

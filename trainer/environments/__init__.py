@@ -12,13 +12,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 DEFAULT_ENVIRONMENT = "host-growth"
 DEVICE_ENVS = 1024
-"""Host networks from which a GPU is worth the way to it."""
+"""Number of host networks from which a GPU is faster."""
 VECTORIZATIONS = ("sync", "vector_entry_point")
-"""Of Gymnasium's vectorization modes those that stay in this process."""
+"""Gymnasium's vectorization modes that stay in this process."""
 
 
 class UnsupportedEnvironment(ValueError):
-    """The environment does not exist or its spaces cannot be trained on; the message says why."""
+    """The environment does not exist, or its spaces are not supported; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class TrainingEnvironment:
         vector_env: follows Gymnasium's vector API, any autoreset mode.
         choices: name of each part of an action -> number of choices, in the order of the action space.
         observation_size: length of a flat observation.
-        notes: what a person should know before training on it.
-        heads: those of `choices` with at least two: there is nothing to learn about the others.
+        notes: warnings for people who train on it.
+        heads: the `choices` with at least two options; the others have nothing to learn.
     """
 
     vector_env: VectorEnv
@@ -61,12 +61,12 @@ class TrainingEnvironment:
             learned, choices = choices, np.zeros((len(choices), len(self.choices)), np.int64)
             choices[:, [count > 1 for count in self.choices.values()]] = learned
         space = self.vector_env.single_action_space
-        if isinstance(space, spaces.MultiDiscrete):  # as below, in one operation
+        if isinstance(space, spaces.MultiDiscrete):  # the same as below, faster
             return choices + space.start
         return _actions(space, iter(choices.T))
 
     def reset_ended(self, observations: np.ndarray, ended: np.ndarray) -> np.ndarray:
-        """`observations` [num_envs, observation_size] to go on from in DISABLED mode: new where one `ended`."""
+        """`observations` [num_envs, observation_size] with new ones where an episode `ended`, for DISABLED mode."""
         if not ended.any():
             return observations
         first, _ = self.vector_env.reset(options={"reset_mask": ended.copy()})
@@ -86,8 +86,8 @@ def make_environment(
         name: `host-growth` or the id of a registered Gymnasium environment.
         num_envs: number of copies.
         vectorization: for Gymnasium's environments, one of `VECTORIZATIONS`.
-        device: where the policy lives. On a GPU, with at least `DEVICE_ENVS` of them, so do the host networks, which
-            then take and return tensors.
+        device: device of the policy. With a GPU and at least `DEVICE_ENVS` copies, the host networks are on it too,
+            and take and return tensors.
         kwargs: arguments of the environment itself.
 
     Raises:
@@ -102,7 +102,7 @@ def make_environment(
             place = {"device": device if on_device else "cpu", "as_tensors": on_device}
             vector_env: VectorEnv = HostGrowthVectorEnv(num_envs, **place, **kwargs)
         else:
-            # SAME_STEP spends no environment step on the reset itself; a vector class has a mode of its own.
+            # SAME_STEP uses no environment step for a reset. A vector class has its own mode.
             of_vector = {"autoreset_mode": AutoresetMode.SAME_STEP} if vectorization == "sync" else None
             vector_env = gym.make_vec(
                 name, num_envs, vectorization_mode=vectorization, vector_kwargs=of_vector, **kwargs
@@ -110,7 +110,7 @@ def make_environment(
     except (gym.error.Error, ImportError) as error:
         raise UnsupportedEnvironment(f"environment {name!r}: {error}") from error
     except Exception as error:
-        # An environment may raise anything about its arguments; without any the fault is its own.
+        # An environment may raise anything about its arguments. Without arguments, the error is a bug of its own.
         if not kwargs:
             raise
         raise UnsupportedEnvironment(
@@ -122,8 +122,8 @@ def make_environment(
 def training_environment(name: str, vector_env: VectorEnv) -> TrainingEnvironment:
     """Check that `vector_env` can be trained on and read its heads.
 
-    They are named by their place in the action space, as by `exporter.space_heads`: `action`, `action_0`, or `arm_0`
-    for the first part of what `Dict` calls `arm`. An attribute `action_heads` of the environment, name -> number of
+    Heads are named by their place in the action space, as by `exporter.space_heads`: `action`, `action_0`, or `arm_0`
+    for the first part of the `Dict` entry `arm`. An attribute `action_heads` of the environment, name -> number of
     choices, gives other names.
 
     Raises:
@@ -138,8 +138,8 @@ def training_environment(name: str, vector_env: VectorEnv) -> TrainingEnvironmen
         observations = vector_env.single_observation_space
         if not (isinstance(observations, spaces.Box) and len(observations.shape) == 1):
             raise UnsupportedEnvironment(
-                f"observation space {observations} is not supported; supported is a Box with one dimension "
-                "(gymnasium.wrappers.FlattenObservation makes one of others)"
+                f"observation space {observations} is not supported; use a Box with one dimension "
+                "(gymnasium.wrappers.FlattenObservation makes one)"
             )
         notes += _autoreset_notes(vector_env)
     except UnsupportedEnvironment as error:
@@ -159,7 +159,7 @@ def _parts(space: spaces.Space, name: str = "action") -> Iterator[tuple[str, int
             yield from _parts(member, str(key) if is_named else f"{name}_{key}")
     else:
         raise UnsupportedEnvironment(
-            f"action space {space} is not supported; supported are Discrete, one-dimensional MultiDiscrete, and Dict "
+            f"action space {space} is not supported; use Discrete, one-dimensional MultiDiscrete, or Dict "
             "and Tuple of these"
         )
 
@@ -186,7 +186,7 @@ def _named(parts: list[tuple[str, int]], action_heads: Mapping[str, int] | None)
         raise UnsupportedEnvironment(
             f"its attribute action_heads is {choices}, but its action space has {len(counts)} parts with "
             f"{', '.join(map(str, counts))} choices: give each part a name and its number of choices, in this order, "
-            "or leave action_heads away"
+            "or remove action_heads"
         )
     if len(choices) < len(parts):
         raise UnsupportedEnvironment(
@@ -196,18 +196,18 @@ def _named(parts: list[tuple[str, int]], action_heads: Mapping[str, int] | None)
 
 
 def _autoreset_notes(vector_env: VectorEnv) -> list[str]:
-    """Gymnasium's own wrappers take a vector environment that does not say its mode for NEXT_STEP too, and warn."""
+    """A warning if the environment sets no mode. Like Gymnasium's own wrappers, assume NEXT_STEP then."""
     mode = vector_env.metadata.get("autoreset_mode")
     how = 'metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}'
     if mode is None:
         return [
-            "the environment does not say what it does when an episode ends, and is taken for NEXT_STEP, Gymnasium's "
-            f"default; with another mode it learns from wrong steps. Its class says it with {how}, or another mode"
+            "the environment sets no autoreset_mode; NEXT_STEP, Gymnasium's default, is assumed. If that is wrong, it "
+            f"learns from wrong steps. Set the mode in its class: {how}, or another mode"
         ]
     try:
         AutoresetMode(mode)
     except ValueError:
         raise UnsupportedEnvironment(
-            f"its autoreset_mode is {mode!r}, which is none of Gymnasium's; its class says one with {how}, or another"
+            f"its autoreset_mode is {mode!r}, which is not one of Gymnasium's; set it in its class: {how}, or another"
         ) from None
     return []

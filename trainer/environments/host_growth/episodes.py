@@ -19,11 +19,11 @@ _POINT_SCALE = 1.5
 
 
 class Episodes(NamedTuple):
-    """Tasks, fresh hosts and seeds to come of N environments.
+    """Tasks, initial hosts and future seeds of N environments.
 
     Attributes:
         points: [N, 3, training and then validation points]: two coordinates and a one.
-        signs: [N, points]: -1 for label 1 and 1 for label 0: times the logit, that of the wrong label.
+        signs: [N, points]: -1 for label 1, 1 for label 0; sign times logit is the logit of the wrong label.
         host: initial weights [N, host parameters].
         seeds: normal draws [N, SEED_DRAWS, seed parameters].
     """
@@ -35,7 +35,7 @@ class Episodes(NamedTuple):
 
 
 def draw_episodes(seeds: Tensor, episode: int) -> Episodes:
-    """The `episode`-th episode of each of `seeds` [N] int64: the same whichever others are drawn with it."""
+    """Episode number `episode` of each of `seeds` [N] int64. Each depends on its own seed only."""
     count = TRAINING_POINTS + VALIDATION_POINTS
     host_size, seeds_size = sum(HOST_SIZES), SEED_DRAWS * sum(SEED_SIZES)
     normals = 2 * count + host_size + seeds_size
@@ -62,10 +62,10 @@ def draw_episodes(seeds: Tensor, episode: int) -> Episodes:
 
 
 def _uniforms(keys: Tensor, count: int) -> Tensor:
-    """Float32 [N, count] strictly between 0 and 1 from streams that begin at `keys` [N] int64.
+    """Uniforms, float32 [N, count], strictly between 0 and 1, from streams that start at `keys` [N] int64.
 
-    SplitMix64 of Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195: each output is a function of
-    key and place alone. The upper 23 bits of each half of an output are a number that float32 holds exactly.
+    SplitMix64 of Steele, Lea and Flood 2014, https://doi.org/10.1145/2660193.2660195: each output depends only on key
+    and place. float32 represents the upper 23 bits of each half of an output exactly.
     """
     places = torch.arange(1, (count + 1) // 2 + 1, device=keys.device) * _signed(0x9E3779B97F4A7C15)
     halves = _mix(keys.unsqueeze(1) + places).view(torch.int32)[:, :count]
@@ -73,21 +73,21 @@ def _uniforms(keys: Tensor, count: int) -> Tensor:
 
 
 def _normals(uniforms: Tensor) -> Tensor:
-    """As many normal draws [N, 2 n], by Box and Muller 1958."""
+    """The same number of normal draws [N, 2 n], by Box and Muller 1958."""
     first, second = uniforms.chunk(2, dim=1)
     radius, angle = torch.sqrt(-2 * torch.log(first)), 2 * math.pi * second
     return torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1)
 
 
 def _mix(values: Tensor) -> Tensor:
-    """SplitMix64's scrambling of int64."""
+    """SplitMix64's mixing function, on int64."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values = (values ^ _shifted(values, shift)) * _signed(factor)
     return values ^ _shifted(values, 31)
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros coming in from the left."""
+    """Logical shift to the right."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 

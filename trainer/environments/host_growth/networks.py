@@ -1,8 +1,8 @@
 """The host networks and their seeds: forward, backward, Adam.
 
-All hosts are batched tensors. The backward pass is written by hand and works in buffers that are allocated once:
-nothing depends on the caller's gradient mode, and a step costs few kernels. Points run along the last axis and
-units along the one before it; biases are columns of the weights, which meet a row of ones.
+All hosts are batched tensors. The backward pass is written by hand and uses buffers that are allocated once: it does
+not depend on the caller's gradient mode, and a step takes few kernels. The last axis is points, the one before it is
+units. Biases are columns of the weights, multiplied by a row of ones.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Blueprint(IntEnum):
-    """Kind of module a seed is: its hidden units between two linear maps of the host's features."""
+    """Kind of a seed's module: hidden units between two linear maps of the host's features."""
 
     BOTTLENECK = 0  # linear, low rank
     MLP = 1  # ReLU
@@ -23,7 +23,7 @@ class Blueprint(IntEnum):
 
 
 class Alpha(IntEnum):
-    """How a seed's output f joins the host's features h at the blending level a."""
+    """How a seed's output f is combined with the host's features h at the blending level a."""
 
     ADD = 0  # h + a f
     MULTIPLY = 1  # h (1 + a f)
@@ -39,8 +39,8 @@ HOST_SIZES = (WIDTH * 3, WIDTH + 1)
 SEED_SIZES = (UNITS * (WIDTH + 1), WIDTH * UNITS)
 """Parameters into a seed's units, with the biases, and back to the features."""
 
-# Units that lead into and out of each blueprint's hidden layer; the rest of UNITS stays exactly zero. Only an MLP
-# has living units in the second half, which is the gate of a gated unit's first half.
+# Units into and out of each blueprint's hidden layer; the rest of UNITS stays exactly zero. Only an MLP uses the second
+# half as units; a gated unit uses it as the gate of the first half.
 _HALF = UNITS // 2
 _UNITS_IN = {Blueprint.BOTTLENECK: 4, Blueprint.MLP: UNITS, Blueprint.SINE: _HALF, Blueprint.GATED: UNITS}
 _UNITS_OUT = {**_UNITS_IN, Blueprint.GATED: _HALF}
@@ -48,7 +48,7 @@ _UNITS_OUT = {**_UNITS_IN, Blueprint.GATED: _HALF}
 LEARNING_RATE = 0.03
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
 GRADIENT_LIMIT = 1.0
-"""Gradients are clipped to it by value, which keeps the squares in Adam's state finite."""
+"""Gradients are clipped to it by value, so that the squares in Adam's state stay finite."""
 
 
 def parameter_count(blueprint: Blueprint) -> int:
@@ -57,10 +57,10 @@ def parameter_count(blueprint: Blueprint) -> int:
 
 
 def seed_scales(device: torch.device | str = "cpu") -> Tensor:
-    """What turns normal draws into initial weights: [blueprints + 1, seed parameters].
+    """Factors that turn normal draws into initial weights: [blueprints + 1, seed parameters].
 
-    Zero where the blueprint has no unit, for the biases, and in the last row. What leads out is small, so that a
-    new seed hardly disturbs the host.
+    Zero for missing units, for the biases, and in the last row. Weights out of the units are small, so that a new seed
+    hardly changes the host.
     """
     scales = torch.zeros(len(Blueprint) + 1, sum(SEED_SIZES))
     for blueprint in Blueprint:
@@ -71,7 +71,7 @@ def seed_scales(device: torch.device | str = "cpu") -> Tensor:
 
 
 class HostNetworks:
-    """N hosts with S slots each, and Adam's averages for them.
+    """N hosts with S slots each, and their Adam optimizers.
 
     Attributes:
         host: [N, host parameters].
@@ -93,12 +93,12 @@ class HostNetworks:
         )
 
     def set_modules(self, blueprint: Tensor, combination: Tensor) -> None:
-        """What `Blueprint` each slot's seed is, and which `Alpha` joins it: both [S, N] int64."""
+        """Set each slot's `Blueprint` and `Alpha`: both [S, N] int64."""
         kinds = torch.add(combination, blueprint, alpha=len(Alpha)).flatten()
         torch.index_select(self._constants_of, 0, kinds, out=self.constants.view(-1, len(_CONSTANTS)))
 
 
-# What the forward and the backward pass multiply with, or compare with, for each blueprint and combination.
+# Constants of the forward and the backward pass for each blueprint and combination.
 _CONSTANTS = {
     "floor": lambda blueprint, alpha: 0.0 if blueprint is Blueprint.MLP else -math.inf,
     "sine": lambda blueprint, alpha: float(blueprint is Blueprint.SINE),
@@ -111,13 +111,13 @@ _CONSTANTS = {
 
 
 class Pass:
-    """The way of B points through all networks, and of the gradient back, in buffers of its own.
+    """Forward and backward pass of B points through all networks, in buffers of its own.
 
     Args:
-        networks: whose weights it reads, whatever they are when it is called.
+        networks: the networks; each call reads their current weights.
         points: B.
-        one_level: whether a seed is blended alike into all points.
-        has_gradient: whether `backward` is called; otherwise the slots share their buffers.
+        one_level: whether a seed has the same blending level for all points.
+        has_gradient: whether `backward` will be called; otherwise the slots share their buffers.
     """
 
     def __init__(self, networks: HostNetworks, points: int, *, one_level: bool, has_gradient: bool) -> None:
@@ -135,7 +135,7 @@ class Pass:
         self._keep, self._by_one, self._by_h = (new(slots, n, 1, 1 if one_level else points) for _ in range(3))
         shape = (held, n, UNITS, points)
         self._u, f = new(shape), new(shape)
-        # Without a way back, everything is computed in place: what is in the cache is fast.
+        # Without a backward pass, compute everything in place: it stays in the cache.
         self._z, self._factor, self._whole = (
             (new(shape), new(shape), new(shape[1:])) if has_gradient else (self._u, self._u, f[0])
         )
@@ -149,7 +149,7 @@ class Pass:
             seed_in, seed_out = _seed_weights(networks.seeds[slot])
             u, z = self._u[own], self._z[own]
             floor, sine, gate_floor, second_half, *_ = networks.constants[slot].view(n, -1, 1, 1).unbind(1)
-            # Views, made once: the first and the second half of the units apart, the features without the ones as h.
+            # Views, made once: the two halves of the units, and h, the features without the ones.
             self._slots.append(
                 SimpleNamespace(
                     seed_in=seed_in,
@@ -180,7 +180,7 @@ class Pass:
         self._multiplies, self._interpolates = networks.constants[..., -2:, None, None].unbind(2)
 
     def forward(self, x: Tensor, levels: Tensor) -> Tensor:
-        """Logits [N, B], which the next call overwrites.
+        """Logits [N, B]; the next call overwrites them.
 
         Args:
             x: points [N, 3, B]: two coordinates and a one.
@@ -204,11 +204,11 @@ class Pass:
         return torch.bmm(self._outward, self._last, out=self._logits).squeeze(1)
 
     def backward(self, x: Tensor, logit_gradient: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Gradients of a scalar whose gradient by the logits of the last `forward(x, ...)` is [N, B].
+        """Gradients of a scalar, from its gradient [N, B] by the logits of the last `forward(x, ...)`.
 
         Returns:
-            Of `host` [N, ...] and of `seeds` [S, N, ...], each in two parts as `HOST_SIZES` and `SEED_SIZES` say;
-            the next call overwrites them.
+            Gradients of `host` [N, ...] and of `seeds` [S, N, ...], each in two parts, split as in `HOST_SIZES` and
+            `SEED_SIZES`; the next call overwrites them.
         """
         g, half, other = self._gradient, self._half, self._other_half
         by_z, by_z_first, by_z_second = self._by_z, self._by_z[:, :_HALF], self._by_z[:, _HALF:]
@@ -218,13 +218,13 @@ class Pass:
         torch.bmm(by_logits, self._last.mT, out=outward_gradient)
         torch.mul(self._outward_transposed, by_logits, out=g)
         for s in reversed(self._slots):
-            # What is read for the last time gives its place to its gradient.
+            # A tensor that is read for the last time is overwritten by its gradient.
             by_f = torch.mul(g, s.factor, out=s.factor)
             g.mul_(s.f.mul_(s.by_h).add_(s.keep))
             torch.bmm(s.seed_out_transposed, by_f, out=by_z)
             slope = torch.gt(s.u_first, s.floor, out=half).lerp_(torch.cos(s.u_first, out=other), s.sine)
             torch.mul(by_z_first, slope.mul_(s.gate), out=s.u_first)
-            # z is the gated value already, and no other blueprint lets anything through 1 - gate.
+            # z is already gated, and 1 - gate is 0 for all other blueprints.
             by_gate = by_z_first.mul_(s.z_first)
             by_gate.addcmul_(by_gate, s.gate, value=-1)
             torch.addcmul(by_gate, by_z_second, torch.gt(s.z_second, 0, out=half), out=s.u_second)
@@ -243,13 +243,13 @@ class Pass:
 class Adam:
     """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980, algorithm 1) in place.
 
-    Every row of the weights has a number of updates of its own. The averages are kept free of bias: m / (1 - beta**t)
-    is a running average in which the t-th gradient has the share (1 - beta) / (1 - beta**t). The first has all of
-    it, so nothing need be cleared before a row begins anew.
+    Every row of the weights counts its own updates. The averages are stored with bias correction: m / (1 - beta**t) is
+    a running average in which the t-th gradient has the share (1 - beta) / (1 - beta**t). The first gradient has the
+    share 1, so a row can start anew without clearing.
 
     Args:
         weights: [..., P].
-        parts: of P, in which the gradients come.
+        parts: sizes of the parts of P in which the gradients come.
 
     Attributes:
         mean, square: running averages of the gradients and of their squares, as `weights`.
@@ -259,16 +259,16 @@ class Adam:
         self._weights = weights
         self.mean, self.square, self._gradient = (torch.zeros_like(weights) for _ in range(3))
         self._gradients = self._gradient.split(parts, dim=-1)
-        # Under the root: roots of exact zeros, which unused units have, take 20 times as long.
+        # Added under the root: the root of an exact zero, as unused units have, takes 20 times as long.
         self._epsilon_squared = weights.new_tensor(EPSILON**2)
 
     def step(self, gradients: tuple[Tensor, Tensor], shares: Tensor, rate: float | Tensor) -> None:
         """Take a step.
 
         Args:
-            gradients: of the columns of the weights, in parts.
-            shares: [..., 2], of the new gradient in `mean` and `square`, from `shares_of_newest`; of each row or all.
-            rate: learning rate [..., 1] of each row, or one of all.
+            gradients: gradients of the columns of the weights, in parts.
+            shares: [..., 2], share of the new gradient in `mean` and `square`, by `shares_of_newest`; per row or one.
+            rate: learning rate, [..., 1] per row, or one number.
         """
         for part, clipped in zip(gradients, self._gradients):
             torch.clamp(part, -GRADIENT_LIMIT, GRADIENT_LIMIT, out=clipped)

@@ -1,4 +1,4 @@
-"""The actions, and the stages that the seeds go through under them."""
+"""The actions, and the stages of the seeds."""
 
 import math
 from enum import IntEnum
@@ -10,7 +10,7 @@ from trainer.environments.host_growth.networks import HOST_SIZES, LEARNING_RATE,
 
 
 class Stage(IntEnum):
-    """Where a slot's seed stands."""
+    """Stage of a slot's seed."""
 
     DORMANT = 0
     TRAINING = 1
@@ -21,7 +21,7 @@ class Stage(IntEnum):
 
 
 class Curve(IntEnum):
-    """Shape of the ramp of a blend."""
+    """Shape of a blending ramp."""
 
     LINEAR = 0
     COSINE = 1
@@ -29,7 +29,7 @@ class Curve(IntEnum):
 
 
 class Op(IntEnum):
-    """What is done to the chosen slot. An op that its stage does not allow does nothing."""
+    """Operation on the chosen slot. It does nothing if the slot's stage does not allow it."""
 
     WAIT = 0
     GERMINATE = 1  # DORMANT only; reads blueprint, alpha and target (the level at which the seed trains)
@@ -38,7 +38,7 @@ class Op(IntEnum):
     FOSSILIZE = 4  # HOLDING only
 
 
-# The stage that an op leads to; all others stay as they are.
+# The stage after an op; other combinations change nothing.
 _TRANSITIONS = {
     (Stage.DORMANT, Op.GERMINATE): Stage.TRAINING,
     (Stage.TRAINING, Op.ADVANCE): Stage.BLENDING,
@@ -54,7 +54,7 @@ NUM_SLOTS = 3
 TARGETS = (0.25, 0.5, 0.75, 1.0)
 """Blending level at the end of a ramp."""
 SPEEDS = (1, 4, 8, 16)
-"""Environment steps a ramp takes."""
+"""Duration of a ramp in environment steps."""
 
 ACTION_HEADS: dict[str, int] = {
     "slot": NUM_SLOTS,
@@ -70,12 +70,12 @@ _SETTINGS = list(ACTION_HEADS)[1:-1]
 _BLUEPRINT, _ALPHA, _TARGET, _SPEED, _CURVE = range(len(_SETTINGS))
 
 _COOLED = 5  # environment steps after which a pruned slot is free
-_RENT = 0.001  # per environment step, for frozen seed parameters as many as the host's own
+_RENT = 0.001  # per environment step, for as many frozen seed parameters as the host has
 _OPTIMIZER_STATE = 3  # a parameter in training costs this many: itself and Adam's two moments
 _TRAINED = (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING)
 
 SLOT_FEATURES = len(Stage) + 2 + len(Blueprint)
-"""Of each slot in the observation: stage (one-hot), age, level, blueprint (one-hot)."""
+"""Features of a slot in the observation: stage (one-hot), age, level, blueprint (one-hot)."""
 _AGE, _LEVEL = len(Stage), len(Stage) + 1
 
 
@@ -84,15 +84,15 @@ class Slots:
 
     Attributes:
         stage, age: [S, N] int64, age in steps in this stage.
-        settings: [S, N, 5] int64, the parts of the action between slot and op that the seed was given.
-        level: [S, N], how far the seed is blended into the host, 0 to 1.
-        ramp_start: [S, N], level at which the ramp began.
+        settings: [S, N, 5] int64, the seed's settings: the parts of the action between slot and op.
+        level: [S, N], blending level of the seed in the host, 0 to 1.
+        ramp_start: [S, N], level at the start of the ramp.
         updates: [S, N] int64, Adam steps since germination.
         germinations: [N] int64, in this episode.
-        learning_rate: [S, N], 0 where no seed is trained.
-        hidden: [S, N], level at which a TRAINING seed is blended into its part of a minibatch.
-        living: [N], living seed parameters as a part of what fits.
-        rent: [N], what they cost in a step.
+        learning_rate: [S, N], 0 if no seed is trained.
+        hidden: [S, N], blending level of a TRAINING seed in its part of a minibatch.
+        living: [N], living seed parameters as a fraction of the maximum.
+        rent: [N], their cost per step.
     """
 
     def __init__(self, num_envs: int, horizon: int, device: torch.device) -> None:
@@ -112,24 +112,24 @@ class Slots:
         self.see()
 
     def state(self) -> dict[str, Tensor]:
-        """All that changes, by name; views with the environment as their first axis."""
+        """All state by name, as views with the environment as first axis."""
         names = ("stage", "age", "settings", "level", "ramp_start", "updates")
         return {"germinations": self.germinations, **{name: getattr(self, name).transpose(0, 1) for name in names}}
 
     def clear(self) -> None:
-        """Every slot is empty."""
+        """Empty every slot."""
         for tensor in self.state().values():
             tensor.zero_()
         self.see()
 
     def apply(self, actions: Tensor) -> Tensor:
-        """Do each environment's op on its slot, where the slot's stage allows it, and move the ramps.
+        """Apply each environment's op to its slot, if the slot's stage allows it, and advance the ramps.
 
         Args:
             actions: [N, 7] int64.
 
         Returns:
-            bool [N]: where a seed germinated.
+            bool [N]: whether a seed germinated.
         """
         slot, *_, op = actions.unbind(1)
         op = torch.where(slot == self._slots, op, self._wait)  # [S, N]
@@ -148,7 +148,7 @@ class Slots:
         return germinated.any(0)
 
     def _ramp(self, stage: Tensor) -> None:
-        """Move the levels of blending seeds along their curves; those at their target hold."""
+        """Move the levels of blending seeds along their curves; at the target a seed is HOLDING."""
         _, _, target, speed, curve = self.settings.unbind(-1)
         blending = stage == Stage.BLENDING
         place = torch.add(speed, curve, alpha=len(SPEEDS))
@@ -161,7 +161,7 @@ class Slots:
         self.age.masked_fill_(done, 0)
 
     def see(self) -> None:
-        """Look up what follows from the stages and the blueprints."""
+        """Look up everything that depends on stage and blueprint."""
         codes = torch.add(self.settings[..., _BLUEPRINT], self.stage, alpha=len(Blueprint)).flatten()
         looks = self._looks.index_select(0, codes).view(*self.stage.shape, -1)
         self._shown, in_host, trains, self.learning_rate, shares = looks.split((SLOT_FEATURES, 1, 1, 1, 2), dim=-1)
@@ -180,14 +180,14 @@ class Slots:
         return self.settings[..., _ALPHA]
 
     def features(self) -> Tensor:
-        """What an observation shows of the slots: [N, S * SLOT_FEATURES], a new tensor."""
+        """The slots' features in an observation: [N, S * SLOT_FEATURES], a new tensor."""
         self._shown[..., _AGE] = torch.take(self._ages, self.age)
         self._shown[..., _LEVEL] = self.level
         return self._shown.transpose(0, 1).flatten(1)
 
 
 def ramp_shape(progress: Tensor, curve: Curve) -> Tensor:
-    """Part of the way from 0 to 1 that the curve has covered at `progress` in [0, 1]; exact at both ends."""
+    """Value of the curve, 0 to 1, at `progress` in [0, 1]; exact at both ends."""
     steepness = 10.0
     edge = 1 / (1 + math.exp(steepness / 2))
     shaped = {
@@ -199,7 +199,7 @@ def ramp_shape(progress: Tensor, curve: Curve) -> Tensor:
 
 
 def _ramp_table() -> Tensor:
-    """Covered part [curves, speeds, ages]: at an age the step that follows it is over."""
+    """Values of the curves [curves, speeds, ages], each after the step that follows the age."""
     ages = torch.arange(max(SPEEDS))
     return torch.stack(
         [torch.stack([ramp_shape(((ages + 1) / speed).clamp(max=1.0), curve) for speed in SPEEDS]) for curve in Curve]
@@ -207,16 +207,16 @@ def _ramp_table() -> Tensor:
 
 
 def _code(stage: Tensor, op: Tensor, age: Tensor) -> Tensor:
-    """Row of the tables of outcomes."""
+    """Row in the outcome tables."""
     return torch.add(age.clamp(max=_COOLED), torch.add(op, stage, alpha=len(Op)), alpha=_COOLED + 1)
 
 
 def _outcome_tables() -> tuple[Tensor, Tensor]:
-    """What an op does in a stage at an age, by `_code`.
+    """The effect of an op in a stage at an age, by `_code`.
 
     Returns:
-        int64 [codes, 4]: the new stage, and as 0 or 1 whether it is the old one, whether a seed germinates, whether it
-        is trained then; bool [codes, 5]: which settings the seed reads from the action.
+        int64 [codes, 4]: the new stage, and as 0 or 1: whether it is unchanged, whether a seed germinates, whether it
+        is trained then. bool [codes, 5]: which settings the seed reads from the action.
     """
     outcomes, reads = [], []
     for stage in Stage:
@@ -232,8 +232,8 @@ def _outcome_tables() -> tuple[Tensor, Tensor]:
 
 
 def _look(stage: Stage, blueprint: Blueprint) -> list[float]:
-    """Of a slot with such a seed: what is shown of it (age and level to come), whether its level can be above 0,
-    whether it is in TRAINING, its learning rate, its part of the parameters that fit, its rent."""
+    """For a slot with such a seed: its features (age and level are filled in later), whether its level can be above 0,
+    whether it is in TRAINING, its learning rate, its fraction of the maximum number of parameters, its rent."""
     living = parameter_count(blueprint) if stage not in (Stage.DORMANT, Stage.PRUNED) else 0
     cost = living * (1 if stage is Stage.FOSSILIZED else _OPTIMIZER_STATE)
     fits = NUM_SLOTS * max(parameter_count(b) for b in Blueprint)

@@ -1,4 +1,4 @@
-"""The vector environment itself; the package says what it is about."""
+"""The vector environment; the package's docstring explains the task."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ _BATCH = 32  # points of a minibatch; the first quarter of them sees the seeds i
 _UNSEEN = _BATCH // 4
 _MAX_LOSS = 2.0  # of losses in observation and reward
 _IMPROVEMENT_SCALE = 10.0
-_VALIDATION_LOSS = 2  # its place among what is measured
+_VALIDATION_LOSS = 2  # its index in `_measured`
 
 Array = np.ndarray | Tensor
 
@@ -34,24 +34,24 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
 
     Action: `MultiDiscrete`, one part for each of `ACTION_HEADS` (also `action_heads`), in that order.
     Observation: float32 in [-2, 2]: training loss, training accuracy, validation loss, validation accuracy
-    (losses in nats, cut at 2), the change of each in the last step, the part of the episode that is over,
-    the seeds' living parameters as a part of what fits; then for each slot: stage (one-hot), age in steps
-    over `max_episode_steps`, blending level, blueprint (one-hot, zero in an empty slot).
-    Reward: 10 times the fall of the validation loss in this step, less 0.001 for each of the host's own parameter
-    counts that lives in seeds; a parameter that is still trained counts three times (it needs Adam's state).
+    (losses in nats, capped at 2), the change of each in the last step, the elapsed fraction of the episode,
+    the seeds' living parameters as a fraction of the maximum; then for each slot: stage (one-hot), age in
+    steps over `max_episode_steps`, blending level, blueprint (one-hot, zero in an empty slot).
+    Reward: 10 times the decrease of the validation loss in this step, minus the seeds' rent. The rent is 0.001 for as
+    many seed parameters as the host has; a parameter in training counts three times (it needs Adam's state).
 
     All episodes *terminate* together after `max_episode_steps`: the end belongs to the task and the observation shows
-    the time, so there is no value beyond it to bootstrap. Autoreset mode is SAME_STEP: at the end `infos` has
-    `final_obs`, an array or tensor [num_envs, features].
+    the time, so there is nothing to bootstrap. Autoreset mode is SAME_STEP: at the end `infos` has `final_obs`, an
+    array or tensor [num_envs, features].
 
-    Environment i draws its e-th episode from `(seed + i, e)` alone.
+    Episode e of environment i depends only on `(seed + i, e)`.
 
     Args:
         num_envs: at least 1.
         max_episode_steps: at least 1.
-        device: where the networks live.
-        as_tensors: take and return tensors on `device` in place of NumPy arrays on the host. No step waits for the
-            device then, and nobody looks whether the actions are in range.
+        device: device of the networks.
+        as_tensors: take and return tensors on `device` instead of NumPy arrays on the host. Then no step waits for the
+            device, and the range of actions is not checked.
 
     Raises:
         ValueError: a size is out of range.
@@ -93,7 +93,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         self._kept = (torch.arange(len(self._scales), device=device) == self._no_seed).float().unsqueeze(1)
         self._measured = torch.zeros(4, num_envs, device=device)  # loss and accuracy, training and validation
         self._seeds = self._rows.clone()
-        # All environments are at the same step of the same episode: plain numbers, so no question to the device.
+        # Plain numbers, for all environments are at the same step of the same episode: nothing waits for the device.
         self._episode = self._step = 0
         self._begun = False
 
@@ -101,13 +101,13 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         """Begin a new episode everywhere.
 
-        With a seed, environment i counts its episodes anew from `seed + i`; without one it goes on to its next.
+        With a seed, environment i starts with the first episode of `seed + i`; without one, with its next episode.
 
         Returns:
             Observations [num_envs, features] and an empty dict.
 
         Raises:
-            ValueError: a negative seed.
+            ValueError: the seed is negative or too large.
         """
         if seed is not None and not 0 <= seed < 2**62:
             raise ValueError(f"seed must be from 0 to 2**62 - 1, got {seed}")
@@ -123,7 +123,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
 
     @torch.inference_mode()
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        """Apply the actions, train every host, and measure it.
+        """Apply the actions, and train and measure every host.
 
         Args:
             actions: integers [num_envs, 7] within the sizes of `ACTION_HEADS`; as a tensor int64 on `device`.
@@ -133,7 +133,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
             and truncations [num_envs] bool (truncations always False), infos.
 
         Raises:
-            ValueError: the shape, dtype or range of actions that are no tensors is wrong.
+            ValueError: shape, dtype or range of the actions is wrong; not checked with `as_tensors`.
             RuntimeError: called before `reset`.
         """
         if not self._begun:
@@ -162,12 +162,12 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
 
     @torch.inference_mode(False)
     def state_dict(self) -> dict[str, Tensor]:
-        """Every episode in progress, and all that its future depends on besides the actions.
+        """Everything that determines the rest of every episode, besides the actions.
 
-        No generator is among it, for every episode is drawn from a seed and its number, on loading once more.
+        There is no generator in it: an episode depends only on seed and number, and is drawn again on loading.
 
         Returns:
-            Copies by name, the environment as their first axis.
+            Copies by name, with the environment as first axis.
 
         Raises:
             RuntimeError: called before `reset`.
@@ -182,11 +182,11 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
 
     @torch.inference_mode()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state_dict()` of an environment with the same arguments; nothing changes at an error.
+        """Continue from `state_dict()` of an environment with the same arguments. An error changes nothing.
 
         Raises:
-            ValueError: names, shapes or dtypes are those of another environment, or the environments are not at the
-                same step of the same episode.
+            ValueError: names, shapes or dtypes do not fit, or the environments are not at the same step of the same
+                episode.
         """
         own = self._state()
         for name, expected in {"episode": self._seeds, "step": self._seeds, **own}.items():
@@ -210,7 +210,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         self._slots.see()
 
     def _state(self) -> dict[str, Tensor]:
-        """What changes within an episode: the tensors themselves, the environment as their first axis."""
+        """The tensors that change within an episode, not copied, with the environment as first axis."""
         host, seeds = self._networks.host_adam, self._networks.seeds_adam
         of_seeds = {"seeds": self._networks.seeds, "seed_mean": seeds.mean, "seed_square": seeds.square}
         return {
@@ -232,7 +232,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
                 f"got {actions.dtype} of shape {actions.shape}"
             )
         actions = actions.astype(np.int64, order="C", copy=False)
-        outside = actions.view(np.uint64) >= limits.view(np.uint64)  # what is below zero is very large then
+        outside = actions.view(np.uint64) >= limits.view(np.uint64)  # as unsigned, a negative number is very large
         if outside.any():
             env, part = np.argwhere(outside)[0]
             raise ValueError(
@@ -248,7 +248,7 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
             return tensor.clone()  # an ordinary tensor
 
     def _next_episode(self) -> None:
-        """Fresh task, host and empty slots."""
+        """Start with a new task, a new host and empty slots."""
         self._episode, self._step = self._episode + 1, 0
         self._episodes = draw_episodes(self._seeds, self._episode)
         networks = self._networks
@@ -265,10 +265,10 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         torch.cat((_score(logits * signs), self._validate()), out=self._measured).clamp_(max=_MAX_LOSS)
 
     def _germinate(self, actions: Tensor, germinated: Tensor) -> None:
-        """Initial weights in the slots of `actions` where a seed `germinated` (bool [N])."""
+        """Set initial weights in the slots of `actions` where a seed `germinated` (bool [N])."""
         places = torch.add(self._rows, actions[:, 0], alpha=self.num_envs)
         draws = (self._slots.germinations - 1).remainder_(SEED_DRAWS).add_(self._rows, alpha=SEED_DRAWS)
-        # The last row of the scales is zero; a weight that stays is multiplied by one and added to zero.
+        # The last row of the scales is zero: where no seed germinated, weights are multiplied by one, plus zero.
         kinds = torch.where(germinated, actions[:, 1], self._no_seed)
         seeds = self._networks.seeds.flatten(0, 1)
         weights = seeds.index_select(0, places).mul_(self._kept.index_select(0, kinds))
@@ -286,11 +286,11 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
         return torch.addcmul(slots.level.unsqueeze(-1), slots.hidden.unsqueeze(-1), self._drop_path)
 
     def _train(self) -> Tensor:
-        """Take the step's Adam step; returns loss and accuracy [2, N] over the part that sees no seed in TRAINING."""
+        """Take an Adam step. Returns loss and accuracy [2, N] over the part of the minibatch without TRAINING seeds."""
         slots, networks = self._slots, self._networks
         points, signs = self._minibatch()
         wrong = self._training.forward(points, self._training_levels()) * signs
-        by_logits = torch.sigmoid(wrong).mul_(signs).mul_(1 / _BATCH)  # of the mean of softplus(wrong)
+        by_logits = torch.sigmoid(wrong).mul_(signs).mul_(1 / _BATCH)  # gradient of the mean of softplus(wrong)
         host, seeds = self._training.backward(points, by_logits)
         networks.host_adam.step(host, self._shares[self._step + 1], LEARNING_RATE)
         shares = self._shares.index_select(0, slots.updates.flatten()).view(*slots.updates.shape, -1)
@@ -310,5 +310,5 @@ class HostGrowthVectorEnv(gymnasium.vector.VectorEnv):
 
 
 def _score(wrong: Tensor) -> Tensor:
-    """Cross-entropy in nats and accuracy [2, N] of logits [N, B] for the wrong label."""
+    """Cross-entropy in nats and accuracy [2, N], from the wrong label's logits [N, B]."""
     return torch.stack((softplus(wrong), (wrong < 0).float())).mean(-1)
