@@ -10,6 +10,6 @@ COPY trainer trainer
 RUN pip install --no-cache-dir -c constraints.txt '.[trainer]'
 COPY stack stack
 
-# By its number, for Kubernetes' `runAsNonRoot` does not look names up.
+# By number: Kubernetes' `runAsNonRoot` does not look up names.
 USER 1000
 CMD ["python", "-m", "trainer"]

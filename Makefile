@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for python in python3.11 python3 python3.14 python3.13 python3.12; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 ARGS ?=
-# Of pytest-xdist: neighbours stay together, for they share servers; who has finished takes from the end of the others.
+# pytest-xdist: neighboring tests stay together, because they share servers; an idle worker takes tests from others.
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,18 +12,18 @@ SHELL := /bin/bash
 help:  ## list the targets
 	@sed -En 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 27
 
-setup: .venv/.complete .servers/.complete  ## build .venv and fetch the servers; nothing when nothing changed
+setup: .venv/.complete .servers/.complete  ## build .venv and fetch the servers, if something changed
 
-run: setup  ## start all and train; options: make run ARGS="--help", trainer's after --: ARGS="-- --help"
+run: setup  ## start everything and train; options: make run ARGS="--help", trainer's after --: ARGS="-- --help"
 	@.venv/bin/python -m stack $(ARGS)
 
-drill: setup  ## prove that paging works, against what `make run` started; options: make drill ARGS="--help"
+drill: setup  ## test paging with what `make run` started; options: make drill ARGS="--help"
 	@.venv/bin/python -m stack.drill $(ARGS)
 
 grafana: .venv/.complete  ## fetch Grafana from its publisher (some 200 MB) for `make run`; a mirror: ARGS="--help"
 	@.venv/bin/python -m stack.grafana $(ARGS)
 
-dashboards: .venv/.complete  ## write grafana/dashboards/ again, after a change of their Python
+dashboards: .venv/.complete  ## write grafana/dashboards/ after a change of their Python
 	@.venv/bin/python -m grafana $(ARGS)
 
 lint: .venv/.complete  ## check style, format and types
@@ -40,13 +40,13 @@ test: setup  ## run every test but the soak tests; pytest's options: make test A
 soak: setup  ## run the tests that take long and rarely find anything
 	@.venv/bin/python -m pytest -m soak $(ARGS)
 
-# What does not fit beside the project's own dependencies has environments of its own, in .integrations/.
+# Trainers that do not fit beside the project's own dependencies have their own environments, in .integrations/.
 OTHERS := $(notdir $(basename $(wildcard tests/integrations/environments/*.txt)))
 
-test-integrations: setup $(OTHERS:%=.integrations/%/.complete)  ## run the tests of every trainer; builds environments for them
+test-integrations: setup $(OTHERS:%=.integrations/%/.complete)  ## run the tests of every trainer; builds their environments
 	@failed=; for python in .venv/bin/python $(OTHERS:%=.integrations/%/bin/python); do \
 		echo "$$python:"; $$python -m pytest tests/integrations $(ARGS) || [ $$? = 5 ] || failed="$$failed $$python"; \
-	done; [ -z "$$failed" ] || { echo "error: tests failed in$$failed" >&2; exit 1; }  # 5: none of the tests that ARGS asks for
+	done; [ -z "$$failed" ] || { echo "error: tests failed in$$failed" >&2; exit 1; }  # 5: no test here matches ARGS
 
 .integrations/%/.complete: tests/integrations/environments/%.txt pyproject.toml
 	@rm -f $@; echo "Building .integrations/$* ..."; \
@@ -54,7 +54,7 @@ test-integrations: setup $(OTHERS:%=.integrations/%/.complete)  ## run the tests
 	.integrations/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $< -e .; \
 	touch $@
 
-# A stamp is written last, so that an interrupted set-up is done again.
+# Write the stamp last, so that an interrupted set-up is repeated.
 .venv/.complete: pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "error: Python 3.11 or newer is needed; Debian, Ubuntu: apt-get install python3.11 python3.11-venv" >&2; \

@@ -1,13 +1,13 @@
-"""What the exporter process stands, and what it costs the training.
+"""How the endpoint copes with bad clients, and what it costs training.
 
-`servers` scrapes once a second while clients hold connections, which they open again as soon as the server closes them,
-and while another process fills the server's core, as training may. Where uvicorn is installed it then does the same to
-it, with the same application and as nice as the exporter process. The server has one core, its clients another.
+`servers` scrapes once a second while clients hold connections, which they reopen when the server closes them, and while
+another process fills the server's core, as training may. If uvicorn is installed, it gets the same test, with the same
+application and niceness. The server has one core, its clients another.
 
-`training` trains by the real trainer on the exporter process' own core, while clients have another. It stops the
-exporter process (SIGSTOP), for which its clients wait, for every other block of updates, and takes the ratio of each
-block's speed to that of the two beside it: a short time apart, for the speed of a shared machine changes. In the first
-line of the table it is stopped all the time, which shows how much is noise. Its part of the CPU time is hardly noisy.
+`training` trains with the real trainer on the exporter process' own core, while clients have another. In every other
+block of updates it stops the exporter process (SIGSTOP), and its clients wait. It compares each block's speed with that
+of the two blocks beside it, because the speed of a shared machine changes. In the first line of the table the process
+is always stopped, which shows the noise. The process' part of the CPU time has little noise.
 
     .venv/bin/python -m benchmarks.endpoint --help
 """
@@ -43,30 +43,30 @@ from exporter.telemetry import GradientStep, summarize_gradient_steps
 
 SLOW_READERS = 20
 FLOODING_CLIENTS = 8
-WARM_UP = 2  # updates before those that are timed, in which clients start
-BRIEF = 20  # seconds of scrapes beside slow readers, and on a core that is not free
+WARM_UP = 2  # updates before the timed ones, while clients start
+BRIEF = 20  # seconds of scrapes beside slow readers, and on a busy core
 ENOUGH = 1.0  # seconds that a scrape may take
 GIVE_UP = 10.0  # seconds after which Prometheus gives up
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 HELD = 500
 STARTS = {"idle": b"", "half a header": REQUEST[:20], "a byte a second": REQUEST[:20], "no handshake": b"\x16\x03\x01"}
-"""What is sent at first on a connection that is to be held; the last is for TLS."""
+"""First bytes on a held connection; the last kind is only for TLS."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.endpoint", description=__doc__.split("\n\n")[0])
     defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     commands = parser.add_subparsers(required=True)
-    uvicorn = "Where `pip install --target FOLDER uvicorn==0.54.0` and PYTHONPATH=FOLDER have brought it, uvicorn too."
-    servers = commands.add_parser("servers", help="what servers stand", description=uvicorn, **defaults)
-    servers.add_argument("--seconds", type=int, default=60, help=f"of scrapes beside {HELD} connections")
+    uvicorn = "To test uvicorn too: `pip install --target FOLDER uvicorn==0.54.0`, and set PYTHONPATH=FOLDER."
+    servers = commands.add_parser("servers", help="how servers cope with bad clients", description=uvicorn, **defaults)
+    servers.add_argument("--seconds", type=int, default=60, help=f"seconds of scrapes beside {HELD} connections")
     servers.set_defaults(run=compare_servers)
-    training = commands.add_parser("training", help="what the endpoint costs the training", **defaults)
+    training = commands.add_parser("training", help="what the endpoint costs training", **defaults)
     training.add_argument("--rounds", type=int, default=80, help="blocks with the endpoint in each line of the table")
     training.add_argument("--updates", type=int, default=1, help="updates of a block")
     training.set_defaults(run=measure_training)
     options = parser.parse_args()
-    core, clients_core, *_ = sorted(os.sched_getaffinity(0))  # two cores under Linux are needed
+    core, clients_core, *_ = sorted(os.sched_getaffinity(0))  # needs Linux and two cores
     print(f"{machine('hypercorn', 'h11', 'torch')}\n\n    python -m benchmarks.endpoint {' '.join(sys.argv[1:])}\n")
     options.run(options, core, clients_core)
 
@@ -116,9 +116,9 @@ def measure_training(options: argparse.Namespace, core: int, clients_core: int) 
         "|---|---|---|---|---|"
     )
     for name, clients, interval in (
-        ("stopped as beside it", 0, 0.0),
+        ("stopped, like its neighbors", 0, 0.0),
         ("on, not scraped", 0, 0.0),
-        ("scraped once a second", 1, 2.0),  # in one of which it is stopped
+        ("scraped once a second", 1, 2.0),  # it is stopped half of the time
         (f"flooded by {FLOODING_CLIENTS} clients", FLOODING_CLIENTS, 0.0),
     ):
         answers = multiprocessing.get_context("spawn").Queue()
@@ -152,7 +152,7 @@ def serve_exporter(core: int, certificate: Path | None) -> Iterator[tuple[int, i
     file = None if certificate is None else certificate.with_name("web.yml")
     if file is not None:
         file.write_text("tls_server_config: {cert_file: server.pem, key_file: server.key}")
-    os.sched_setaffinity(0, {core})  # which the exporter process inherits
+    os.sched_setaffinity(0, {core})  # the exporter process inherits it
     with MetricsServer(a_run(), port=0, web_config_file=file) as server:
         yield server.port, exporter_pid()
 
@@ -178,7 +178,7 @@ def run_uvicorn(port: int, certificate: Path | None, snapshot: Any) -> None:
 
 
 def hold(port: int, kinds: list[str], certificate: Path | None, longest: Any) -> None:
-    """Hold a connection of every kind until this process ends; says for how long the longest one was held."""
+    """Hold a connection of every kind until this process ends; `longest` gets the longest time in seconds."""
 
     def hold_one(kind: str) -> None:
         with socket.socket() as connection:
@@ -212,14 +212,14 @@ def fill_core() -> None:
 
 
 def scrape_on(port: int, clients: int, interval: float, answers: multiprocessing.Queue) -> None:
-    """Scrape by each of `clients` until this process ends; says how long each scrape took."""
+    """Scrape with this number of `clients` until this process ends; `answers` gets the seconds of each scrape."""
     in_threads(lambda _: [answers.put(took) for took in scrapes(port, 2**30, interval, None)], range(clients))
 
 
 def scrapes(port: int, number: int, interval: float, certificate: Path | None) -> Iterator[float]:
-    """Seconds that scrapes took from when they were due; infinite where one failed, or was not begun for those before.
+    """Seconds of each scrape from the time when it was due; infinite if it failed or could not start in time.
 
-    Each has a connection of its own; without an interval all have the same.
+    Each scrape has its own connection; without an interval all share one.
     """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=GIVE_UP)
     if certificate is not None:
@@ -240,8 +240,8 @@ def scrapes(port: int, number: int, interval: float, certificate: Path | None) -
 
 
 def in_threads(run: Callable[[Any], object], arguments: Iterable[Any]) -> None:
-    """Be clients: run it again and again for every argument at once."""
-    os.setsid()  # the kernel shares a busy machine out by session, and the server's is not to give to them
+    """Run it again and again for all arguments at once, as clients."""
+    os.setsid()  # the kernel divides CPU time by session: keep clients out of the server's session
 
     def again(argument: Any) -> None:
         while True:
@@ -256,7 +256,7 @@ def in_threads(run: Callable[[Any], object], arguments: Iterable[Any]) -> None:
 
 @contextmanager
 def process(core: int, target: Callable[..., None], *args: object) -> Iterator[int]:
-    """Id of a process on this core that runs `target`, which must not end by itself."""
+    """PID of a process on this core that runs `target`, which must not end by itself."""
     child = multiprocessing.get_context("spawn").Process(target=on_core, args=(core, target, *args), daemon=True)
     child.start()
     try:
@@ -292,14 +292,14 @@ def resident_mib(pid: int) -> float:
 
 
 def a_run() -> RunAggregator:
-    """With as many heads as the trainer's own environment has."""
+    """A run with seven heads, as in the default environment."""
     runs, norms = RunAggregator(), {f"head-{number}": 1.0 + number for number in range(7)}
     emit_ppo_update(summarize_gradient_steps([GradientStep(norms, 4.0)]), run="r", handler=runs)
     return runs
 
 
 def make_certificate(folder: Path) -> Path:
-    """Its key is beside it."""
+    """A certificate in `folder`, with its key beside it."""
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=x -days 2"
     files = ["-keyout", folder / "server.key", "-out", folder / "server.pem"]
     subprocess.run([*command.split(), *files], check=True, capture_output=True)

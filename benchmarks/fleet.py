@@ -1,8 +1,8 @@
 """What rules and dashboards cost a Prometheus that watches many runs.
 
-Synthetic runs (`benchmarks.replay`) are scraped by a real Prometheus with the repository's prometheus.yml and rules. An
-hour of samples and of recorded series is written to it first, and what rules look back on for longer. Then it scrapes
-and evaluates live, and every query of both dashboards is timed as Grafana would send it for one hour.
+A real Prometheus scrapes synthetic runs (`benchmarks.replay`) with the repository's prometheus.yml and rules. First it
+gets an hour of samples and recorded series, and a longer past where rules need it. Then it scrapes and evaluates live.
+Every query of both dashboards is timed as Grafana would send it for one hour.
 
     .venv/bin/python -m benchmarks.fleet --help
 """
@@ -38,7 +38,7 @@ GOAL_RULES_PART = 0.1
 SCREEN_WIDTH = 1920
 BROWSER_CONNECTIONS = 6
 GRAFANA_MIN_STEP = 15.0
-"""Seconds: the scrape interval that Grafana takes where the data source names none."""
+"""Seconds: Grafana's scrape interval if the data source sets none."""
 
 
 # Queries as Grafana sends them
@@ -46,7 +46,7 @@ GRAFANA_MIN_STEP = 15.0
 
 @dataclass(frozen=True)
 class Query:
-    """One request to Prometheus: of a panel, an annotation or a variable, which `title` names."""
+    """One request to Prometheus, for the panel, annotation or variable `title`."""
 
     title: str
     path: str
@@ -57,7 +57,7 @@ def queries(board: dict, now: float, chosen: dict[str, str]) -> Iterator[Query]:
     """Every query of a dashboard over the hour before `now`, on a screen 1920 pixels wide, collapsed rows unfolded.
 
     Args:
-        chosen: what is chosen for the variables, as regular expressions.
+        chosen: values of the variables, as regular expressions.
     """
 
     def at(expression: str, step: float, least: float) -> str:
@@ -88,7 +88,7 @@ def queries(board: dict, now: float, chosen: dict[str, str]) -> Iterator[Query]:
 
 
 def views() -> dict[str, tuple[dict, dict[str, str]]]:
-    """The dashboards by their captions, and what is chosen in them."""
+    """Caption -> dashboard, and the values of its variables."""
     boards = {path.stem: json.loads(path.read_text()) for path in (ROOT / "grafana/dashboards").glob("*.json")}
     every = {"job": ".+", "run": ".*", "instance": ".+"}
     return {
@@ -98,7 +98,7 @@ def views() -> dict[str, tuple[dict, dict[str, str]]]:
 
 
 def timed(prometheus: Prometheus, query: Query, repeats: int) -> float:
-    """Median seconds until the whole answer is there."""
+    """Median seconds until the complete answer has arrived."""
     took: list[float] = []
     while len(took) < repeats and sum(took) < 20:
         began = time.perf_counter()
@@ -108,7 +108,7 @@ def timed(prometheus: Prometheus, query: Query, repeats: int) -> float:
 
 
 def at_once(prometheus: Prometheus, listed: Sequence[Query]) -> float:
-    """Seconds until a browser has all answers."""
+    """Seconds until a browser would have all answers."""
     began = time.perf_counter()
     with ThreadPoolExecutor(BROWSER_CONNECTIONS) as pool:
         list(pool.map(lambda query: prometheus.raw(query.path, **query.parameters), listed))
@@ -120,7 +120,7 @@ def at_once(prometheus: Prometheus, listed: Sequence[Query]) -> float:
 
 @dataclass
 class Figures:
-    """Of one case. Seconds of each evaluation by rule group and by rule, and by view and panel; all else as text."""
+    """Figures of one case: seconds of each evaluation by rule group and rule, and by view and panel; others as text."""
 
     rows: dict[str, str] = field(default_factory=dict)
     groups: dict[str, list[float]] = field(default_factory=dict)
@@ -129,10 +129,10 @@ class Figures:
 
 
 def measure(kind: str, number: int, options: argparse.Namespace, groups: Sequence[dict]) -> Figures:
-    """Figures of a Prometheus that watches `number` runs of a kind.
+    """Figures of a Prometheus that scrapes `number` runs of a kind.
 
     Raises:
-        BenchmarkFailed: a server does not start, or the hour of data is not there.
+        BenchmarkFailed: a server does not start, or the hour of data is missing.
     """
     runs = Runs(kind, number, (time.time() - 24 * HOUR) // options.interval * options.interval, options.interval)
     with ExitStack() as stack:
@@ -143,7 +143,7 @@ def measure(kind: str, number: int, options: argparse.Namespace, groups: Sequenc
         served = ChildProcess("runs", command, f"http://127.0.0.1:{port}/0", folder / "runs.log", directory=ROOT)
         stack.callback(served.stop)
         content = prometheus_configuration(ports, folder / "targets")
-        del content["alerting"]  # nobody is told
+        del content["alerting"]  # send alerts to nobody
         content["rule_files"] = [str(options.rules.resolve())]
         content["scrape_configs"] = [job for job in content["scrape_configs"] if job["job_name"] != "alertmanager"]
         for each in (content["global"], *content["scrape_configs"]):
@@ -154,7 +154,7 @@ def measure(kind: str, number: int, options: argparse.Namespace, groups: Sequenc
         process = ChildProcess("prometheus", command, f"{url}/-/ready", folder / "prometheus.log")
         stack.callback(process.stop)
         prometheus = Prometheus(url)
-        tell(f"{number} {kind}: making the runs, writing their past")
+        log(f"{number} {kind}: making the runs, writing their past")
         wait_for(process)
         History(prometheus, runs, groups).write(time.time)
         wait_for(served)
@@ -170,13 +170,13 @@ def measure(kind: str, number: int, options: argparse.Namespace, groups: Sequenc
         (targets / "ppo.json").write_text(json.dumps(entries))
         write_yaml(config, content, "prometheus.yml")
         process.send(signal.SIGHUP)
-        tell(f"scraping live for {options.settle} s")
+        log(f"scraping live for {options.settle} s")
         figures, busy = Figures(), CPU(process.pid, served.pid)
         watch_rules(prometheus, figures, options.settle, min(seconds(group["interval"]) for group in groups))
         check(prometheus, runs)
         figures.rows |= describe(prometheus, runs, min(options.settle, 120))
         figures.rows["cores busy with other programs meanwhile"] = f"{busy.others():.2f}"
-        tell("asking the dashboards' queries")
+        log("asking the dashboards' queries")
         busy = CPU(process.pid, served.pid)
         for view, (board, chosen) in views().items():
             listed = list(queries(board, time.time(), chosen))
@@ -190,10 +190,10 @@ def measure(kind: str, number: int, options: argparse.Namespace, groups: Sequenc
 
 
 def watch_rules(prometheus: Prometheus, figures: Figures, settle: float, shortest: float) -> None:
-    """Keep how long each evaluation of each group and rule takes; no group has less than `shortest` seconds between."""
+    """Record the duration of each evaluation of each group and rule; `shortest` is the shortest interval in seconds."""
     until, seen = time.monotonic() + settle, {}
     while time.monotonic() < until:
-        time.sleep(shortest / 3)  # not more often: thousands of alerts are megabytes
+        time.sleep(shortest / 3)  # not more often: thousands of alerts take megabytes
         for group in prometheus.ask("/api/v1/rules")["groups"]:
             if seen.get(group["name"]) == group["lastEvaluation"] or group["lastEvaluation"].startswith("0001"):
                 continue
@@ -207,7 +207,7 @@ def watch_rules(prometheus: Prometheus, figures: Figures, settle: float, shortes
 
 
 def describe(prometheus: Prometheus, runs: Runs, window: float) -> dict[str, str]:
-    """What Prometheus says of itself and of the last `window` seconds, ready to be shown."""
+    """Prometheus' own figures, now and over the last `window` seconds, as text."""
 
     def of_runs(expression: str) -> float:
         return prometheus.number(expression.replace("[]", f'{{job="{JOB}"}}[{window:g}s]'))
@@ -232,7 +232,7 @@ def describe(prometheus: Prometheus, runs: Runs, window: float) -> dict[str, str
 
 
 def check(prometheus: Prometheus, runs: Runs) -> None:
-    """Every run is up and has an hour of samples, and its counters only rise."""
+    """Check that every run is up and has an hour of samples, and that its counters only rise."""
     up, least, falls = (
         prometheus.number(expression)
         for expression in (
@@ -249,7 +249,7 @@ def check(prometheus: Prometheus, runs: Runs) -> None:
 
 
 class CPU:
-    """How much of the machine goes to others than these processes and this one, from now on."""
+    """CPU time of other processes than these and this one, from now on."""
 
     def __init__(self, *pids: int) -> None:
         self._pids = ("self", *pids)
@@ -266,7 +266,7 @@ class CPU:
         return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def tell(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 

@@ -1,11 +1,11 @@
-"""Checks and measures training and watching on a CUDA device, in less than ten minutes, and prints Markdown.
+"""Checks and measures training and monitoring on a CUDA device, in less than ten minutes, and prints Markdown.
 
-Every check runs in a process of its own, with a time limit: one that fails, hangs or breaks the device's context takes
-no other one with it. Exit code: 0 if all hold, 1 if not, 2 where there is no CUDA device.
+Every check runs in its own process with a time limit, so that one that fails, hangs or breaks the device's context does
+not affect the others. Exit code: 0 if all hold, 1 if not, 2 without a CUDA device.
 
-A synchronization is what torch's sync debug mode sees: the host waits for the device in the middle of its work. None
-counted is what the mode "error" lets pass. Waiting for an event, as for the result of an update that a copy to pinned
-memory brings, is no such thing.
+A synchronization is what torch's sync debug mode reports: the host waits for the device in the middle of its work. Zero
+means that the mode "error" would pass. Waiting for an event, such as an update's result in pinned memory, does not
+count.
 
     python -m benchmarks.gpu
 """
@@ -24,17 +24,17 @@ import torch
 from benchmarks.gpu_checks import CHECKS, ROOT, as_rank, table
 from benchmarks.machine import machine
 
-MOST_SECONDS = 570.0  # all together
-CHECK_SECONDS = 200.0  # after which a check is ended
+MOST_SECONDS = 570.0  # for all checks
+CHECK_SECONDS = 200.0  # time limit of a check
 END_SECONDS = 10.0
 
 
 def run_check(name: str, device: torch.device, seconds: float, limit: float) -> str:
-    """Run one check in a process of its own, print its section, and say how it ended."""
+    """Run one check in its own process and print its section. Returns the result."""
     print(f"### {CHECKS[name].__doc__}\n", flush=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", str(device), "--seconds", str(seconds)]
     started = time.perf_counter()
-    # In a group of its own, to be ended with the ranks that it starts.
+    # In its own process group, to end it with the ranks that it starts.
     process = subprocess.Popen([*command, "--check", name], cwd=ROOT, start_new_session=True)
     try:
         code = process.wait(limit)
@@ -61,7 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS), help="what to do (default: all)")
     parser.add_argument("--seconds", type=float, default=3.0, help="for a single measurement (default: 3)")
-    # For its own processes, and to try it without a GPU.
+    # For its child processes, and to try it without a GPU.
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help=argparse.SUPPRESS)
     parser.add_argument("--check", choices=CHECKS, help=argparse.SUPPRESS)
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The checks of `benchmarks.gpu`: each prints what it finds, as Markdown, and returns whether it holds."""
+"""The checks of `benchmarks.gpu`: each prints its figures as Markdown and returns whether it holds."""
 
 import os
 import subprocess
@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = (64, 1024, 4096)  # environments
 STEPS, MINIBATCHES, EPOCHS = 64, 8, 4
 WINDOW = 32  # gradient steps
-MOST_COST = 0.01  # of a gradient step, for watching it
+MOST_COST = 0.01  # largest cost of monitoring, as a fraction of a gradient step
 NEVER = StopRequest()
 
 
 def settings(num_envs: int, device: torch.device, threads: int = 1, **others: object) -> TrainerConfig:
-    """The default environment and the trainer's defaults, with as many minibatches for every number of environments."""
+    """The default environment and the trainer's defaults, with the same number of minibatches for all sizes."""
     return TrainerConfig(
         device=str(device),
         threads=threads,
@@ -52,7 +52,7 @@ def wait(device: torch.device) -> None:
 
 
 def timed(device: torch.device, action: Callable[[], object], times: int) -> float:
-    """Seconds that `action` takes, the device's work included: the mean over `times`."""
+    """Mean seconds of `action` over `times` calls, with the device's work."""
     wait(device)
     started = time.perf_counter()
     for _ in range(times):
@@ -62,7 +62,7 @@ def timed(device: torch.device, action: Callable[[], object], times: int) -> flo
 
 
 def for_seconds(device: torch.device, action: Callable[[], object], seconds: float) -> float:
-    """The same over as many times as fit into `seconds`, at least one."""
+    """The same over as many calls as fit into `seconds`, at least one."""
     times, started = 0, time.perf_counter()
     while not times or time.perf_counter() - started < seconds:
         action()
@@ -73,7 +73,7 @@ def for_seconds(device: torch.device, action: Callable[[], object], seconds: flo
 
 @contextmanager
 def synchronizations(device: torch.device) -> Iterator[Counter[str]]:
-    """Counts them by their place in the code; the counts are there when the context is left."""
+    """Count synchronizations by place in the code; the counts are complete at the end of the context."""
     places: Counter[str] = Counter()
     if device.type != "cuda":
         yield places
@@ -128,7 +128,7 @@ def check_synchronizations(device: torch.device, seconds: float) -> bool:
         for place, count in places.most_common(20):
             print(f"- {name}: {count} at {place.removeprefix(f'{ROOT}/')}")
     if device.type != "cuda":
-        print("Not counted: this is no CUDA device.")
+        print("Not counted: this is not a CUDA device.")
     return all(sum(places.values()) <= most for most, places in counts.values())
 
 
@@ -137,7 +137,7 @@ def check_same_weights(device: torch.device, seconds: float) -> bool:
     cpu = torch.device("cpu")
     trainings = []
     for place in (cpu, device):
-        # One minibatch an epoch: it is the same however the device shuffles.
+        # One minibatch per epoch is the same for any shuffling.
         config = replace(settings(64, place), minibatch_size=64 * STEPS)
         trainings.append(Training(config))
     ours, theirs = trainings
@@ -180,7 +180,7 @@ def check_speed(device: torch.device, seconds: float) -> bool:
     """Environment steps per second of the whole trainer, on the default environment"""
     cores, cpu = os.cpu_count() or 1, torch.device("cpu")
     ways = [(device, 1), (cpu, 1), *([(cpu, cores)] if cores > 1 else [])]
-    # A row as soon as it is measured: many environments take a CPU long.
+    # Print each row at once: many environments take long on a CPU.
     table(["environments", "device", "steps/s", "ms, rollout", "ms, update", f"{device} to it"], [], end="")
     for num_envs in SIZES:
         speeds = []
@@ -223,7 +223,7 @@ def check_environment(device: torch.device, seconds: float) -> bool:
             env = HostGrowthVectorEnv(num_envs, device=place, as_tensors=True)
             env.reset(seed=1)
             actions = torch.stack([torch.randint(n, (num_envs,), device=place) for n in ACTION_HEADS.values()], 1)
-            for _ in range(70):  # over the first episodes' ends
+            for _ in range(70):  # past the end of the first episodes
                 observations, rewards, *_ = env.step(actions)
             if not (observations.device == rewards.device == actions.device):
                 raise AssertionError(f"tensors on {observations.device}, actions on {actions.device}")
@@ -239,7 +239,7 @@ def check_environment(device: torch.device, seconds: float) -> bool:
 
 
 def check_cost(device: torch.device, seconds: float) -> bool:
-    """What watching costs, as a part of a gradient step"""
+    """Cost of monitoring, as a fraction of a gradient step"""
     rows, shares = [], []
     for width, batch in ((128, 512), (128, 8192), (2048, 8192)) if device.type == "cuda" else ((128, 512),):
         step, heads, optimizer = workload(device, width, batch)
@@ -264,13 +264,15 @@ def check_cost(device: torch.device, seconds: float) -> bool:
             [name, f"{plain * 1e6:,.0f}", f"{added * 1e6:+.1f}", f"{middle:+.2%}", f"{lower:+.2%} to {upper:+.2%}"]
         )
         shares.append(middle)
-    table(["", "us a gradient step", "us for watching", "of the step", "quartiles of 7 pairs"], rows)
-    print(f"Beside the same loop of the same round without it; windows of {WINDOW} steps. At most {MOST_COST:.0%}.")
+    table(["", "us a gradient step", "us for monitoring", "of the step", "quartiles of 7 pairs"], rows)
+    print(
+        f"Compared with the same loop of the same round without it; windows of {WINDOW} steps. At most {MOST_COST:.0%}."
+    )
     return max(shares) <= MOST_COST
 
 
 def check_cost_in_trainer(device: torch.device, seconds: float) -> bool:
-    """What measuring costs in the trainer, as a part of a gradient step"""
+    """Cost of measuring in the trainer, as a fraction of a gradient step"""
     training = Training(settings(1024, device))
     training.update(NEVER)
     rollout = training.collector.collect(NEVER)
@@ -282,13 +284,13 @@ def check_cost_in_trainer(device: torch.device, seconds: float) -> bool:
         ["", "us a gradient step", "us for measuring", "of the step"],
         [[sizes, f"{step * 1e6:,.0f}", f"{added * 1e6:+.1f}", share]],
     )
-    print("The meter and closing its window, less the norm of all gradients that clipping wants anyway.", end=" ")
+    print("The meter and closing its window, minus the norm of all gradients, which clipping needs anyway.", end=" ")
     print(f"At most {MOST_COST:.0%}.")
     return added / step <= MOST_COST
 
 
 def meter_seconds(device: torch.device) -> float:
-    """Of measuring a gradient step in the trainer, its part of a window included, beyond the norm of all gradients."""
+    """Seconds per gradient step of measuring in the trainer, with its share of a window, without the global norm."""
     policy = ActorCritic(64, ACTION_HEADS, 128, device=device)
     policy.flat.grad.normal_()
     meter = HeadGradientMeter(policy.head_rows, flat=policy.flat)
@@ -306,7 +308,7 @@ def meter_seconds(device: torch.device) -> float:
 
 
 def check_ranks(device: torch.device, seconds: float) -> bool:
-    """torch.distributed: NCCL with one rank, or with one for each device"""
+    """torch.distributed: NCCL with one rank per device"""
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [sys.executable, *launcher, "-m", "benchmarks.gpu", "--device", device.type, "--as-rank"]
@@ -316,7 +318,7 @@ def check_ranks(device: torch.device, seconds: float) -> bool:
 
 
 def as_rank(device: torch.device) -> int:
-    """One rank of `check_ranks`: what the trainer asks of torch.distributed, then two updates and a watched step."""
+    """One rank of `check_ranks`: the trainer's use of torch.distributed, then two updates and a monitored step."""
     import torch.distributed as dist
 
     ranks = Ranks.of_torchrun()
@@ -340,7 +342,7 @@ def as_rank(device: torch.device) -> int:
     if ranks.is_first:
         version = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if device.type == "cuda" else "gloo"
         verdict = "right" if is_right else "WRONG"
-        print(f"{version}, {ranks.size} rank(s): sums and gathers {verdict}; two updates trained, a step watched.")
+        print(f"{version}, {ranks.size} rank(s): sums and gathers {verdict}; two updates trained, a step monitored.")
     ranks.close()
     return 0 if is_right else 1
 
@@ -348,7 +350,7 @@ def as_rank(device: torch.device) -> int:
 def workload(
     device: torch.device, width: int, batch: int
 ) -> tuple[Callable[[], None], dict[str, nn.Module], torch.optim.Optimizer]:
-    """Somebody's PPO gradient step with seven heads, clipping by `clip_grad_norm_`, on random experience."""
+    """A plain PPO gradient step with seven heads and `clip_grad_norm_`, on random experience."""
     torch.manual_seed(0)
     trunk = nn.Sequential(nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
     heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in ACTION_HEADS.items()})

@@ -1,8 +1,8 @@
-"""Does the trainer learn, as well as Stable-Baselines3, and what does the gradient CV look like while it does?
+"""Does the trainer learn as well as Stable-Baselines3, and how large is the gradient CV meanwhile?
 
-Trains every task with several seeds, each run in a process of its own, and prints Markdown: mean returns over the seeds
-with 95 % bootstrap intervals, beside Stable-Baselines3 the intervals of the differences, and for ours alone the range
-of the gradient CV. Without arguments it makes all figures and images of docs/learning.md.
+Trains every task with several seeds, each run in its own process, and prints Markdown: mean returns over the seeds with
+95 % bootstrap intervals; for tasks with Stable-Baselines3 the intervals of the differences; for the others the range of
+the gradient CV. Without arguments it makes all figures and images of docs/learning.md.
 
     .venv/bin/python -m benchmarks.learning --help
 """
@@ -35,14 +35,14 @@ COMPARED = (SB3, "ours, as Stable-Baselines3", "ours, defaults")
 
 
 class Task(NamedTuple):
-    """What is trained.
+    """A task.
 
     Attributes:
-        title: of its section and its plot.
-        flags: for `python -m trainer`.
-        trainers: names in `learning_run.TRAINERS`; with Stable-Baselines3 among them they are compared with it.
-        goal: mean return of 100 episodes to be reached.
-        is_drawn: whether its curves make an image.
+        title: title of its section and its plot.
+        flags: flags of `python -m trainer`.
+        trainers: names in `learning_run.TRAINERS`; if Stable-Baselines3 is among them, the others are compared with it.
+        goal: mean return of 100 episodes to reach.
+        is_drawn: whether to draw its curves.
     """
 
     title: str
@@ -101,7 +101,7 @@ def run_task(
     """All runs of a task, by trainer and in the order of the seeds.
 
     Raises:
-        RunFailed: one of them failed; those that had not begun are left out.
+        RunFailed: a run failed; runs that had not started are cancelled.
     """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     wanted = [(who, seed) for seed in seeds for who in task.trainers]
@@ -119,7 +119,7 @@ def run_task(
                 console.print(f"{task.title}: {who}, seed {seed}: return {run.final:.3f}, {run.seconds:.0f} s")
                 progress.advance(bar)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C has reached those that have begun
+            pool.shutdown(cancel_futures=True)  # Ctrl-C reaches running ones directly
             raise
     return {who: [results[who, seed] for seed in seeds] for who in task.trainers}
 
@@ -128,7 +128,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.learning",
         description="Train with several seeds; print mean returns with 95 %% bootstrap intervals, and draw the curves.",
-        epilog="What stands after -- goes to the trainer, for all tasks: -- --total-timesteps 20000.",
+        epilog="Options after -- go to the trainer, for all tasks: -- --total-timesteps 20000.",
     )
     parser.add_argument(
         "tasks", nargs="*", metavar="TASK", help=f"what to train: {', '.join(TASKS)} (default: all of them)"
@@ -138,7 +138,7 @@ def main() -> int:
         "--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (default: the number of cores)"
     )
     parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="keep complete runs there; those there are not repeated"
+        "--keep", type=Path, metavar="DIR", help="keep complete runs in this folder, and do not repeat those in it"
     )
     parser.add_argument(
         "--images", type=Path, default=ROOT / "docs/images", metavar="DIR", help="folder for the curves (docs/images)"

@@ -1,4 +1,4 @@
-"""What `benchmarks.learning` says of its runs: bootstrap intervals, tables and curves."""
+"""The report of `benchmarks.learning`: bootstrap intervals, tables and curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ def mean_interval(values: Sequence) -> np.ndarray:
 
 
 def difference_interval(values: Sequence[float], others: Sequence[float]) -> np.ndarray:
-    """The same of the difference of two means, whose seeds are drawn independently."""
+    """The interval of the difference of two means; their seeds are drawn independently."""
     rng = np.random.default_rng(0)
     means, other_means = (_resampled_means(np.asarray(each, float), rng) for each in (values, others))
     return np.percentile(means - other_means, INTERVAL)
@@ -66,7 +66,7 @@ def _shown(interval: Sequence[float], sign: str = "") -> str:
 
 
 def table_of_seeds(runs: dict[str, list[Run]], seeds: Sequence[int], goal: float | None) -> str:
-    """The trained runs one by one, the others' returns beside them, and the means below."""
+    """A row for each trained run, with the returns of the others, and the means below."""
     trained, *others = runs
     header = ["seed", *(["steps until the goal"] if goal is not None else []), "return at the end", *others]
     header += ["CV per update: min / median / p95 / max", *(f"{level} steps" for level in HealthLevel)]
@@ -90,7 +90,7 @@ def table_of_seeds(runs: dict[str, list[Run]], seeds: Sequence[int], goal: float
 
 
 def _clearly_better(finals: Sequence[float], others: dict[str, list[float]]) -> str:
-    """The rule: the worst seed of the trained policy earns more than the best seed of every other."""
+    """Clearly better: the worst seed of the trained policy has a higher return than the best seed of all others."""
     best = max(value for values in others.values() for value in values)
     verdict = "Clearly better" if min(finals) > best else "NOT clearly better"
     return (
@@ -100,7 +100,7 @@ def _clearly_better(finals: Sequence[float], others: dict[str, list[float]]) -> 
 
 
 def plot(path: Path, title: str, runs: dict[str, list[Run]]) -> None:
-    """Means over the seeds in a band of their 95 % intervals, as PNG; the CV below where it varies."""
+    """Draw means over the seeds and their 95 % intervals as PNG; below them the CV, if it varies."""
     from matplotlib.figure import Figure
 
     with_cv = [who for who, of_seeds in runs.items() if max((cv for run in of_seeds for cv in run.cvs), default=0) > 0]

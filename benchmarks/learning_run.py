@@ -1,4 +1,4 @@
-"""One run of `benchmarks.learning` in a process of its own; its last line is what the run earned, as JSON.
+"""One run of `benchmarks.learning` in its own process; the last line of its output is the `Run` as JSON.
 
 .venv/bin/python -m benchmarks.learning_run WHO SEED [FLAGS OF THE TRAINER]
 """
@@ -26,13 +26,13 @@ from trainer.training import Training
 
 @dataclass
 class Run:
-    """What a run earned on its way.
+    """Returns and gradient CV of a run.
 
     Attributes:
         steps: environment steps after each update.
-        returns: mean return of the last 100 episodes then; NaN before the first episode ended.
-        cvs: mean gradient CV of each update; empty for others' trainers.
-        shares: part of all gradient steps in each health level.
+        returns: mean return of the last 100 episodes, after each update; NaN before the first episode has ended.
+        cvs: mean gradient CV of each update; empty for other trainers.
+        shares: share of the gradient steps at each health level, 0 to 1.
         seconds: wall time.
     """
 
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def overall(self) -> float:
-        """Mean over the whole run: who learns faster has more of it."""
+        """Mean return over the whole run: higher for faster learning."""
         return float(np.nanmean(self.returns))
 
     def reached(self, goal: float) -> int | None:
@@ -69,19 +69,19 @@ def train(config: TrainerConfig) -> Run:
 
 
 def train_like_sb3(config: TrainerConfig) -> Run:
-    """This trainer without what Stable-Baselines3 has not or does otherwise, clipping of values included."""
+    """This trainer without the features that Stable-Baselines3 lacks or does differently, such as value clipping."""
     without = {"normalize_returns": False, "anneal_learning_rate": False, "value_clip_range": None, "target_kl": None}
     return train(replace(config, separate_critic=True, **without))
 
 
 def train_with_defaults(config: TrainerConfig) -> Run:
-    """What `python -m trainer` does with this environment, for as many steps."""
+    """This trainer with its defaults, on the same environment for the same number of steps."""
     kept = ("env", "vectorization", "seed", "threads", "total_timesteps")
     return train(TrainerConfig(**{name: getattr(config, name) for name in kept}))
 
 
 def train_sb3(config: TrainerConfig) -> Run:
-    """Stable-Baselines3's PPO, to which `train_like_sb3` is equal in all that can be set."""
+    """Stable-Baselines3's PPO, with the same settings as `train_like_sb3`."""
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.vec_env import VecMonitor
@@ -89,10 +89,10 @@ def train_sb3(config: TrainerConfig) -> Run:
     from benchmarks.peers.sb3 import make_model
 
     settings = {setting.name: getattr(config, setting.name) for setting in fields(Setting)}
-    # Its value loss is the mean squared error, ours half of it.
+    # SB3's value loss is the mean squared error, ours half of it.
     changed = {"value_clip_range": None, "value_coef": config.value_coef / 2}
     model = make_model(Setting(**settings | changed))
-    model.set_logger(Logger(folder=None, output_formats=[]))  # its own one makes a folder in /tmp
+    model.set_logger(Logger(folder=None, output_formats=[]))  # the default logger makes a folder in /tmp
     if config.vectorization != "sync":  # otherwise its own environments count their returns
         model.set_env(VecMonitor(model.get_env()))
     run = Run()

@@ -1,4 +1,4 @@
-"""The line about the machine that stands beside every figure."""
+"""The line about the machine that goes with every figure."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def machine(*packages: str) -> str:
-    """Processor, cores, system, Python, the versions of `packages`, and the load average before."""
+    """Processor, cores, system, Python, versions of `packages`, and the load average before the benchmark."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     parts = [

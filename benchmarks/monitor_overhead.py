@@ -1,11 +1,10 @@
-"""What it costs to watch the gradients of the action heads, beside other ways of doing it.
+"""The cost of measuring the gradients of action heads, compared with other ways.
 
-One process, one model at a time. In every round each way trains the same model for some steps, in an order
-that changes from round to round, and is compared with the unobserved loop of the same round, in CPU time of the
-process; the table gives medians over the rounds. "alone" repeats clipping, observation and optimizer step without
-the passes through the model, "in training" has them. The unobserved loop stands in the table twice: its second
-row shows how much of the figures is noise. Where the package rl-insight (0.3.0 was tried) is installed, its client
-is measured too.
+One process, one model at a time. In every round each way trains the same model for some steps, in an order that changes
+from round to round. It is compared with the unobserved loop of the same round, in CPU time of the process; the table
+has medians over the rounds. "alone" repeats clipping, observation and optimizer step without the passes through the
+model; "in training" includes them. The unobserved loop is in the table twice: its second row shows the noise. If the
+package rl-insight is installed (0.3.0 was tried), its client is measured too.
 
     .venv/bin/python -m benchmarks.monitor_overhead --help
 """
@@ -90,7 +89,7 @@ def large() -> Workload:
 
 
 Way = Callable[[Workload], Iterator[Callable[[], None]]]
-"""A context in which the workload is observed; gives what a training step does after backward."""
+"""A context that observes the workload; its value is what a training step does after backward."""
 
 
 @contextmanager
@@ -120,7 +119,7 @@ def attached_before_clipping(workload: Workload) -> Iterator[Callable[[], None]]
 
 @contextmanager
 def in_our_trainer(workload: Workload) -> Iterator[Callable[[], None]]:
-    """As in `trainer/agent.py`: clipping by fused Adam's grad_scale, from the norms that the metric takes."""
+    """As in `trainer/agent.py`: clipping by fused Adam's grad_scale, from the norms of the metric."""
     meter = HeadGradientMeter(dict(workload.heads.items()), workload.model.parameters())
     aggregator = RunAggregator()
     optimizer = workload.optimizer
@@ -156,7 +155,7 @@ def _set_gauges(workload: Workload, norms_of: Callable[[nn.Module], float]) -> C
 
 @contextmanager
 def item_loop(workload: Workload) -> Iterator[Callable[[], None]]:
-    """The plain way: `.item()` for every parameter, gauges set at every step."""
+    """The simple way: `.item()` for every parameter, gauges set at every step."""
     observe = _set_gauges(
         workload, lambda head: sum(parameter.grad.norm().item() ** 2 for parameter in head.parameters()) ** 0.5
     )
@@ -190,7 +189,7 @@ def stacked(workload: Workload) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def remote_calls(workload: Workload) -> Iterator[Callable[[], None]]:
-    """RL-Insight's client: the norms of the plain way, and one remote call per metric to an actor of Ray's."""
+    """RL-Insight's client: norms as in the simple way, and one remote call per metric to a Ray actor."""
     import ray
     import rl_insight
 
@@ -199,7 +198,7 @@ def remote_calls(workload: Workload) -> Iterator[Callable[[], None]]:
         ray.init(
             address="local", num_cpus=1, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False
         )
-        # Its server is not needed: what is measured is handing the metrics over.
+        # No server: only sending the metrics is measured.
         rl_insight.init(config={"server": {"url": "http://127.0.0.1:9"}})
 
     def step() -> None:
@@ -231,7 +230,7 @@ if find_spec("rl_insight") is not None:
 
 
 def cpu_seconds(workload: Workload, way: Way, steps: int) -> tuple[float, float]:
-    """CPU seconds per training step, and per step of what follows backward, repeated alone."""
+    """CPU seconds per training step, and per repetition of only the part after backward."""
     with way(workload) as step:
         workload.backward()
         step()

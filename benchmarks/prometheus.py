@@ -1,4 +1,4 @@
-"""A Prometheus to be measured: what it is asked, and the past that is written to it."""
+"""A Prometheus to measure: queries, and writing past samples to it."""
 
 import json
 import math
@@ -19,17 +19,17 @@ from stack.servers import Servers
 HOUR = 3600
 LONG = ("ppo_updates_total", "ppo_last_update_timestamp_seconds", "ppo_run_info")
 LONG_HOURS = 6
-"""How far back rules look at those series. At the sum of the norms, a recorded one, they look for a day."""
+"""How far rules look back at those series; at the recorded sum of the norms, a day."""
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class BenchmarkFailed(RuntimeError):
-    """Something that is to be measured did not come about."""
+    """A step of the benchmark failed."""
 
 
 class Prometheus:
-    """A Prometheus that runs, asked over HTTP."""
+    """Client of a running Prometheus."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -46,7 +46,7 @@ class Prometheus:
         return json.loads(self.raw(path, **parameters))["data"]
 
     def number(self, expression: str) -> float:
-        """The value of the one series that the expression gives; NaN where there is none."""
+        """The value of the expression's single series; NaN if there is none."""
         result = self.ask("/api/v1/query", query=expression)["result"]
         return float(result[0]["value"][1]) if result else math.nan
 
@@ -63,19 +63,19 @@ def prometheus_command(servers: Servers, config: Path, port: int) -> list[str | 
 
 
 def seconds(duration: str) -> float:
-    """Of a duration as Prometheus writes it, such as 1m30s."""
+    """Seconds of a duration in Prometheus' form, such as 1m30s."""
     units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
     return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)(ms|[smhd])", duration))
 
 
 class History:
-    """Writes what the runs and the recording rules would have given, in order of time."""
+    """Writes the past samples of runs and recording rules, in order of time."""
 
     def __init__(self, prometheus: Prometheus, runs: Runs, groups: Sequence[dict]) -> None:
         self._prometheus, self._runs, self._groups = prometheus, runs, groups
 
     def write(self, now: Callable[[], float]) -> None:
-        """From the runs' start until it has caught up with `now`."""
+        """Write from the runs' start until it has caught up with `now`."""
         runs, began = self._runs, now()
         done, hour = 0, round(HOUR / runs.interval)
         while (ahead := runs.tick(began) - hour - done) > 0:
@@ -92,7 +92,7 @@ class History:
             done = ticks.stop
 
     def _long(self, run: int, ticks: range, is_recent: bool) -> list[bytes]:
-        """What rules look back on for longer than an hour."""
+        """The series on which rules look back for more than an hour."""
         rare = range(ticks.start, ticks.stop, max(1, round(30 / self._runs.interval)))
         is_norm = [name.startswith("ppo_head_gradient_norm{") for name in self._runs.series]
         sums = encode_samples(self._runs.milliseconds(run, rare), self._runs.values(run, rare)[:, is_norm].sum(1))
@@ -100,14 +100,14 @@ class History:
         return [series, *(self._runs.stored(run, ticks, LONG) if is_recent else ())]
 
     def _record(self, rule: dict, step: float, ticks: range) -> None:
-        """Prometheus' own answers to a recording rule's expression."""
+        """Write a recording rule's series, computed by Prometheus from the rule's expression."""
         since, until = (self._runs.start + tick * self._runs.interval for tick in (ticks.start, ticks.stop))
         times = np.arange(math.ceil(since / step), math.ceil(until / step)) * step
         if not len(times):
             return
-        # Adding nothing drops the names of metrics, as a rule does, so that two of them become one series.
+        # Adding zero drops metric names, as a rule does, so that two of them become one series.
         parameters = {"query": f"({rule['expr']}) + 0", "start": times[0], "end": times[-1], "step": step}
-        # Each series ends behind its last sample, and at the latest with this piece of time.
+        # Each series ends after its last sample, at the latest at the end of this period.
         milliseconds = np.append(times * 1000, times[-1] * 1000 + 1).astype(np.int64)
 
         def of(found: dict) -> list[bytes]:
@@ -123,7 +123,7 @@ class History:
         self._send(map(of, self._prometheus.ask("/api/v1/query_range", **parameters)["result"]))
 
     def _send(self, series: Iterable[list[bytes]]) -> None:
-        """In messages of 4 MiB at least."""
+        """Send in messages of at least 4 MiB."""
         message, size = [], 0
         for each in series:
             message += each

@@ -1,4 +1,4 @@
-"""Samples written to Prometheus by its remote-write protocol, many at once."""
+"""Writes many samples to Prometheus by its remote-write protocol."""
 
 import urllib.error
 import urllib.request
@@ -8,9 +8,9 @@ import numpy as np
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-# Remote write: a protobuf message of labels and samples, in the framing of Snappy. Protobuf's own objects would take
-# minutes for the hundred million samples of an hour of a thousand runs; as every sample has the same 18 bytes, numpy
-# writes them in one go. Left uncompressed, which Snappy's format allows.
+# Remote write: a protobuf message of labels and samples, in Snappy's framing. An hour of a thousand runs has a hundred
+# million samples, for which Protobuf's own objects would take minutes. Every sample has 18 bytes, so numpy writes them
+# all at once. The data is not compressed, which Snappy's format allows.
 _SAMPLE = np.dtype(
     [
         ("header", "u1", 3),  # field 2 of 16 bytes; in it field 1, a double
@@ -20,7 +20,7 @@ _SAMPLE = np.dtype(
     ]
 )
 STALE = np.array([0x7FF0000000000002], np.uint64).view(np.float64)[0]
-"""The NaN by which Prometheus marks that a series has ended."""
+"""The NaN that marks the end of a series in Prometheus."""
 
 
 def _varint(number: int) -> bytes:
@@ -36,7 +36,7 @@ def _field(number: int, content: bytes) -> bytes:
 
 
 def encode_samples(times: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Samples as protobuf has them.
+    """Samples in protobuf's encoding.
 
     Args:
         times: [n] int64, milliseconds since 1970, 2**35 to 2**42.
@@ -62,7 +62,7 @@ def write(url: str, series: Iterable[bytes]) -> None:
     """Send encoded series to Prometheus.
 
     Raises:
-        RuntimeError: it did not take them; the message is Prometheus' own.
+        RuntimeError: Prometheus refused them; the message is Prometheus' own.
     """
     message = b"".join(series)
     body = _varint(len(message)) + b"\xfc" + (len(message) - 1).to_bytes(4, "little") + message

@@ -1,4 +1,4 @@
-"""Many synthetic runs: what their endpoints answer now, and what Prometheus would have stored of them before.
+"""Many synthetic runs: the answers of their endpoints, and the samples that Prometheus would have stored of them.
 
 `python -m benchmarks.replay` is the process that serves them; `benchmarks.fleet` starts it.
 """
@@ -33,7 +33,7 @@ _ONE = "one"
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs that all live through the same loop of updates, each from another place of it on.
+    """Runs that repeat the same sequence of updates, each from a different start.
 
     Attributes:
         kind: one of `KINDS`.
@@ -64,17 +64,17 @@ class Runs:
         return self.start + (np.array(ticks) + run / self.number) * self.interval
 
     def milliseconds(self, run: int, ticks: range) -> np.ndarray:
-        """[ticks] int64, `moments` as Prometheus stores them."""
+        """[ticks] int64, `moments` in milliseconds, as Prometheus stores them."""
         return np.rint(self.moments(run, ticks) * 1000).astype(np.int64)
 
     @cached_property
     def length(self) -> int:
-        """Updates of the loop."""
+        """Number of updates in the sequence."""
         return 40 if self.kind == "wide" else 240
 
     @cached_property
     def _loop(self) -> tuple[list[str], np.ndarray]:
-        """The series as `/metrics` writes them, and [updates, series] their values; NaN: not there."""
+        """The series in the form of `/metrics`, and their values [updates, series]; NaN means missing."""
         random, heads = np.random.default_rng(0), [f"head-{n}" for n in range(1792 if self.kind == "wide" else 7)]
         aggregator = RunAggregator()
         aggregator.register_run(_ONE, heads, {"environment": "synthetic", "seed": "1", "device": "cpu"})
@@ -121,13 +121,13 @@ class Runs:
 
     @cached_property
     def _growth(self) -> np.ndarray:
-        """[series] by how much a counter rises from one round of the loop to the next; 0 for all else."""
+        """[series] increase of each counter over one repetition of the sequence; 0 for all others."""
         names, values = self._loop
         is_counter = [re.match(r"\w+_(total|count|sum|bucket)\b", name) is not None for name in names]
         return np.where(is_counter, values[-1], 0.0)
 
     def values(self, run: int, ticks: range) -> np.ndarray:
-        """[ticks, series] what the run's endpoint answers; NaN: the series is not there."""
+        """[ticks, series] the values of the run's endpoint; NaN if the series is missing."""
         names, loop = self._loop
         rounds, row = np.divmod(np.array(ticks) + run * self.length // self.number, self.length)
         values = loop[row] + rounds[:, None] * self._growth
@@ -137,7 +137,7 @@ class Runs:
         return values
 
     def answer(self, run: int, moment: float) -> bytes:
-        """What the run's endpoint answers at a Unix time."""
+        """The answer of the run's endpoint at a Unix time."""
         tick = self.tick(moment - run / self.number * self.interval)
         (values,) = self.values(run, range(tick, tick + 1)).tolist()
         pairs = zip(self.series, values, strict=True)
@@ -145,15 +145,15 @@ class Runs:
         return text.replace(f'{RUN_LABEL}="{_ONE}"', f'{RUN_LABEL}="{self.name(run)}"').encode()
 
     def labels(self, run: int, name: str) -> dict[str, str]:
-        """Of a series, as Prometheus stores it."""
+        """Labels of a series, as Prometheus stores them."""
         target = {"job": JOB, "instance": self.instance(run), RUN_LABEL: self.name(run)}
         return dict(re.findall(r'(\w+)="([^"]*)"', name), __name__=name.partition("{")[0]) | target
 
     def stored(self, run: int, ticks: range, only: tuple[str, ...] = ("",)) -> list[bytes]:
-        """What Prometheus would have stored of the run, `up` included: encoded for `write`.
+        """The samples that Prometheus would have stored of the run, with `up`, encoded for `write`.
 
         Args:
-            only: how the names of those series begin that are wanted.
+            only: prefixes of the names of the series to write.
         """
         times = self.milliseconds(run, ticks)
         before = self.values(run, range(ticks.start - 1, ticks.stop)).T
@@ -185,7 +185,7 @@ async def serve(runs: Runs, port: int) -> None:
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
 
-    _ = runs.series  # made before anybody waits for it
+    _ = runs.series  # compute it before the first request
     async with await asyncio.start_server(connected, "127.0.0.1", port, backlog=runs.number) as server:
         await server.serve_forever()
 

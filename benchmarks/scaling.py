@@ -23,10 +23,10 @@ WORKLOADS = {
 
 
 def steps_per_second(workload: str, ranks: int) -> float:
-    """Of one whole run, from its first rollout to its last update.
+    """Steps per second of one whole run, from its first rollout to its last update.
 
     Raises:
-        RuntimeError: the run failed; the message is the end of what it said.
+        RuntimeError: the run failed; the message is the end of its output.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What the status page costs the exporter process: CPU time per request, and bytes.
+"""Cost of the status page in the exporter process: CPU time per request, and bytes.
 
 `python -m benchmarks.status_page` prints a row per number of runs; it takes seconds.
 """
@@ -44,7 +44,7 @@ def row(runs: int, heads: int, requests: int) -> str:
     for run in range(runs):
         for _ in range(HISTORY_UPDATES):
             update(run)
-    page, times = StatusPage(aggregator), []  # an aggregator has a snapshot, as the state in that process
+    page, times = StatusPage(aggregator), []  # an aggregator has a `snapshot`, as that process' state does
     first, _ = timed(page)
     for request in range(requests):
         update(request % runs)

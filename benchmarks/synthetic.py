@@ -1,7 +1,7 @@
-"""Seven heads to learn at no cost: an environment that leaves the time to the trainer, and a task with a known optimum.
+"""Seven heads to learn: an environment that takes almost no time, with a known optimum.
 
-Importing this module registers it with Gymnasium as `SevenHeads-v0`, so that whatever takes an environment's id takes
-`benchmarks.synthetic:SevenHeads-v0`; it exists as a vector environment only.
+Importing this module registers it with Gymnasium as `SevenHeads-v0`. So an environment's id may be
+`benchmarks.synthetic:SevenHeads-v0`; it exists only as a vector environment.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ class SevenHeadsVectorEnv(gymnasium.vector.VectorEnv):
     """Observations without memory, and for each head one right choice that is linear in the observation.
 
     Action: `MultiDiscrete` of `HEAD_SIZES`. Observation: [num_envs, 64] float32, standard normal, drawn anew in every
-    step from 16,384 that are fixed with their right choices: a fixed random linear map of the first 8 numbers scores
-    the choices, and the best score of a head is its right choice. A step so costs two lookups.
-    Reward: the part of the heads that chose right, 0 to 1. An episode *terminates* after 8 steps in all environments
-    together; its return is 8 at best and 1.95 by chance. Autoreset mode is SAME_STEP.
+    step from 16,384 fixed ones. A fixed random linear map of the first 8 numbers scores the choices; the best score of
+    a head is its right choice, computed once. So a step costs two lookups.
+    Reward: the fraction of the heads that chose right, 0 to 1. An episode *terminates* after 8 steps in all
+    environments together; its return is 8 at best and 1.95 by chance. Autoreset mode is SAME_STEP.
 
     Args:
         num_envs: at least 1.
@@ -39,7 +39,7 @@ class SevenHeadsVectorEnv(gymnasium.vector.VectorEnv):
         self.single_observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION_SIZE,), np.float32)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
-        task = np.random.default_rng(0)  # the same for every seed: seeds differ in what they see of it
+        task = np.random.default_rng(0)  # the same for every seed; seeds differ in their observations
         self._contexts = task.standard_normal((_CONTEXTS, OBSERVATION_SIZE), np.float32)
         scores = self._contexts[:, :TELLING] @ task.standard_normal((TELLING, sum(HEAD_SIZES)), np.float32)
         by_head = np.split(scores, np.cumsum(HEAD_SIZES)[:-1], axis=1)

@@ -1,10 +1,9 @@
 """Environment steps per second of this trainer beside CleanRL's loop, Stable-Baselines3 and TorchRL.
 
-Every trainer runs in a process of its own, which is started before the first round and stays: what is compared is
-training, not importing. In every round each of them trains for some seconds, in whole updates, one after the other and
-in an order that changes from round to round, so that whatever else the machine does hits all alike; a ratio is taken
-between turns of the same round. Ours measures its gradients, writes its checkpoints and serves /metrics, which is
-scraped once a second while it trains.
+Every trainer runs in its own process, which starts before the first round and stays: the comparison is about training,
+not importing. In every round each trains for some seconds, in whole updates, one after the other. The order changes
+from round to round, so that other load affects all alike; a ratio compares turns of the same round. Ours measures its
+gradients, writes its checkpoints and serves /metrics, which is scraped once a second while it trains.
 
     .venv/bin/python -m benchmarks.throughput --help
 """
@@ -36,17 +35,17 @@ from benchmarks.machine import machine
 from benchmarks.peers import Setting
 
 SCRAPE_INTERVAL = 1.0  # seconds
-END_SECONDS = 30.0  # for a trainer to end its turn and clean up
+END_SECONDS = 30.0  # for a trainer to finish its turn and clean up
 MOST_LOAD = 0.5  # of other programs, before the first round
 MOST_SPREAD = 0.1  # between the quartiles of a ratio, of its median
 
 
 class Task(NamedTuple):
-    """What is trained.
+    """A task.
 
     Attributes:
-        setting: the same for all of them.
-        goal: ours to the best peer.
+        setting: the same for all trainers.
+        goal: our speed relative to the best peer.
         peers: modules in benchmarks/peers.
     """
 
@@ -72,7 +71,7 @@ SEVEN_HEADS = Setting(
 TASKS = {
     "seven-heads": Task(SEVEN_HEADS, 2.5, ("cleanrl", "sb3", "torchrl_ppo")),
     "cartpole": Task(CARTPOLE, 1.5, ("cleanrl", "sb3", "torchrl_ppo")),
-    # TorchRL takes no vector environment that resets in the step after an episode's end, as this one does.
+    # Without TorchRL: it refuses vector environments that reset in the step after an episode's end.
     "cartpole-native": Task(replace(CARTPOLE, vectorization="vector_entry_point"), 3.0, ("cleanrl", "sb3")),
 }
 
@@ -82,14 +81,14 @@ class TrainerFailed(Exception):
 
 
 def work(module: str, setting: Setting, threads: int, pipe: Connection) -> None:
-    """A trainer's process: builds it, then trains for as many seconds as it is told, until it is told None."""
+    """A trainer's process: builds it, then trains for each number of seconds that it receives, until None."""
     try:
         import torch
 
         torch.set_num_threads(threads)
         contestant = importlib.import_module(f"benchmarks.peers.{module}").start(setting)
         try:
-            contestant.update()  # the first one allocates, and compiles what wants to be compiled
+            contestant.update()  # the first update allocates and compiles
             pipe.send(contestant.metrics_url)
             while (seconds := pipe.recv()) is not None:
                 updates, started = 0, time.perf_counter()
@@ -100,7 +99,7 @@ def work(module: str, setting: Setting, threads: int, pipe: Connection) -> None:
         finally:
             contestant.close()
     except (EOFError, BrokenPipeError):
-        pass  # the parent has gone
+        pass  # the parent is gone
     except Exception:
         pipe.send(TrainerFailed(traceback.format_exc()))
 
@@ -112,8 +111,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(module, setting, threads, theirs), daemon=True)
-        # Ctrl-C reaches the whole process group. The child inherits the mask and leaves the decision to its parent;
-        # the tracker, which would lift it, is started before.
+        # Ctrl-C reaches the whole process group. The child inherits the mask, so that only the parent decides. Start
+        # the tracker before, because it would remove the mask.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -126,7 +125,7 @@ class Worker:
         self._metrics_url: str | None = self._receive()
 
     def turn(self, seconds: float) -> float:
-        """Environment steps per second over whole updates that take `seconds` or a little more."""
+        """Environment steps per second, over whole updates for at least `seconds`."""
         with scraping(self._metrics_url):
             self._pipe.send(seconds)
             return self._receive()
@@ -142,7 +141,7 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """Ask it to end after its turn: one that is terminated leaves semaphores and files behind."""
+        """Ask it to end after its turn: terminating it would leave semaphores and files."""
         with contextlib.suppress(OSError):
             self._pipe.send(None)
         self._process.join(END_SECONDS)
@@ -187,7 +186,7 @@ def measure(
     """Steps per second of each trainer in each round.
 
     Raises:
-        TrainerFailed: one could not be built, or ended; the message names it and says why.
+        TrainerFailed: a trainer could not be built, or ended; the message names it and says why.
     """
     bar = progress.add_task(f"{title}: starting", total=rounds * len(trainers))
     speeds: dict[str, list[float]] = {name: [] for name in trainers}
@@ -212,7 +211,7 @@ def measure(
 
 
 class Ratio(NamedTuple):
-    """Ours to another one, over the rounds."""
+    """Our speed relative to another's, over the rounds."""
 
     least: float
     lower: float
@@ -236,7 +235,7 @@ class Ratio(NamedTuple):
 
 
 def best_peer(speeds: dict[str, list[float]]) -> Ratio | None:
-    """Ours to the fastest peer of each round; None where one of them is missing."""
+    """Our speed relative to the fastest peer of each round; None if one is missing."""
     peers = [values for name, values in speeds.items() if name != OURS]
     return Ratio.of(speeds[OURS], [max(of_round) for of_round in zip(*peers)]) if peers and OURS in speeds else None
 
@@ -245,7 +244,7 @@ RATIO = ["ours to it", "quartiles", "min to max"]
 
 
 def table(speeds: dict[str, list[float]]) -> str:
-    """Markdown: steps per second of each, and the paired ratios of ours to it."""
+    """Markdown: steps per second of each trainer, and paired ratios of ours to it."""
     rows = []
     for name, values in speeds.items():
         ratio = Ratio.of(speeds[OURS], values).cells if name != OURS and OURS in speeds else [""] * 3

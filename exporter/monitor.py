@@ -41,30 +41,26 @@ _log = logging.getLogger(__name__)
 class GradientMonitor:
     """Observes the gradients of action heads at every `optimizer.step()` and exports their CV.
 
-    It changes neither gradients nor random state, and an error inside it is logged
-    once, counted in `ppo_exporter_errors_total`, and never reaches the training
-    loop. On CUDA it adds no synchronization: norms travel to pinned memory, and a
-    thread publishes them when they have arrived. Any thread may call its methods.
+    It changes neither gradients nor random state, and an error inside it is logged once, counted in
+    `ppo_exporter_errors_total`, and never reaches the training loop. On CUDA it adds no synchronization: norms travel
+    to pinned memory, and a thread publishes them when they have arrived. Any thread may call its methods.
 
-    A script that ends without `close()` is closed as by its `with` block: an exception
-    that ends it leaves the files of `serve()`, a clean end removes them.
+    A script that ends without `close()` is closed as by its `with` block: an exception that ends it leaves the files of
+    `serve()`, a clean end removes them.
 
-    What it sees at a step is clipped where the trainer clips. The CV and the shares
-    do not change under clipping by the global norm; norms do. After clipping a NaN
-    in one head is in all of them: `before_clipping` tells which head it was.
+    What it sees at a step is clipped where the trainer clips. The CV and the shares do not change under clipping by the
+    global norm; norms do. After clipping a NaN in one head is in all of them: `before_clipping` tells which.
 
     Args:
         heads: head name -> modules, parameters, or `Rows` of a layer that heads share; or a list of them. See also
             `heads_from`, `space_heads` and `row_heads`.
         run: name of the run, its label on `/metrics`.
-        window_steps: gradient steps that make a window, or fewer where they take longer
-            than `WINDOW_SECONDS`, until `update_completed()` is called for the first time;
-            from then on a window is an update. None waits for it.
+        window_steps: gradient steps that make a window, or fewer where they take longer than `WINDOW_SECONDS`, until
+            `update_completed()` is called for the first time; from then on a window is an update. None waits for it.
         before_clipping: measure at the end of each backward pass that reaches a head, after DistributedDataParallel
             has averaged. Exact norms, the right head for a NaN, and gradients that are not finite count although the
             trainer repairs them or skips the step; for one hook call per parameter and backward pass.
-        global_norm: export `ppo_gradient_norm` too, over all parameters of the
-            optimizer; reads every gradient once more.
+        global_norm: export `ppo_gradient_norm` too, over all parameters; reads every gradient once more.
         grad_scaler: the `torch.amp.GradScaler` in use; `before_clipping` needs it to unscale.
         thresholds: CVs from which the run's level is warning and critical, `Thresholds` or a pair;
             label, status page, rules and dashboards follow them.
@@ -240,8 +236,11 @@ class GradientMonitor:
         """Where `/metrics` is served, as `serve()` has returned it last; None where it is not, and after `close()`."""
         return self._endpoints.url
 
-    def record(self, **values: float | None) -> None:
+    def record(self, **values: float | Mapping[str, float] | None) -> None:
         """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
+
+        `head_entropy_ratios`, `head_approx_kls`, `head_clip_fractions` and `head_update_ratios` are mappings, head ->
+        number, as in `PPOUpdatePayload`.
 
         Counts (`environment_steps`, `episodes`) are increments and add up; durations
         belong to one window; everything else stays until it is recorded anew.
@@ -270,7 +269,7 @@ class GradientMonitor:
             self._after_backward()
 
     @contextmanager
-    def update(self, **values: float | None) -> Iterator["GradientMonitor"]:
+    def update(self, **values: float | Mapping[str, float] | None) -> Iterator["GradientMonitor"]:
         """`with monitor.update(environment_steps=2048) as update:` a PPO update, timed; at its end it is completed.
 
         An update that ends with an exception is none.
@@ -285,7 +284,7 @@ class GradientMonitor:
         yield self
         self.update_completed(**{"update_duration_seconds": time.monotonic() - started, **values})
 
-    def update_completed(self, **values: float | None) -> None:
+    def update_completed(self, **values: float | Mapping[str, float] | None) -> None:
         """A PPO update has ended: publish its window, with `values` as for `record()`.
 
         Raises:
@@ -374,8 +373,7 @@ class GradientMonitor:
             self._aggregator.note_progress(self.run, time.time())
 
     def _close_window(self, is_last: bool = False) -> None:
-        meter = self._meter
-        if meter is None:
+        if (meter := self._meter) is None:
             return
         if is_last:
             meter.give_up(self._grad_scaler is None)
@@ -384,10 +382,11 @@ class GradientMonitor:
         self._window_began_at = None
         self._alive_at = time.monotonic()
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}
-        self._safely(self._publish, meter, progress, is_last)
-
-    def _publish(self, meter: HeadGradientMeter, progress: Mapping[str, object], is_last: bool) -> None:
-        self._reporter.hand_over(meter.start_collecting(), progress, meter.trainable_heads, must_wait=is_last)
+        try:
+            pending = meter.start_collecting()
+            self._reporter.hand_over(pending, progress, meter.trainable_heads, must_wait=is_last)
+        except Exception as error:
+            self._reporter.failed(error)
 
     def _warn(self, warning: str | None) -> None:
         if warning is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from exporter.telemetry import GradientMetrics, PPOUpdatePayload
+from exporter.telemetry import HEAD_SIGNALS, GradientMetrics, PPOUpdatePayload
 
 _MEASURED = set(GradientMetrics.__annotations__) | {"run", "skipped_gradient_steps", "timestamp_seconds"}
 _RECORDABLE = [f.name for f in fields(PPOUpdatePayload) if f.name not in _MEASURED]
@@ -56,7 +56,7 @@ class Progress:
         self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
 
 
-def _checked(name: str, value: object) -> float | None:
+def _checked(name: str, value: object) -> float | dict[str, float] | None:
     """`value` as the payload takes it."""
     if name not in _RECORDABLE:
         nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
@@ -64,10 +64,16 @@ def _checked(name: str, value: object) -> float | None:
         raise TypeError(f"no signal {name!r}{hint}")
     if value is None:
         return None
-    number = _number(name, value, int if name in _INCREMENTS else float)
-    payload: dict[str, Any] = {"run": "checked", name: number}
+    plain: float | dict[str, float]
+    if name in HEAD_SIGNALS:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a mapping, head -> number, got {value!r}")
+        plain = {head: _number(f"{name}[{head!r}]", number, float) for head, number in value.items()}
+    else:
+        plain = _number(name, value, int if name in _INCREMENTS else float)
+    payload: dict[str, Any] = {"run": "checked", name: plain}
     PPOUpdatePayload(**payload)
-    return number
+    return plain
 
 
 def _number(name: str, value: Any, kind: Callable[[Any], float]) -> float:

@@ -70,8 +70,9 @@ class Registration:
             self._replace_earlier(optimizers)
             self.aggregator.register_run(self._key[1], heads, info, thresholds)
             self._is_registered = True
-            self._all[self._key] = self
+        # Before others can see it: they let one without optimizers detach.
         self._optimizers = [weakref.ref(each) for each in optimizers]
+        self._all[self._key] = self
         return is_new
 
     def pause(self) -> None:

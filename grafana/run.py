@@ -3,6 +3,8 @@
 It reads the run's own metrics, so it works without recording rules; only alerts need rules.
 """
 
+from collections.abc import Callable
+
 from exporter.health import CRITICAL_THRESHOLD, WARNING_THRESHOLD, HealthLevel
 from exporter.metrics import METRIC_FAMILIES
 from grafana import panels
@@ -116,7 +118,7 @@ def _now() -> list[dict]:
         stat(
             *(2, (0, 0, 4, 4), "Level now"),
             "Health level of the last update's gradient CV, by the run's own thresholds. Good: stable. Bad: BAD, at or "
-            "above the critical threshold or with a NaN or infinite gradient. A run that has just begun has no update yet.",
+            "above the critical threshold or with a NaN or infinite gradient. At first a run has no update yet.",
             now_query(LEVEL, "{{instance}}"),
             filled=True,
             mappings=words(panels.LEVELS, ("no data", "transparent")),
@@ -227,7 +229,7 @@ def _since_when() -> list[dict]:
             ],
         ),
         lines(
-            *(14, (0, 13, 8, 7), "Share of gradient steps by level"),
+            *(14, (0, 13, 6, 7), "Share of gradient steps by level"),
             "Every gradient step counts by its own CV, so it shows spikes that the mean of an update hides. Good: all "
             "green. Bad: a growing band of red.",
             *(range_query(f"{_steps(window, health=of)} / {_steps(window)}", str(of)) for of in HealthLevel),
@@ -245,7 +247,7 @@ def _since_when() -> list[dict]:
 def _heads() -> list[dict]:
     return [
         head_lines(
-            *(15, (8, 13, 8, 7), "Gradient norm per head"),
+            *(15, (6, 13, 6, 7), "Gradient norm per head"),
             "Mean L2 norm of each head's gradient in the last update, before clipping. Do not compare norms of "
             "heads of different depth or size. Good: lines run in parallel. Bad: they drift apart, or one ends: a norm "
             "of zero is not on the logarithmic axis.",
@@ -256,7 +258,19 @@ def _heads() -> list[dict]:
             custom=panels.LOG_SCALE,
         ),
         head_lines(
-            *(16, (16, 13, 8, 7), "Share of the gradient per head"),
+            *(17, (12, 13, 6, 7), "Entropy per head"),
+            "Each head's entropy, of the largest that its number of choices allows. Good: falling slowly from 1. Bad: "
+            "near 0 early, or at 1 for long. A head with little gradient has converged where this is near 0 and the "
+            "return holds, and is starved where it is near 1. Heads that are not discrete have none.",
+            range_query(_of("ppo_head_entropy_ratio"), "{{head}}"),
+            unit="percentunit",
+            decimals=1,
+            legend="list",
+            min=0,
+            max=1,
+        ),
+        head_lines(
+            *(16, (18, 13, 6, 7), "Share of the gradient per head"),
             "Each head's part of the sum of norms. Good: nearly equal bands. Bad: one band takes all, or one vanishes.",
             range_query(SHARE, "{{head}}"),
             unit="percentunit",
@@ -293,11 +307,23 @@ def _every_step() -> list[dict]:
     ]  # fmt: skip
 
 
-def _line(panel_id: int, at: tuple, title: str, metric: str, judgement: str, unit: str, decimals: int, **more) -> dict:
+def _line(
+    panel_id: int,
+    at: tuple,
+    title: str,
+    metric: str,
+    judgement: str,
+    unit: str,
+    decimals: int,
+    *,
+    draw: Callable[..., dict] = lines,
+    legend_format: str = "{{instance}}",
+    **more,
+) -> dict:
     """A panel with one metric of ours; its HELP text is the description."""
     documentation = next(family.documentation for family in METRIC_FAMILIES if family.name == metric)
-    query = range_query(more.pop("expr", _of(metric)), "{{instance}}")
-    return lines(panel_id, at, title, f"{documentation} {judgement}", query, unit=unit, decimals=decimals, **more)
+    query = range_query(more.pop("expr", _of(metric)), legend_format)
+    return draw(panel_id, at, title, f"{documentation} {judgement}", query, unit=unit, decimals=decimals, **more)
 
 
 def _signals() -> list[dict]:
@@ -312,7 +338,15 @@ def _signals() -> list[dict]:
         ("Clip fraction", "ppo_clip_fraction", "Good: below about 30 %. Bad: above.", "percentunit", 1),
         ("Explained variance", "ppo_explained_variance", "Good: towards 1. Bad: at or below 0.", "none", 3),
     ]
-    return [_line(31 + nth, (nth % 3 * 8, nth // 3 * 7, 8, 7), *signal) for nth, signal in enumerate(signals)]
+    of_heads = [
+        ("KL per head", "ppo_head_approx_kl", "Good: of one size. Bad: one head far above the others.", "short", 4),
+        ("Clip fraction per head", "ppo_head_clip_fraction", "Good: below about 30 %. Bad: above.", "percentunit", 1),
+        ("Update per head", "ppo_head_update_ratio", "Good: about 0.001 to 0.01. Bad: 0, or near 1.", "sci", 2),
+    ]
+    return [_line(31 + nth, (nth % 3 * 8, nth // 3 * 7, 8, 7), *signal) for nth, signal in enumerate(signals)] + [
+        _line(40 + nth, (nth * 8, 21, 8, 7), *signal, draw=head_lines, legend_format="{{head}}")
+        for nth, signal in enumerate(of_heads)
+    ]
 
 
 def _throughput() -> list[dict]:

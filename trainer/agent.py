@@ -25,7 +25,7 @@ _APPROX_KL = 2
 
 @dataclass(frozen=True)
 class PPOHyperparameters:
-    """What an update needs to know; ranges and defaults are those of `trainer.config.TrainerConfig`."""
+    """Hyperparameters of an update; ranges and defaults are those of `trainer.config.TrainerConfig`."""
 
     minibatch_size: int
     epochs: int
@@ -41,10 +41,10 @@ class PPOHyperparameters:
 
 
 class NonFiniteGradientError(FloatingPointError):
-    """A gradient was NaN or infinite and the run is to stop at it.
+    """A gradient was NaN or infinite, and the run shall stop at it.
 
     Attributes:
-        metrics: of the update up to and including the bad gradient step.
+        metrics: metrics of the update, up to and including this gradient step.
     """
 
     def __init__(self, metrics: PPOUpdateMetrics) -> None:
@@ -52,22 +52,22 @@ class NonFiniteGradientError(FloatingPointError):
         where = f"head{'s' * (len(heads) > 1)} {', '.join(heads)}" if heads else "the trunk or the value head"
         super().__init__(
             f"non-finite gradient in {where} at gradient step {len(metrics['gradient_cv_per_step'])} of the update; "
-            "weights are untouched"
+            "the weights did not change"
         )
         self.metrics = metrics
 
 
 class Minibatch(NamedTuple):
-    """The samples of one gradient step that this rank works on, `size` on all ranks together.
+    """This rank's samples of one gradient step.
 
     Attributes:
         observations: [batch, observation_size].
         actions: [batch, heads], int64.
-        old_log_probs: [heads, batch], when the actions were taken.
+        old_log_probs: [heads, batch], log-probabilities when the actions were taken.
         advantages: [batch], normalized over the minibatch of all ranks.
-        targets, old_outputs: [batch], returns and the value head's output when the actions were taken, in standard
-            deviations of the returns from their mean.
-        size: samples on all ranks.
+        targets, old_outputs: [batch], returns, and the value head's outputs when the actions were taken; both
+            normalized by the moments of the returns.
+        size: number of samples on all ranks.
     """
 
     observations: Tensor
@@ -80,11 +80,11 @@ class Minibatch(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """A rollout in one row of samples.
+    """A flattened rollout.
 
     Attributes:
-        valid: numbers of the samples to learn from, counted over all ranks; where they are shuffled.
-        all_advantages: of the samples of all ranks.
+        valid: indices of the samples to learn from, counted over all ranks; on the generator's device.
+        all_advantages: advantages of the samples of all ranks.
         observations, actions: [samples of this rank, ...].
         scalars: [heads + 3, samples of this rank]: log-probabilities, then advantage, target, old output.
         explained_variance: of the returns by the values, over all ranks.
@@ -99,13 +99,13 @@ class _Samples(NamedTuple):
 
 
 class _Epoch(NamedTuple):
-    """What was seen in one pass over the rollout, of each minibatch.
+    """Results of one pass over the rollout: a list entry for each minibatch.
 
     Attributes:
         statistics: [_STATISTICS], this rank's part of the minibatch's means.
-        log_ratios: [heads, batch], of the probabilities of this rank's actions now and when they were taken.
+        log_ratios: [heads, batch], log-probabilities of this rank's actions now, minus those when they were taken.
         entropies: [heads, batch].
-        sizes: samples on all ranks.
+        sizes: number of samples on all ranks.
     """
 
     statistics: list[Tensor]
@@ -115,13 +115,13 @@ class _Epoch(NamedTuple):
 
 
 class PPOAgent:
-    """Improves a policy from rollouts and measures the gradient of every head while it does.
+    """Improves a policy from rollouts and measures the gradient of every head.
 
     Args:
         policy: network to train, on its device.
         hyperparameters: see `PPOHyperparameters`.
-        generator: shuffles the minibatches; on the policy's device, or on the CPU. Several ranks want it on the CPU:
-            which samples are a rank's own is then known without waiting for the device.
+        generator: shuffles the minibatches; on the policy's device or on the CPU. Use the CPU with several ranks, so
+            that finding a rank's own samples does not wait for the device.
         drill: a fault to inject, for testing alerts.
         ranks: the processes that train this policy together.
     """
@@ -154,10 +154,10 @@ class PPOAgent:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()` of an agent with the same network; hyperparameters stay this agent's own.
+        """Continue from `state_dict()` of an agent with the same network; this agent keeps its hyperparameters.
 
         Raises:
-            KeyError, RuntimeError, TypeError, ValueError: the state is that of another network, or none.
+            KeyError, RuntimeError, TypeError, ValueError: the state does not fit the network.
         """
         self.policy.load_state_dict(state["policy"])
         load_tensors(self._optimizer_state(), state["optimizer"])
@@ -172,8 +172,8 @@ class PPOAgent:
     ) -> PPOUpdateMetrics:
         """One PPO update: `epochs` passes over the rollout in shuffled minibatches.
 
-        A gradient step whose gradient is not finite leaves weights and optimizer as they are, and is counted. If
-        `should_stop()` holds after a gradient step, the update ends there and its metrics cover the steps done.
+        A gradient step with a non-finite gradient is counted, but changes neither weights nor optimizer. If
+        `should_stop()` is true after a gradient step, the update ends and its metrics cover the steps so far.
 
         Raises:
             NonFiniteGradientError: a gradient was not finite and `on_nonfinite` is `raise`.
@@ -200,11 +200,11 @@ class PPOAgent:
         return summary()
 
     def _samples(self, rollout: Rollout) -> _Samples:
-        """The rollout in one row of samples, with returns and values as the value head sees them.
+        """The flattened rollout, with returns and values normalized for the value head.
 
-        The value head learns in standard deviations of the returns, whatever the environment pays. New moments of the
-        returns change what its output means; old values are read with the moments with which they were computed, so
-        that clipping sees only what is learned.
+        The value head learns returns normalized by their moments, so it works with any scale of rewards. Old values are
+        normalized with the moments with which they were computed, before the update of the moments. So value clipping
+        limits only what the network learns.
         """
         gather = self._ranks.gather
         valid = gather(rollout.valid).flatten().nonzero()[:, 0]
@@ -227,9 +227,9 @@ class PPOAgent:
         )
 
     def _minibatches(self, samples: _Samples, num_envs: int) -> Iterator[Minibatch]:
-        """One epoch: all samples, shuffled, in minibatches as nearly of the size as they divide evenly.
+        """One epoch: all samples, shuffled, in minibatches of nearly equal size.
 
-        Every rank shuffles all samples alike, and works on those of its own environments.
+        Every rank shuffles all samples in the same way, and works on those of its own environments.
         """
         count, generator = len(samples.valid), self._generator
         shuffled = samples.valid[torch.randperm(count, generator=generator, device=generator.device)]
@@ -246,7 +246,7 @@ class PPOAgent:
             samples.actions.index_select(0, own).split(sizes),
             samples.scalars.index_select(1, own).split(sizes, dim=1),
         ):
-            # Of a single sample the standard deviation is 0, not NaN.
+            # Make the standard deviation of a single sample 0, not NaN.
             std, mean = torch.std_mean(of_all_ranks, correction=min(1, len(part) - 1))
             old_log_probs, scalars = scalars.split([len(scalars) - 3, 3])
             advantages, targets, old_outputs = scalars.unbind()
@@ -259,8 +259,8 @@ class PPOAgent:
         loss = -E[min(ratio * A, clip(ratio) * A)] + value_coef * 0.5 * E[squared error] - entropy_coef * E[entropy]
 
         Returns:
-            What `_Epoch` keeps of a minibatch; its statistics are the policy loss, the squared value error, the
-            approximate KL divergence and whether the ratio was clipped.
+            A minibatch's entries for `_Epoch`. The statistics are the policy loss, the squared value error, the
+            approximate KL divergence and the clip fraction.
         """
         hp, policy = self._hyperparameters, self.policy
         observations, actions, old_log_probs, advantages, targets, old_outputs, size = minibatch
@@ -274,7 +274,7 @@ class PPOAgent:
         surrogate = ratio * advantages
         clipped_surrogate = ratio.clamp(1 - hp.clip_range, 1 + hp.clip_range) * advantages
         torch.minimum(surrogate, clipped_surrogate, out=statistics[0]).neg_()
-        # Where the clipped one is smaller, the ratio is outside the range and has no gradient. A NaN is not smaller.
+        # If the clipped surrogate is smaller, the ratio is out of range and has no gradient. A NaN is never smaller.
         by_log_prob = torch.where(clipped_surrogate < surrogate, 0.0, surrogate).mul_(-1 / size)
 
         error = seen.outputs - targets
@@ -284,7 +284,7 @@ class PPOAgent:
             clipped_change = change.clamp(-hp.value_clip_range, hp.value_clip_range)
             clipped_error = clipped_change + old_outputs - targets
             squared_clipped_error = clipped_error * clipped_error
-            # Inside the range the clipped error may be larger too, by rounding; only outside there is no gradient.
+            # The gradient is zero only outside the range. Inside, rounding may also make the clipped error larger.
             is_flat = (clipped_change != change) & (squared_clipped_error > squared_error)
             by_output = torch.where(is_flat, 0.0, error)
             squared_error = torch.maximum(squared_error, squared_clipped_error)
@@ -303,11 +303,11 @@ class PPOAgent:
         return statistics.sum(1).div_(size), log_ratios, distribution.entropies, size
 
     def _step(self, learning_rate: float) -> Tensor:
-        """Measure the gradient, clip it by its global norm, and let Adam step; nothing moves if it is not finite.
+        """Measure the gradient, clip it by its global norm, and take an Adam step; skip it if it is not finite.
 
-        Fused Adam divides the gradient by `grad_scale` and does nothing where `found_inf` is 1: clipping and skipping
-        without a pass of their own and without waiting for the device. It is called directly, because
-        `torch.optim.Adam.step()` takes twice as long as the work itself on a small network.
+        Fused Adam divides the gradient by `grad_scale` and does nothing if `found_inf` is 1. So clipping and skipping
+        need neither another pass nor a wait for the device. Call it directly: on a small network
+        `torch.optim.Adam.step()` takes twice as long.
 
         Returns:
             Global L2 norm before clipping, a 0-dimensional tensor.
@@ -337,30 +337,30 @@ class PPOAgent:
     def _summary(
         self, samples: _Samples, epochs: list[_Epoch], policy_layer: Tensor, learning_rate: float, started: float
     ) -> PPOUpdateMetrics:
-        """The update's metrics, with the only wait for the device.
+        """The update's metrics. This is the only wait for the device.
 
         Args:
-            samples: of the update.
-            epochs: as far as they went.
-            policy_layer: as it was before the update.
-            learning_rate: of the update.
-            started: by `time.perf_counter()`.
+            samples: samples of the update.
+            epochs: epochs so far.
+            policy_layer: a copy from before the update.
+            learning_rate: learning rate of the update.
+            started: `time.perf_counter()` at the start.
         """
         steps, policy = self._meter.start_collecting(), self.policy
         of_steps = torch.stack([statistics for epoch in epochs for statistics in epoch.statistics])
         means = of_steps.mean(0)
-        # The policy moves away during the update: how far it got is what the last epoch saw.
+        # The policy changes during the update: the last epoch shows how far.
         means[_APPROX_KL] = of_steps[-len(epochs[-1].sizes) :, _APPROX_KL].mean()
         means = self._ranks.sum_(torch.cat([means, *self._of_heads(epochs)]))
         change, weights = policy.head_norms(torch.stack([policy.policy_layer - policy_layer, policy_layer]))
-        # Nothing that changed nothing is no NaN.
+        # Zero weights that did not change give 0, not NaN.
         update_ratios = change.div_(weights.clamp_(min=1e-12))
         numbers = torch.cat([samples.explained_variance.reshape(1), means, update_ratios]).cpu()
         explained, policy_loss, squared_error, approx_kl, clip_fraction = numbers[: 1 + _STATISTICS].tolist()
         entropies, kls, clip_fractions, update_ratios = numbers[1 + _STATISTICS :].view(4, -1).tolist()
         return PPOUpdateMetrics(
             **steps.summary(),
-            # One choice has no entropy to compare with, and rounding must not make it more than all.
+            # With one choice there is nothing to divide by. Rounding must not give more than 1.
             head_entropy_ratios={
                 head: min(entropy / math.log(choices), 1.0)
                 for (head, choices), entropy in zip(policy.heads.items(), entropies)
@@ -395,9 +395,9 @@ class PPOAgent:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant.
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 is no better than a constant.
 
-    NaN when the returns do not vary.
+    NaN if the returns do not vary.
     """
     variance = returns.var(correction=0)
     return torch.where(variance > 0, 1 - (returns - values).var(correction=0) / variance, math.nan)

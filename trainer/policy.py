@@ -1,4 +1,4 @@
-"""The network: tanh layers, one layer for all action heads, a value head, and its gradient, written out by hand."""
+"""The network: tanh layers, one layer for all action heads, a value head, and its hand-written gradient."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ from exporter.heads import Rows
 class FactoredCategorical:
     """Independent categorical distributions, one per action head.
 
-    The softmax is taken per head over logits padded to the widest head: each head has its own maximum, so none
-    underflows because another one's logits are large. Choices run along the first axis and samples along the last,
-    where torch's kernels work on whole vectors.
+    Logits are padded to the widest head, and the softmax is per head: each head subtracts its own maximum, so large
+    logits of another head cannot make it underflow. The first axis is choices, the last is samples, so that torch's
+    kernels work on long vectors.
 
     Args:
-        logits: [choices of all heads, batch], heads one below the other.
-        layout: of the heads, on the same device.
+        logits: [choices of all heads, batch], heads in order.
+        layout: layout of the heads, on the same device.
 
     Attributes:
-        log_probabilities: [widest head, heads, batch]; padded choices are never taken.
-        probabilities: the same, their exponential.
+        log_probabilities: [widest head, heads, batch]; padded choices are never sampled.
+        probabilities: exponential of `log_probabilities`.
         entropies: [heads, batch], in nats.
     """
 
@@ -34,7 +34,7 @@ class FactoredCategorical:
         padded = logits.new_full((layout.widest * layout.heads, logits.shape[1]), _PADDING_LOGIT)
         padded.index_copy_(0, layout.rows, logits)
         self.log_probabilities = torch.log_softmax(padded.view(layout.widest, layout.heads, -1), dim=0)
-        # Below this a probability changes no sum; exp() takes 70 times longer where its result is no normal number.
+        # Smaller probabilities change no sum, and exp() is 70 times slower when its result is subnormal.
         self.probabilities = self.log_probabilities.clamp(min=-60.0).exp_()
         self.entropies = (self.probabilities * self.log_probabilities).sum(0).neg_()
 
@@ -45,7 +45,7 @@ class FactoredCategorical:
             uniforms: [heads, batch], in [0, 1).
         """
         cumulative = self.probabilities.cumsum(0)
-        # In (0, total], so that neither a choice without probability nor one behind the last is taken.
+        # In (0, total], so that a choice with probability 0 or an index past the last is never taken.
         return (cumulative < (1 - uniforms) * cumulative[-1]).sum(0).t()
 
     def mode(self) -> Tensor:
@@ -57,7 +57,7 @@ class FactoredCategorical:
         return self.log_probabilities.gather(0, actions.t().unsqueeze(0))[0]
 
     def gradient(self, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
-        """Gradient by the logits, [choices of all heads, batch], of a scalar that depends on them through both.
+        """Gradient by the logits, [choices of all heads, batch], of a scalar of log-probabilities and entropies.
 
         With p = softmax(x), for one head: d log p[a] / dx = onehot(a) - p and d H / dx = -p (log p + H).
 
@@ -78,11 +78,11 @@ _PADDING_LOGIT = -1e9
 
 
 class HeadLayout(NamedTuple):
-    """How heads of different sizes lie in a grid [widest head, heads], flattened.
+    """Places of heads of different sizes in a flattened grid [widest head, heads].
 
     Attributes:
         heads: number of heads.
-        widest: choices of the largest one.
+        widest: choices of the largest head.
         rows: [choices of all heads], the grid's row of each logit.
     """
 
@@ -97,10 +97,10 @@ class HeadLayout(NamedTuple):
 
 
 class RunningMoments:
-    """Mean and standard deviation of recent returns, by which the value head's targets are normalized.
+    """Mean and standard deviation of recent returns, to normalize the value head's targets.
 
-    A value head that had to reach returns of 50 from an output of 0 would first bend the trunk it shares with the
-    policy. Averages decay by 0.99 per update, corrected for their start at zero as in Adam.
+    Without normalization, a value head that has to reach returns of 50 from an output of 0 would first distort the
+    trunk that it shares with the policy. Averages decay by 0.99 per update, with Adam's bias correction.
 
     Attributes:
         mean, std: 0-dimensional tensors; 0 and 1 before the first update.
@@ -110,11 +110,11 @@ class RunningMoments:
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.mean, self.std = torch.zeros((), device=device), torch.ones((), device=device)
-        # Averages of the returns, of their squares, and of one. Doubles: the variance is a difference of two of them.
+        # Averages of the returns, of their squares, and of one. Doubles: the variance is a difference of averages.
         self._averages = torch.zeros(3, dtype=torch.float64, device=device)
 
     def update(self, returns: Tensor) -> None:
-        """Let `returns` [samples] move the moments, unless one of them is not finite."""
+        """Update the moments with `returns` [samples], unless one of them is not finite."""
         returns = returns.double()
         now = torch.stack([returns.mean(), returns.square().mean(), returns.new_ones(())])
         moved = self._averages.lerp(now, 1 - self.DECAY)
@@ -125,7 +125,7 @@ class RunningMoments:
         self.std.copy_(torch.where(is_finite, (square - mean * mean).clamp(min=1e-8).sqrt(), self.std))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moments and what they are made of; tensors are not copied."""
+        """The moments and the averages behind them; tensors are not copied."""
         return {"mean": self.mean, "std": self.std, "averages": self._averages}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -133,13 +133,13 @@ class RunningMoments:
 
 
 class Activations(NamedTuple):
-    """What `ActorCritic.forward` computes, and its backward pass needs; K is 2 with a separate critic, else 1.
+    """Results of `ActorCritic.forward` that the backward pass needs; K is 2 with a separate critic, else 1.
 
     Attributes:
         observations: [batch, observation_size].
         first, second: [K, hidden_size, batch], the tanh layers.
         logits: [choices of all heads, batch].
-        outputs: [batch], values in standard deviations of the returns from their mean.
+        outputs: [batch], values normalized by the moments of the returns.
     """
 
     observations: Tensor
@@ -152,24 +152,24 @@ class Activations(NamedTuple):
 class ActorCritic:
     """Two tanh layers, then one layer for all action heads and one for the value; no autograd.
 
-    Actor and critic share the tanh layers or have their own, which are then computed side by side: units run along
-    the first axis and the batch along the last. Weights are orthogonal with gain sqrt(2) in the tanh layers, 0.01 for
-    every action head and 1 for the value head; biases are zero. They come from torch's global generator.
+    Actor and critic share the tanh layers, or have their own, which are computed side by side. The first axis is units,
+    the last is the batch. Weights are orthogonal with gain sqrt(2) in the tanh layers, 0.01 for every action head and 1
+    for the value head, drawn from torch's global generator. Biases are zero.
 
     Args:
         observation_size: length of a flat observation.
         heads: action head name -> number of choices, in the order of the action's columns.
         hidden_size: width of the two tanh layers.
-        separate_critic: give the critic tanh layers of its own.
-        device: where it lives.
+        separate_critic: give the critic its own tanh layers.
+        device: device of the network.
 
     Attributes:
-        parameters: name -> tensor. The first axis of tanh layers counts the actor's units, then the critic's.
-        flat: one vector that holds all parameters, which are views of it; so are their gradients of `flat.grad`.
-            What runs over all parameters, the optimizer and the sum over ranks, is then one kernel.
+        parameters: name -> tensor. The first axis of tanh layers has the actor's units, then the critic's.
+        flat: one vector with all parameters; they are views of it, and their gradients are views of `flat.grad`. So the
+            optimizer and the sum over ranks take one kernel.
         head_rows: head name -> its rows of the policy layer.
-        policy_layer: what of `flat` belongs to the action heads, a view.
-        return_moments: what `values` and the outputs of the value head differ by.
+        policy_layer: the part of `flat` of the action heads, a view.
+        return_moments: turn outputs of the value head into values.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class ActorCritic:
         self._actor: _HostActor | None = None
 
     def forward(self, observations: Tensor) -> Activations:
-        """Both networks for observations [batch, observation_size]."""
+        """Run both networks on observations [batch, observation_size]."""
         w1, b1, w2, b2, policy_weight, policy_bias, value_weight, value_bias = self._weights
         first = _tanh_(torch.addmm(b1, w1, observations.t())).view(len(w2), w2.shape[1], -1)
         second = _tanh_(torch.baddbmm(b2, w2, first))
@@ -233,7 +233,7 @@ class ActorCritic:
         """Write the gradient of a scalar into every parameter's `grad`.
 
         Args:
-            seen: what `forward` gave for these samples.
+            seen: result of `forward` for these samples.
             by_logits: [choices of all heads, batch], the scalar's gradient by the logits.
             by_outputs: [batch], its gradient by the outputs.
         """
@@ -266,8 +266,8 @@ class ActorCritic:
 
         Args:
             observations: [batch, observation_size], float32.
-            uniforms: [heads, batch] in [0, 1), the chance in the sampling: a NumPy array for NumPy observations and a
-                policy on the CPU, else a tensor on the policy's device.
+            uniforms: [heads, batch] in [0, 1), for the sampling: a NumPy array for NumPy observations and a policy on
+                the CPU, else a tensor on the policy's device.
         """
         if isinstance(observations, Tensor):
             return self.distribution(self.forward(observations).logits).sample(uniforms)
@@ -289,7 +289,7 @@ class ActorCritic:
         return self.distribution(seen.logits).log_probs(actions).t(), self._values(seen)
 
     def head_norms(self, vectors: Tensor) -> Tensor:
-        """L2 norms [K, heads] of what belongs to each head, of K vectors like `policy_layer`."""
+        """L2 norms [K, heads] of each head's part of K vectors like `policy_layer`."""
         choices = len(self._head_of_choice)
         weights, biases = vectors.square().split([vectors.shape[1] - choices, choices], dim=1)
         of_choices = weights.unflatten(1, (choices, -1)).sum(2).add_(biases)
@@ -308,10 +308,10 @@ class ActorCritic:
         return {**self.parameters, "return_moments": self.return_moments.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over `state_dict()` of a network of the same shape.
+        """Load `state_dict()` of a network of the same shape.
 
         Raises:
-            KeyError, ValueError: it is that of another one.
+            KeyError, ValueError: the state is of another network.
         """
         load_tensors(self.parameters, state)
         self.return_moments.load_state_dict(state["return_moments"])
@@ -320,8 +320,8 @@ class ActorCritic:
 class _HostActor:
     """Samples actions on the CPU, for one batch size.
 
-    For a few environments the call of a kernel costs more than its work, and NumPy's calls cost a third of torch's.
-    Products are torch's, which keeps to the number of threads that the run has.
+    With few environments a kernel's call costs more than its work, and NumPy's calls cost a third of torch's. Matrix
+    products use torch, which respects the run's number of threads.
     """
 
     def __init__(self, weights: Sequence[Tensor], layout: HeadLayout, batch: int) -> None:
@@ -356,7 +356,7 @@ _tanh_backward = torch.ops.aten.tanh_backward
 
 
 def _tanh_(x: Tensor) -> Tensor:
-    """tanh in place. On the CPU by NumPy: torch's takes one to seven times as long, depending on the processor."""
+    """tanh in place. Uses NumPy on the CPU: torch takes one to seven times as long, depending on the processor."""
     if not x.is_cpu:
         return x.tanh_()
     array = x.numpy()
@@ -365,7 +365,7 @@ def _tanh_(x: Tensor) -> Tensor:
 
 
 def _orthogonal_(weight: Tensor, gain: float) -> None:
-    # Drawn on the CPU, so that a seed means the same weights on every device.
+    # Draw on the CPU, so that a seed gives the same weights on every device.
     weight.copy_(torch.nn.init.orthogonal_(torch.empty(weight.shape), gain))
 
 

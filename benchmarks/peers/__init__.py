@@ -1,4 +1,4 @@
-"""PPO trainers to compare: each module's `start(setting)` builds one, ready to take update after update."""
+"""PPO trainers to compare: each module's `start(setting)` builds one that is ready for updates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all of them train, and how; the names are those of `trainer.config.TrainerConfig`.
+    """The task and hyperparameters of all trainers; names as in `trainer.config.TrainerConfig`.
 
     Everywhere actor and critic are networks of their own, of two tanh layers with orthogonal initialization; the
     learning rate is constant, advantages are normalized per minibatch.
@@ -37,12 +37,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A trainer at work.
+    """A running trainer.
 
     Attributes:
         update: collects one rollout and learns from it.
-        metrics_url: where it serves metrics; None where it does not.
-        close: ends whatever it started, and removes whatever it wrote.
+        metrics_url: address of its metrics; None if it serves none.
+        close: ends everything that it started, and removes everything that it wrote.
     """
 
     update: Callable[[], object]

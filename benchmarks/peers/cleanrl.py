@@ -1,9 +1,9 @@
-"""A PPO loop of the structure of CleanRL's ppo.py, written for this comparison.
+"""A PPO loop with the structure of CleanRL's ppo.py, written for this comparison.
 
-CleanRL is read and copied rather than imported: its package needs a Gym that no longer runs beside current NumPy. What
-makes up its cost is here: separate actor and critic, one `Categorical` per head, preallocated tensors, GAE as a loop
-over tensors, shuffled indices, two statistics read from every minibatch, `clip_grad_norm_` and Adam as they come. Its
-TensorBoard writer is left out.
+CleanRL's package needs a Gym that does not run with current NumPy, and is meant to be copied rather than imported. This
+loop has everything that determines its cost: separate actor and critic, one `Categorical` per head, preallocated
+tensors, GAE as a loop over tensors, shuffled indices, two statistics read from every minibatch, and torch's plain
+`clip_grad_norm_` and Adam. It has no TensorBoard writer.
 """
 
 import gymnasium as gym

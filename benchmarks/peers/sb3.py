@@ -14,7 +14,7 @@ from benchmarks.peers import Contestant, Setting
 
 
 class VectorEnvAdapter(VecEnv):
-    """A Gymnasium vector environment as the vector environment that Stable-Baselines3 wants, which is SAME_STEP.
+    """Makes a Gymnasium vector environment a VecEnv of Stable-Baselines3, which resets in the same step.
 
     One in NEXT_STEP mode is passed through as it is, resets included: each episode then begins with a step that only
     resets. That is learned from wrongly, but costs what a right step costs.
@@ -94,7 +94,7 @@ def make_model(setting: Setting) -> PPO:
 
 def start(setting: Setting) -> Contestant:
     model = make_model(setting)
-    # Otherwise every `learn()` makes one, with a folder in /tmp.
+    # Otherwise every `learn()` makes a logger, with a folder in /tmp.
     model.set_logger(Logger(folder=None, output_formats=[]))
     # One rollout and one update; `reset_num_timesteps` would also reset the environments.
     return Contestant(

@@ -1,4 +1,4 @@
-"""PPO out of TorchRL's parts, put together as in its own PPO examples: collector, GAE, replay buffer, ClipPPOLoss."""
+"""PPO from TorchRL's parts, as in its own PPO examples: collector, GAE, replay buffer, ClipPPOLoss."""
 
 import logging
 
@@ -42,12 +42,12 @@ class Actor(nn.Module):
 
 
 def make_env(setting: Setting) -> GymWrapper:
-    # Of its ways to step eight CartPoles in one process this is the fastest: four times a SerialEnv of GymEnvs.
+    # The fastest way to step eight CartPoles in one process: four times as fast as a SerialEnv of GymEnvs.
     kwargs = {"autoreset_mode": AutoresetMode.DISABLED} if setting.vectorization == "sync" else {}
     envs = gym.make_vec(
         setting.env, setting.num_envs, vectorization_mode=setting.vectorization, vector_kwargs=kwargs or None
     )
-    envs.autoreset_mode = envs.metadata["autoreset_mode"]  # where the wrapper looks for it
+    envs.autoreset_mode = envs.metadata["autoreset_mode"]  # the wrapper reads it here
     return GymWrapper(envs, categorical_action_encoding=True)
 
 

@@ -20,6 +20,7 @@ from exporter.action_spaces import space_heads
 from exporter.aggregator import RunAggregator
 from exporter.heads import Rows
 from exporter.health import Thresholds
+from exporter.integrations.rollout_sample import RolloutSample
 from exporter.link import DEFAULT_ADDRESS, Registry
 from exporter.monitor import GradientMonitor
 from exporter.reporter import OnLevel, OnUpdate
@@ -67,7 +68,8 @@ class PrometheusCallback(BaseCallback):
     fraction, explained variance, learning rate), mean return and length of the
     episodes in `ep_info_buffer`, counts of environment steps and episodes, and the
     durations of rollout and update. Signals appear as SB3 computes them: the value
-    loss, for one, is the mean squared error without its coefficient.
+    loss, for one, is the mean squared error without its coefficient. Of PPO with discrete
+    actions also each head's entropy, KL and clip fraction, from a sample of the rollout.
 
     The endpoint is there for one `learn()`: at its end the run, its target file and
     the endpoint go, and a later `learn()` starts from zero. After a `learn()` with
@@ -154,6 +156,7 @@ class PrometheusCallback(BaseCallback):
         self._stays_open: bool | None = keep_serving
         self._thread: int | None = None  # that is in learn(), or was when an exception ended it
         self._measured_policy: BasePolicy | None = None
+        self._sample: RolloutSample | None = None
         self._counted_timesteps = 0
         self._uncounted_episodes = 0
         self._rollout_started = 0.0
@@ -264,6 +267,8 @@ class PrometheusCallback(BaseCallback):
             for name, value in self._logged_update.scalars().items():
                 if name.startswith("gradient/"):
                     self.logger.record(name, value)
+        if self.monitor is not None:
+            self._sample = RolloutSample.of(self.model, self.monitor.heads)
         self._update_started = time.perf_counter()
 
     def _on_training_end(self) -> None:
@@ -283,6 +288,8 @@ class PrometheusCallback(BaseCallback):
         values = {signal: logged[key] for key, signal in _SIGNALS.items() if key in logged}
         if _ENTROPY_LOSS in logged:
             values["entropy"] = -logged[_ENTROPY_LOSS]
+        if self._sample is not None:
+            values |= self._sample.signals()
         if episodes := self.model.ep_info_buffer:
             values["episode_return_mean"] = np.mean([episode["r"] for episode in episodes])
             values["episode_length_mean"] = np.mean([episode["l"] for episode in episodes])

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from stack.configuration import Ports
 from stack.drill.clients import ALERT, NO_ANSWER, Alertmanager, DrillError, Event, Notifications, Prometheus, reason
-from stack.drill.steps import CROSSED, NOTIFIED, RECOVERED, NOTIFIED_RESOLVED, Drill, DrilledRun, Step
+from stack.drill.steps import CROSSED, NOTIFIED, NOTIFIED_RESOLVED, RECOVERED, Drill, DrilledRun, Step
 from stack.processes import POLL_INTERVAL, StopRequested, StopSignal
 
 _CAUSES = {NOTIFIED: CROSSED, NOTIFIED_RESOLVED: RECOVERED}

@@ -459,6 +459,20 @@ def test_counts_may_be_numpys(policy, aggregator):
     assert (run.environment_steps, run.episodes) == (4096, 401)
 
 
+def test_what_is_recorded_of_each_head_stays_until_it_is_recorded_anew(policy, aggregator):
+    optimizer = adam(policy)
+    monitor = monitor_of(policy, aggregator).attach(optimizer)
+    for ratios in ({"up": np.float32(0.25), "down": torch.tensor(1.0)}, None):
+        if ratios is not None:
+            monitor.record(head_entropy_ratios=ratios, head_update_ratios={"up": 0.01})
+        train(policy, optimizer, 1)
+        monitor.update_completed()
+        assert quality(aggregator).head_entropy_ratios == {"up": 0.25, "down": 1.0}
+    train(policy, optimizer, 1)
+    monitor.update_completed(head_entropy_ratios=None)
+    assert quality(aggregator).head_entropy_ratios == {} and quality(aggregator).head_update_ratios == {"up": 0.01}
+
+
 def test_an_unknown_signal_is_refused_with_the_nearest_one(policy, aggregator):
     monitor = monitor_of(policy, aggregator)
     with pytest.raises(TypeError, match="no signal 'aprox_kl'; did you mean approx_kl"):
@@ -467,6 +481,10 @@ def test_an_unknown_signal_is_refused_with_the_nearest_one(policy, aggregator):
         monitor.record(gradient_cv=0.1)
     with pytest.raises(TypeError, match="policy_loss must be a number"):
         monitor.record(policy_loss="low")
+    with pytest.raises(TypeError, match="head_approx_kls must be a mapping, head -> number, got 0.1"):
+        monitor.record(head_approx_kls=0.1)
+    with pytest.raises(ValueError, match=r"head_entropy_ratios\['up'\] must be from 0 to 1, got 1.5"):
+        monitor.record(head_entropy_ratios={"up": 1.5})
     with pytest.raises(ValueError, match="environment_steps must be >= 0"):
         monitor.record(episodes=3, environment_steps=-9)
     optimizer = adam(policy)

@@ -315,7 +315,7 @@ def test_held_connections_are_closed_and_keep_nobody_from_scraping(tmp_path):
             for url, context in ((http.url, None), (https.url, tls)):
                 started = time.monotonic()
                 assert ask(url, tls=context).status == 200
-                assert time.monotonic() - started < 1.0
+                assert time.monotonic() - started < 5.0
             for client in trickling:
                 with contextlib.suppress(OSError):
                     client.sendall(b"x")

@@ -120,11 +120,11 @@ def test_the_first_screen_answers_without_scrolling_and_all_else_is_folded():
         *("Is it healthy, since when, and which head is it?", "Level now", "Gradient CV now", "CV ceiling"),
         *("At this level for", "Dominating head", "Most starved head", "Gradient CV", "Level over time"),
         *("Gradient steps by level", "Firing alerts", "Share of gradient steps by level", "Gradient norm per head"),
-        "Share of the gradient per head",
+        *("Entropy per head", "Share of the gradient per head"),
     }
     below = [each for each in RUN["panels"] if each["title"] not in first]
     assert below and all(each["type"] == "row" and each["collapsed"] and each["panels"] for each in below)
-    for title in ("Share of gradient steps by level", "Gradient norm per head", "Share of the gradient per head"):
+    for title in ("Share of gradient steps by level", *(f"{of} per head" for of in ("Gradient norm", "Entropy"))):
         assert panel(RUN, title)["options"]["legend"]["displayMode"] == "list", "a table shows two of seven heads"
 
 

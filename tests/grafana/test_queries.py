@@ -17,7 +17,7 @@ from conftest import every_servers, fetch, free_ports, wait_until
 from exporter.aggregator import RunAggregator
 from exporter.health import Thresholds
 from exporter.metrics import build_registry
-from exporter.telemetry import PPOUpdatePayload
+from exporter.telemetry import HEAD_SIGNALS, PPOUpdatePayload
 
 HEADS = ("left", "middle", "right")
 
@@ -49,6 +49,7 @@ class Run:
                 gradient_cv_per_step=self.cvs,
                 contributing_heads=3,
                 head_gradient_norms=dict(zip(HEADS, self.norms)),
+                **{name: dict.fromkeys(HEADS, 0.25) for name in HEAD_SIGNALS},
                 gradient_norm=2.0,
                 environment_steps=600,
                 **dict.fromkeys(("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction"), 0.25),

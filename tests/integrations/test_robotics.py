@@ -1,5 +1,6 @@
 """Trainers of robots, rsl-rl, skrl and rl_games, each with its own PPO on the same small arm, read over TCP."""
 
+import logging
 import math
 import statistics
 from collections.abc import Callable
@@ -248,6 +249,8 @@ def skrl_agent(action_space: spaces.Space):
     from skrl.memories.torch import RandomMemory
     from skrl.models.torch import DeterministicMixin, GaussianMixin, Model, MultiCategoricalMixin
     from skrl.trainers.torch import SequentialTrainer
+
+    logging.getLogger("skrl").handlers.clear()  # it would speak at exit, to a stream that pytest has closed
 
     class ArmEnv(Wrapper):
         def __init__(self) -> None:

@@ -140,6 +140,37 @@ def test_unnamed_heads_are_numbered_in_the_order_of_the_action_space(action_spac
     assert values["ppo_gradient_cv_ceiling"] == pytest.approx(len(names) ** 0.5)
 
 
+@pytest.mark.parametrize("learning_rate", [0.0, 0.05])
+def test_a_head_that_is_deterministic_is_told_from_one_that_is_not(learning_rate, callback):
+    model = ppo(spaces.MultiDiscrete((3, 1, 4, 2)), learning_rate=learning_rate)
+    with torch.no_grad():
+        model.policy.action_net.bias[0] = 50.0  # the first choice of the first head
+    served = callback(keep_serving=True, head_names=["a", "only", "b", "c"])
+    model.learn(64, callback=served)
+    values = scrape(served.url, 2)
+    assert values["ppo_head_entropy_ratio/a"] < 1e-6 and 0.2 < values["ppo_head_entropy_ratio/b"] <= 1.0
+    assert values["ppo_head_approx_kl/a"] == pytest.approx(0.0, abs=1e-6) and values["ppo_head_clip_fraction/a"] == 0.0
+    assert [values[f"ppo_head_approx_kl/{head}"] > 1e-4 for head in "bc"] == [learning_rate > 0] * 2
+    assert (values["ppo_head_clip_fraction/b"] > 0) == (learning_rate > 0)
+    assert not any(name.endswith("/only") for name in values)
+
+
+def test_the_sample_of_a_rollout_says_of_one_head_about_what_the_whole_of_it_says(callback):
+    model = ppo(spaces.Discrete(4), n_steps=2048, batch_size=512, learning_rate=0.01)
+    served = callback(keep_serving=True)
+    model.learn(2048, callback=served)
+    values = scrape(served.url, 1)
+    buffer = model.rollout_buffer
+    actions, before = (torch.from_numpy(part).flatten() for part in (buffer.actions, buffer.log_probs))
+    with torch.no_grad():
+        _, after, entropy = model.policy.evaluate_actions(torch.from_numpy(buffer.observations), actions)
+    ratio = (after - before).exp()
+    kl, clip_fraction = (ratio - 1 - ratio.log()).mean().item(), ((ratio - 1).abs() > 0.2).float().mean().item()
+    assert values["ppo_head_entropy_ratio/action"] == pytest.approx(entropy.mean().item() / np.log(4), abs=0.05)
+    assert values["ppo_head_approx_kl/action"] == pytest.approx(kl, rel=0.3) and kl > 0.001
+    assert values["ppo_head_clip_fraction/action"] == pytest.approx(clip_fraction, abs=0.1)
+
+
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "a"], "abc"])
 def test_wrong_head_names_are_refused_before_training(names, callback):
     model = ppo()

@@ -124,17 +124,20 @@ def icon(page: Page) -> str:
 def test_it_shows_what_metrics_says(aggregator, endpoint, visit):
     update(aggregator, norm=math.inf)
     page = visit()
-    of_heads = ("ppo_head_gradient_norm", "ppo_head_gradient_share", "ppo_nonfinite_gradients_total")
+    of_heads = ("ppo_head_gradient_norm", "ppo_head_gradient_share", "ppo_head_entropy_ratio")
+    of_heads += ("ppo_nonfinite_gradients_total",)
     known = {name: 1 / (3 + place) for place, name in enumerate(TRAINING_SIGNALS)}
-    for cv, norm, progress in ((math.inf, math.nan, {}), (1.2345678901, 1 / 3, known)):
-        update(aggregator, cv, norm=norm, environment_steps=2**53, **progress)
+    entropies = {"op": 1 / 7, "slot": math.nan}
+    for cv, norm, progress, of_them in ((math.inf, math.nan, {}, {}), (1.2345678901, 1 / 3, known, entropies)):
+        update(aggregator, cv, norm=norm, environment_steps=2**53, head_entropy_ratios=of_them, **progress)
         expect(page.locator(".level")).to_have_text(re.compile(f"^CV:{cv:.3f} "))
         families = text_string_to_metric_families(fetch(endpoint[1].url)[1])
         samples = (sample for family in families for sample in family.samples)
         served = {(sample.name, sample.labels.get("head")): floatToGoString(sample.value) for sample in samples}
         signals = page.locator("[data-metric]").evaluate_all("rows => rows.map((row) => row.dataset.metric)")
         assert {f"ppo_{name}" for name in progress} < {*signals}
-        places = [(name, head) for head in ("op", "slot") for name in of_heads] + [(name, None) for name in signals]
+        places = [(name, head) for head in ("op", "slot") for name in of_heads if (name, head) in served]
+        places += [(name, None) for name in signals]
         shown = page.locator("main data").evaluate_all("cells => cells.map((cell) => cell.value)")
         assert shown == [served[place] for place in [("ppo_gradient_cv", None), *places]]
 
@@ -355,7 +358,14 @@ def test_names_are_text_and_nothing_but_its_own_script_runs(aggregator, visit, c
 
 def test_it_can_be_read_on_a_phone_by_day_and_by_night(aggregator, visit):
     for cv in (0.0, 0.7, 3.0):
-        update(aggregator, cv, run=f"{cv}-with-a-name-that-has-no-end" * 3, episodes=10**9, policy_loss=-1e-9)
+        update(
+            aggregator,
+            cv,
+            run=f"{cv}-with-a-name-that-has-no-end" * 3,
+            episodes=10**9,
+            policy_loss=-1e-9,
+            head_entropy_ratios={"op": 0.5, "slot": 1.0},
+        )
     page = visit(viewport=PHONE)
     expect(live(page)).to_be_visible()
     page.get_by_role("link", name="docs").click()
