@@ -1,6 +1,8 @@
 """`python -m study`: every run that is missing, then the table, the tables of docs/meaning.md and its figures."""
 
 import argparse
+import csv
+import io
 import os
 import signal
 import sys
@@ -12,6 +14,7 @@ from study.runs import Job, all_jobs, do_all
 from study.table import DATA, read, write
 from study.verdicts import verdicts
 
+PEERS_DATA = DATA.with_name("peers.csv")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -19,9 +22,11 @@ def report(data: Path, folder: Path, workers: int, page: Path, images: Path) -> 
     """Ask the alerts, and write tables and figures."""
     runs = read(data)
     study = Study(runs, verdicts(runs, folder, workers))
+    peers = PEERS_DATA.read_text() if PEERS_DATA.exists() else ""
     put_into(
         page,
         {
+            "peers": study.peers_table(list(csv.DictReader(io.StringIO(peers)))),
             "truth": study.truth_table(),
             "told": study.told_table(),
             "goal": study.goal_table(),

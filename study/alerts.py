@@ -136,9 +136,7 @@ def firings(runs: Sequence[Run], rules: Path = RULES, seconds: int = SECONDS) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "test.yml"
         path.write_text(json.dumps(test))  # YAML too, and quicker
-        done = subprocess.run(
-            [provide().promtool, "test", "rules", path], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([provide().promtool, "test", "rules", path], capture_output=True, text=True, check=False)
     found: dict[str, set[Firing]] = {name: set() for name in names}
     output = done.stdout + done.stderr
     for labels in re.findall(r"\{([^{}]*alertstate=\"firing\"[^{}]*)\}", output):

@@ -270,6 +270,41 @@ class Study:
         header = ["heads", "ceiling", "healthy CV: median, 99 %", *(FAULTS[fault].title for fault in faults)]
         return table(header, lines)
 
+    def peers_table(self, rows: Sequence[dict[str, str]]) -> str:
+        """What `study.peers` has found, beside the alerts of the same runs."""
+        healthy = [row for row in rows if row["fault"] == "none"]
+        counts = []
+        for peer in PEERS:
+            alarmed = sum(bool(row[f"{peer}_first"]) for row in healthy)
+            counts.append([peer, f"{alarmed} of {len(healthy)}", *self._peer_cells(rows, peer)])
+        alarmed = sum(bool(self.alerts.get((row["task"], "none", int(row["seed"])))) for row in healthy)
+        told_by_us = [row for row in rows if self._hurt(row) and self._first(row) is not None]
+        hurt = [row for row in rows if self._hurt(row)]
+        leads = [self.troubles[_key(row)] - self._first(row) for row in told_by_us]
+        ours = ["alerts of this project", f"{alarmed} of {len(healthy)}", f"{len(told_by_us)} of {len(hurt)}"]
+        counts.append([*ours, f"{median(leads):+.0f}" if leads else ""])
+        return table(["", "healthy runs with a warning", "runs in trouble told", "median lead, updates"], counts)
+
+    def _peer_cells(self, rows: Sequence[dict[str, str]], peer: str) -> list[str]:
+        hurt = [row for row in rows if self._hurt(row)]
+        firsts = [(row, int(row[f"{peer}_first"])) for row in hurt if row[f"{peer}_first"]]
+        leads = [self.troubles[_key(row)] - first for row, first in firsts]
+        return [f"{len(leads)} of {len(hurt)}", f"{median(leads):+.0f}" if leads else ""]
+
+    def _hurt(self, row: dict[str, str]) -> bool:
+        return _key(row) in self.troubles
+
+    def _first(self, row: dict[str, str]) -> int | None:
+        (run,) = (run for run in self.runs if key(run) == _key(row))
+        return self._told(run).update
+
+
+PEERS = ("trainpulse", "traintools", "torchdiag")
+
+
+def _key(row: dict[str, str]) -> Key:
+    return row["task"], row["fault"], int(row["seed"])
+
 
 def _shown(key: tuple[str, str], *areas: dict) -> list[str]:
     return [f"{of[key]:.2f}" if key in of else "" for of in areas]

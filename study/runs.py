@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,10 +55,11 @@ def all_jobs() -> list[Job]:
     return sorted(jobs, key=lambda job: job.seed)
 
 
-def train(job: Job) -> list[Row]:
-    """Train as `job` says; a row an update."""
+def train(job: Job, attach: Callable[[Training], None] = lambda training: None) -> list[Row]:
+    """Train as `job` says; a row an update. `attach` gets the run before anything happens in it."""
     task = TASKS[job.task]
     training = Training(task.config(job.seed, job.updates))
+    attach(training)
     returns = _watch_returns(training)
     metrics: list[dict] = []
 

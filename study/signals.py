@@ -94,9 +94,7 @@ def areas(faulty: Scored, healthy: Scored, keys: Sequence[tuple[str, str]]) -> d
 
 def best_directions(tuned: Mapping[tuple[str, str], float]) -> dict[str, tuple[str, str]]:
     """For each signal the direction with the largest area."""
-    return {
-        name: max(((name, direction) for direction in DIRECTIONS), key=lambda key: tuned[key]) for name in SIGNALS
-    }
+    return {name: max(((name, direction) for direction in DIRECTIONS), key=lambda key: tuned[key]) for name in SIGNALS}
 
 
 def pairs(runs: Scored, of: Mapping[str, tuple[str, str]]) -> Scored:

@@ -1,6 +1,6 @@
 """A head is kept in float16 without a float32 copy: the squares of its gradients underflow in Adam's second moment.
 
-https://discuss.pytorch.org/t/adam-half-precision-nans/1765, https://github.com/pytorch/pytorch/issues/8860. The division
+https://discuss.pytorch.org/t/adam-half-precision-nans/1765, https://github.com/pytorch/pytorch/issues/8860. Division
 by epsilon alone then makes the head's steps far too large.
 """
 

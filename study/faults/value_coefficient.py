@@ -1,7 +1,7 @@
 """The value loss drowns the policy in the trunk they share: its coefficient is 100 times the usual one.
 
-A factor of 20 in public code: https://github.com/Acmece/rl-collision-avoidance/issues/21; a value loss that is orders of
-magnitude larger: https://github.com/openai/baselines/issues/766.
+A factor of 20 in public code: https://github.com/Acmece/rl-collision-avoidance/issues/21; a value loss orders of
+magnitude too large: https://github.com/openai/baselines/issues/766.
 """
 
 from dataclasses import replace

@@ -40,7 +40,7 @@ def test_a_study_goes_on_where_it_stopped_and_reports(tmp_path):
     assert [(run.fault, run.seed, len(run.rows)) for run in runs] == [(job.fault, job.seed, 24) for job in jobs]
 
     page = tmp_path / "meaning.md"
-    names = ("truth", "told", "goal", "false alarms", "areas", "areas by fault", "heads")
+    names = ("truth", "told", "goal", "false alarms", "areas", "areas by fault", "heads", "peers")
     page.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in names))
     study = report(tmp_path / "updates.csv.xz", tmp_path, 1, page, tmp_path)
     alerts = {key: {firing.alert for firing in found} for key, found in study.alerts.items()}
