@@ -58,7 +58,7 @@ class Progress:
         self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
 
 
-def _checked(name: str, value: object) -> float | dict[str, float] | None:
+def _checked(name: str, value: object) -> Any:
     """`value` converted for the payload."""
     if name not in _RECORDABLE:
         nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
@@ -66,11 +66,10 @@ def _checked(name: str, value: object) -> float | dict[str, float] | None:
         raise TypeError(f"no signal {name!r}{hint}")
     if value is None:
         return None
-    plain: float | dict[str, float]
     if name in HEAD_SIGNALS:
         if not isinstance(value, Mapping):
             raise TypeError(f"{name} must be a mapping, head -> number, got {value!r}")
-        plain = {head: _number(f"{name}[{head!r}]", number, float) for head, number in value.items()}
+        plain: Any = {head: _number(f"{name}[{head!r}]", number, float) for head, number in value.items()}
     else:
         plain = _number(name, value, int if name in _INCREMENTS else float)
     payload: dict[str, Any] = {"run": "checked", name: plain}
