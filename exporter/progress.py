@@ -58,7 +58,7 @@ class Progress:
         self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
 
 
-def _checked(name: str, value: object) -> Any:
+def _checked(name: str, value: object) -> float | dict[str, float] | None:
     """`value` converted for the payload."""
     if name not in _RECORDABLE:
         nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
