@@ -20,7 +20,13 @@ from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import HeadGradientMeter, Heads, named_heads
 from exporter.health import STALLED_SECONDS, Thresholds
 from exporter.link import DEFAULT_ADDRESS, Registry
-from exporter.optimizers import has_closure, is_one_of_several, unaveraged_warning, unwrapped
+from exporter.optimizers import (
+    has_closure,
+    is_one_of_several,
+    unaveraged_warning,
+    unknown_scaler_warning,
+    unwrapped,
+)
 from exporter.progress import Progress
 from exporter.recording import after_backward, hidden_from_compiler
 from exporter.registration import Registration
@@ -116,7 +122,7 @@ class GradientMonitor:
         self._pid = os.getpid()
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
-        self._may_be_too_early = False
+        self._may_be_too_early = self._may_be_scaled = False
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
         """Observe every step of `optimizer`, also inside Accelerate's and other wrappers.
@@ -139,6 +145,7 @@ class GradientMonitor:
         if self._registration.begin(optimizers, meter.head_names, self._info, self._thresholds):
             self._warn(unreachable_critical_warning(len(meter.head_names), self._thresholds))
         self._may_be_too_early = self._before_clipping and is_one_of_several()
+        self._may_be_scaled = self._before_clipping and self._grad_scaler is None
         self._optimizer_count, self._stepped = len(optimizers), set()
         self._meter, self._step_at = meter, time.monotonic()
         self._hooks = [each.register_step_pre_hook(hidden_from_compiler(self._before_step)) for each in optimizers]
@@ -271,7 +278,7 @@ class GradientMonitor:
     def update(self, **values: float | Mapping[str, float] | None) -> Iterator["GradientMonitor"]:
         """`with monitor.update(environment_steps=2048) as update:` measures and completes a PPO update.
 
-        An update that ends with an exception does not count.
+        An update that ends with an exception does not count. Its steps and what it recorded go to the next one.
 
         Args:
             values: as for `update_completed()`.
@@ -324,6 +331,9 @@ class GradientMonitor:
                 if self._may_be_too_early:
                     self._may_be_too_early = False
                     self._warn(unaveraged_warning(self._meter.parameters))
+                if self._may_be_scaled:
+                    self._may_be_scaled = False
+                    self._warn(unknown_scaler_warning())
                 scale = getattr(optimizer, "grad_scale", None)
                 if self._grad_scaler is not None and self._meter.has_early:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))

@@ -65,3 +65,17 @@ def unaveraged_warning(parameters: Iterable[Tensor]) -> str | None:
         "DistributedDataParallel has a parameter of the heads. If the trainer averages by hand, call gradients_ready() "
         "after that, or leave before_clipping out"
     )
+
+
+def unknown_scaler_warning() -> str | None:
+    """What is wrong with gradients at the end of the backward pass, where a `GradScaler` is in use that nobody named.
+
+    Looks at every object of the process, for neither loss nor optimizer know their scaler.
+    """
+    scalers = [each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)]
+    if not any(scaler.is_enabled() for scaler in scalers):
+        return None
+    return (
+        "there is a GradScaler, but the monitor was given none. If it scales this run's loss, norms are too large, and "
+        "steps that it skips count as not finite: pass grad_scaler=, or before_clipping=False"
+    )

@@ -53,7 +53,7 @@ class RunReporter:
         self._noted: Counter[str] = Counter()
         self._absent: Counter[str] = Counter()
         self._has_failed = self._is_nonfinite = self._is_blind = False
-        self._idle_updates = 0
+        self._idle_updates = self._zero_windows = 0
         self._arriving: queue.SimpleQueue[_Window | None] = queue.SimpleQueue()
         self._publisher: threading.Thread | None = None
 
@@ -108,7 +108,7 @@ class RunReporter:
             self._is_blind = True
             _log.error(
                 "run %s: %s. Were the optimizer or the heads replaced after attach(), or does something else take the "
-                "steps? The CV is NaN until a step is measured",
+                "steps? The CV is NaN until a gradient is measured",
                 self._run,
                 reason,
             )
@@ -145,7 +145,9 @@ class RunReporter:
             self._give_back(progress)
             return self.idle()
         noted, self._noted = self._noted, Counter()
-        self._idle_updates, self._is_blind = 0, False
+        self._zero_windows = 0 if any(metrics["head_gradient_norms"].values()) else self._zero_windows + 1
+        is_silent = self._zero_windows >= _ABSENT_WINDOWS  # by the formula it is healthy
+        self._idle_updates, self._is_blind = 0, self._is_blind and is_silent
         if math.isfinite(metrics["gradient_cv"]):
             self._is_nonfinite = False
         else:
@@ -157,6 +159,8 @@ class RunReporter:
         skipped = pending.given_up_steps
         emit_ppo_update(metrics, run=self._run, handler=self._aggregator, skipped_gradient_steps=skipped, **progress)
         self._look_for_absent(pending, trainable_heads)
+        if is_silent:
+            self.blind(f"the gradient of every head was exactly zero in {self._zero_windows} windows")
         if self._on_update is not None and (run := self._aggregator.snapshot.runs.get(self._run)) is not None:
             self._on_update(run)
         self._tell_level()

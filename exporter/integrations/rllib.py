@@ -20,6 +20,7 @@ from exporter.action_spaces import space_heads
 from exporter.heads import Head, Rows, head_parts
 from exporter.health import Thresholds
 from exporter.monitor import GradientMonitor
+from exporter.one_call import watch
 
 _Callback = Callable[..., None]
 # RLlib's results of a module and of the env runners -> our signals.
@@ -114,13 +115,12 @@ class GradientMonitoring(TorchLearner):
         seed = self.config.seed
         suffix = time.strftime("%Y%m%d-%H%M%S") if seed is None else f"seed{seed}"
         run = options.pop("run", None) or f"{environment}-{suffix}"
-        monitor = GradientMonitor(
+        self._monitors[module_id] = monitor = watch(
+            self._optimizer_of(module_id, heads),
             heads,
             run if len(self.module.keys()) == 1 else f"{run}-{module_id}",
             window_steps=None,
             before_clipping=True,  # after averaging, which DistributedDataParallel does
-            global_norm=options.pop("global_norm"),
-            thresholds=options.pop("thresholds"),
             info={
                 "environment": environment,
                 "algorithm": self.config.algo_class.__name__,
@@ -133,14 +133,8 @@ class GradientMonitoring(TorchLearner):
                 "exporter_version": version("ppo-gradient-exporter"),
                 **options.pop("info"),
             },
+            **options,
         )
-        try:
-            monitor.attach(self._optimizer_of(module_id, heads))
-            monitor.serve(**options)
-        except BaseException:
-            monitor.close()
-            raise
-        self._monitors[module_id] = monitor
         print(f"{monitor.run}: metrics at {monitor.url}", flush=True)
 
     def _optimizer_of(self, module_id: str, heads: Mapping[str, Head]) -> torch.optim.Optimizer:
@@ -210,10 +204,9 @@ def monitored(
     *,
     heads: Callable[[RLModule], Mapping[str, Head] | None] | None = None,
     head_names: Sequence[str] | None = None,
-    global_norm: bool = False,
     thresholds: Thresholds | Sequence[float] = Thresholds(),
     info: Mapping[str, str] | None = None,
-    **serve: Any,
+    **others: Any,
 ) -> AlgorithmConfig:
     """Make the learners of `config` measure and serve their gradients; call it last.
 
@@ -224,9 +217,10 @@ def monitored(
         heads: function from module to action heads, or to None for a module that is not measured; by default
             `module_heads`.
         head_names: other names for the heads, in their order.
-        global_norm, thresholds: as for `GradientMonitor`.
+        thresholds: as for `GradientMonitor`.
         info: labels of `ppo_run_info` besides environment, algorithm, seed, device and versions.
-        serve: as for `GradientMonitor.serve`: `port`, `address`, `targets_dir`, ...
+        others: as for `exporter.watch`: `port`, `targets_dir`, `on_update`, ... The first learner's process calls the
+            callbacks.
 
     Returns:
         `config`.
@@ -246,10 +240,9 @@ def monitored(
         "run": run,
         "heads": heads,
         "head_names": head_names,
-        "global_norm": global_norm,
         "thresholds": Thresholds.of(thresholds),
         "info": dict(info or {}),
-        **serve,
+        **others,
     }
     config.learners(learner_class=learner_class, learner_config_dict={_OPTIONS: options})
     return config.callbacks(

@@ -12,7 +12,8 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest, gzip_accepted
 from prometheus_client.registry import Collector
 
-from exporter.metrics import RUN_LABEL, GuardedCollectors, build_collectors
+from exporter.collectors import GuardedCollectors, build_collectors
+from exporter.metrics import RUN_LABEL
 from exporter.serving.access import Access
 from exporter.serving.state import Relay, State
 from exporter.serving.status import StatusPage

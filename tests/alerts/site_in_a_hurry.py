@@ -16,7 +16,7 @@ from conftest import Observability
 from prometheus_client import CollectorRegistry, generate_latest
 
 from exporter import PPOUpdatePayload, RunAggregator
-from exporter.metrics import RunCollector
+from exporter.collectors import RunCollector
 
 SEVEN = ("slot", "blueprint", "alpha", "target", "speed", "curve", "op")
 

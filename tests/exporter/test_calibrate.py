@@ -20,7 +20,7 @@ from prometheus_client import generate_latest
 from torch import nn
 
 from exporter import GradientMonitor, HealthLevel, RunAggregator, Thresholds, calibrate
-from exporter.metrics import build_registry
+from exporter.collectors import build_registry
 from stack.servers import ROOT
 
 CHOICES = {"move": 4, "aim": 3, "fire": 2}

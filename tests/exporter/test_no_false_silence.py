@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call, grad
 
 from exporter import GradientMonitor, HealthLevel, RunAggregator
+from exporter.collectors import build_registry
 from exporter.health import STALLED_SECONDS
-from exporter.metrics import build_registry
 from exporter.serving.state import State
 from exporter.serving.status import StatusPage
 
@@ -166,6 +166,19 @@ def test_an_overflow_that_a_scaler_gives_up_is_not_said_unless_it_is_switched_of
     assert (run_of(aggregator).gradient_quality.health is HealthLevel.HEALTHY) is is_enabled
 
 
+@pytest.mark.parametrize(("named", "said"), [(False, 1), (True, 0)])
+def test_a_scaler_of_which_the_monitor_was_not_told_is_said_once(heads, aggregator, caplog, named, said):
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), sgd(heads)
+    GradientMonitor(
+        heads, "r", before_clipping=True, grad_scaler=scaler if named else None, aggregator=aggregator
+    ).attach(optimizer)
+    for _ in range(3):
+        scaler.scale(sum(head(torch.randn(8, 4)).square().mean() for head in heads.values())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert caplog.text.count("there is a GradScaler, but the monitor was given none") == said
+
+
 @pytest.mark.parametrize("set_to_none", [False, True])
 @pytest.mark.parametrize(("step", "skipped"), [(repairing, 0), (skipping, 4)])
 def test_gradients_that_the_trainer_repairs_or_skips_count_all_the_same(heads, aggregator, step, skipped, set_to_none):
@@ -291,6 +304,37 @@ def test_steps_in_which_no_head_has_a_gradient_are_said_without_any_word_of_the_
         replaced_heads(heads, optimizer)
     assert "no head had a gradient in 64 gradient steps" in caplog.text
     assert run_of(aggregator).exporter_errors == 1 and math.isnan(run_of(aggregator).gradient_quality.gradient_cv)
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_heads_that_are_replaced_while_the_trainer_keeps_zeros_in_their_place_are_not_healthy(
+    aggregator, caplog, zero_grad
+):
+    """Replaced in the model, but not in the optimizer; or a loss that does not reach any head."""
+    heads, levels = nn.ModuleDict({name: nn.Linear(4, 2) for name in HEADS}), []
+    optimizer = sgd(heads)
+    GradientMonitor(
+        *(heads, "r"), window_steps=2, on_level=lambda level, run: levels.append(level), aggregator=aggregator
+    ).attach(optimizer)
+    for head in heads.values():
+        head(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    for _ in range(11):
+        if zero_grad:
+            optimizer.zero_grad(set_to_none=False)  # and what is trained now is elsewhere
+        else:
+            heads.zero_grad()
+            (sum(head(torch.randn(8, 4)).square().mean() for head in heads.values()) * 0.0).backward()
+        optimizer.step()
+    run = run_of(aggregator)
+    assert run.gradient_quality.health is HealthLevel.CRITICAL and levels[-1] is HealthLevel.CRITICAL
+    assert levels.count(HealthLevel.CRITICAL) == 1 and run.exporter_errors == 3
+    assert caplog.text.count("the gradient of every head was exactly zero in 3 windows") == 1
+    backward(heads)
+    optimizer.step()
+    backward(heads)
+    optimizer.step()
+    assert levels[-1] is not HealthLevel.CRITICAL and math.isfinite(run_of(aggregator).gradient_quality.gradient_cv)
 
 
 def test_environment_steps_without_a_gradient_step_are_said_after_a_time(heads, aggregator, clock, caplog):

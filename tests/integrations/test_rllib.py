@@ -339,10 +339,12 @@ def test_a_restored_algorithm_is_measured_again(trained, tmp_path: Path):
 def test_callbacks_of_the_user_are_kept_and_monitored_twice_is_once(trained):
     port, seen = free_ports().prometheus, []
     settings = config(learner=PPOTorchLearner).callbacks(on_train_result=lambda **_: seen.append("result"))
-    algorithm = trained(monitored(monitored(settings, "other"), "levers", port=port))
+    algorithm = trained(
+        monitored(monitored(settings, "other"), "levers", port=port, on_update=lambda run: seen.append(run.updates))
+    )
     algorithm.train()
     assert scrape(port, 1)["ppo_environment_steps_total"] == 64
-    assert seen == ["result"]
+    assert seen == ["result", 1]
 
 
 def test_what_cannot_be_measured_is_refused_before_training():
