@@ -29,7 +29,7 @@ def test_a_joint_is_its_rows_of_the_mean_and_of_whatever_spreads_it(rows, spread
 
 @pytest.mark.parametrize("names", [["hip"], ["hip", "hip", "foot"]])
 def test_wrong_names_of_joints_are_refused(names):
-    with pytest.raises(ValueError, match="3 dimensions, which need as many distinct names"):
+    with pytest.raises(ValueError, match="3 dimensions, so give 3 different names"):
         joint_heads(3, nn.Linear(4, 3), names=names)
-    with pytest.raises(ValueError, match="a layer of 4 rows cannot be shared by 3 dimensions"):
+    with pytest.raises(ValueError, match="3 dimensions of the action cannot share a layer of 4 rows"):
         joint_heads(3, nn.Linear(4, 4))

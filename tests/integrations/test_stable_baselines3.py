@@ -279,7 +279,7 @@ def test_a_run_that_another_thread_trains_is_not_taken_over_before_its_end(callb
     thread.start()
     try:
         assert is_training.wait(60)
-        with pytest.raises(ValueError, match="measured by another monitor already"):
+        with pytest.raises(ValueError, match="another monitor already measures"):
             ppo().learn(32, callback=callback())
         scrape(first.url, 1)
     finally:

@@ -115,7 +115,7 @@ def test_parts_with_a_single_choice_are_no_heads_and_the_log_says_so(callback, c
     assert values["ppo_head_gradient_norm/b"] > 0 and values["ppo_gradient_cv_ceiling"] == pytest.approx(2**0.5)
     assert not any("fixed" in name for name in values)
     assert [record.message for record in caplog.records if "fixed" in record.message] == [
-        "no heads, for they have a single choice: fixed"
+        "left out of the heads, because they have a single choice: fixed"
     ]
     with pytest.raises(ValueError, match="no part of .* has two choices"):
         policy_heads(ppo(spaces.MultiDiscrete([1, 1])).policy)
