@@ -69,7 +69,7 @@ TASKS = {
 
 
 class RunFailed(Exception):
-    """A run ended with an error; the message names it and holds what it said."""
+    """A run ended with an error; the message has its name and its output."""
 
 
 def run_in_process(who: str, seed: int, flags: Sequence[str]) -> Run:

@@ -15,8 +15,9 @@ from prometheus_client import generate_latest
 
 from benchmarks.remote_write import STALE, encode_samples, encode_series
 from exporter.aggregator import RunAggregator
+from exporter.collectors import build_registry
 from exporter.gradient_cv import gradient_cv
-from exporter.metrics import RUN_LABEL, build_registry
+from exporter.metrics import RUN_LABEL
 from exporter.telemetry import PPOUpdatePayload
 
 JOB = "ppo"

@@ -1,7 +1,7 @@
 """Gradient health of PPO runs, measured per action head and exported to Prometheus.
 
-Names that need torch are imported on first use, so a process that only reads
-snapshots or serves `/metrics` never pays for it.
+Names that need torch are imported on first use. So a process that only reads
+snapshots or serves `/metrics` never imports torch.
 """
 
 from importlib import import_module
@@ -59,10 +59,12 @@ _IMPORTED_ON_FIRST_USE = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name not in _IMPORTED_ON_FIRST_USE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_IMPORTED_ON_FIRST_USE[name]), name)
+if not TYPE_CHECKING:  # for which every name would be there
+
+    def __getattr__(name: str) -> object:
+        if name not in _IMPORTED_ON_FIRST_USE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_IMPORTED_ON_FIRST_USE[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
-"""`python -m exporter`: the exporter process. A training process starts it and hands it snapshots on standard input.
+"""`python -m exporter`: the exporter process. A training process starts it and sends it snapshots on standard input.
 
-`python -m exporter calibrate` is for people: exporter/calibrate.
+`python -m exporter calibrate` is a command for people: exporter/calibrate.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from exporter.serving.server import BACKLOG, serve
 from exporter.serving.state import State
 from exporter.serving.web_config import WebConfigFile
 
-_PARENT_SECONDS = 0.2  # between two looks whether the training process is there
+_PARENT_SECONDS = 0.2  # between two checks that the training process exists
 _LAST_WRITE_SECONDS = 0.5
 _MOST_DESCRIPTORS = 1024
 _MOST_BYTES = 1 << 30
@@ -36,7 +36,7 @@ _log = logging.getLogger("exporter")
 
 
 def main() -> int:
-    """Serve until the training process says goodbye or has gone. Returns the exit code."""
+    """Serve until the training process closes the endpoint or is gone. Returns the exit code."""
     if sys.argv[1:2] == ["calibrate"]:
         from exporter import calibrate
 
@@ -46,7 +46,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if sys.stdin is None or sys.stdin.isatty():
         parser.error("a training process starts this, see README.md; without one there is nothing to serve")
-    # Whatever else prints must not come between the answers.
+    # Keep other output out of the answers.
     answers = os.dup(1)
     os.dup2(2, 1)
     logging.basicConfig(format="%(message)s")
@@ -66,33 +66,33 @@ def main() -> int:
     deliveries = Deliveries(state, scheme)
     threading.Thread(target=_watch_parent, args=(parent, deliveries), daemon=True).start()
     threading.Thread(target=_take_frames, args=(state, deliveries, answers), daemon=True).start()
-    state.has_come.wait()  # clients that come before wait in the backlog
+    state.has_come.wait()  # until then clients wait in the backlog
     try:
         serve(Application(state, access, arguments.max_requests, parent), listener, web_config)
     except BaseException:
         _log.exception("the exporter process cannot serve")
-    os._exit(1)  # the threads would keep the interpreter from its own end
+    os._exit(1)  # the threads would keep the interpreter running
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m exporter",
         description="Serve the metrics of a training process, which starts this program and ends it.",
-        epilog="`python -m exporter calibrate --help`: thresholds from healthy runs, for which nothing has to train.",
+        epilog="`python -m exporter calibrate --help`: thresholds from healthy runs; needs no training process.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--address", default=DEFAULT_ADDRESS, help="address to bind")
     add("--port", type=int, default=DEFAULT_PORT, help="port to bind; 0 takes any free one")
     add("--web.config.file", dest="web_config_file", type=Path, help="file with TLS, users, headers and a rate limit")
-    add("--max-requests", type=int, default=DEFAULT_MAX_REQUESTS, help="scrapes at a time; 0 for no limit")
+    add("--max-requests", type=int, default=DEFAULT_MAX_REQUESTS, help="scrapes at the same time; 0 for no limit")
     add("--labels", default="{}", help="JSON object of labels that every sample of a run gets")
     return parser
 
 
 def _restrain() -> None:
-    """Leave signals to the training process, bound what clients can use up, and write files that others can read."""
-    # SIGTTOU: under `stty tostop` it would be stopped by a line of its own, for it is no process of the foreground.
+    """Leave signals to the training process, limit resources, and make files readable for others."""
+    # SIGTTOU: it runs in the background, so under `stty tostop` its own output would stop it.
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGTTOU"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -106,33 +106,33 @@ def _restrain() -> None:
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    """A listening socket; `::` takes IPv4 too where the system can.
+    """A listening socket; `::` also accepts IPv4 if the system supports that.
 
     Raises:
         OSError: the address cannot be bound; the message names it and the reason.
     """
     try:
         if not 0 <= port <= 65535:
-            raise OverflowError("a port is 0 to 65535")  # the look-up would take the rest of a division
+            raise OverflowError("a port is 0 to 65535")  # the look-up would use the port modulo 65536
         family, *_, name = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         is_dual = family == socket.AF_INET6 and name[0] == "::" and socket.has_dualstack_ipv6()
         return socket.create_server(name, family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
     except (OSError, OverflowError, UnicodeError) as error:
-        # The standard library adds the address to strerror, which is there already.
+        # The standard library's strerror repeats the address: use the system's text.
         code = error.errno if isinstance(error, OSError) else None
         reason = os.strerror(code) if code is not None and code > 0 else error
         raise OSError(f"cannot serve /metrics on {host_and_port(address, port)}: {reason}") from error
 
 
 def _watch_parent(parent: int, deliveries: Deliveries) -> None:
-    """Leave when the training process has gone, though a child that it forked still holds the pipe."""
+    """End when the training process is gone, even if a child that it forked still holds the pipe."""
     while os.getppid() == parent:
         time.sleep(_PARENT_SECONDS)
     _leave(deliveries)
 
 
 def _take_frames(state: State, deliveries: Deliveries, answers: int) -> None:
-    """Do what frames ask for, one after the other, until the pipe ends."""
+    """Execute frames, one after the other, until the pipe ends."""
     operations: dict[str, Callable[..., None]] = {
         "state": state.take,
         "deliver": deliveries.add,
@@ -166,8 +166,8 @@ def _take_frames(state: State, deliveries: Deliveries, answers: int) -> None:
 
 
 def _leave(deliveries: Deliveries) -> None:
-    """The training process has gone without a goodbye: write its last state, if its folders answer."""
-    _leaving.acquire()  # who comes second would end the process while the first one writes
+    """The training process is gone without `close`: write its last state, if its folders answer."""
+    _leaving.acquire()  # a second caller must not end the process while the first one writes
     writing = threading.Thread(target=deliveries.end_all, kwargs={"crashed": True}, daemon=True)
     writing.start()
     writing.join(_LAST_WRITE_SECONDS)
@@ -175,7 +175,7 @@ def _leave(deliveries: Deliveries) -> None:
 
 
 def _answer(answers: int, **content: Any) -> None:
-    with contextlib.suppress(OSError):  # the training process has gone, which its pipe says next
+    with contextlib.suppress(OSError):  # the training process is gone; the pipe will show it
         os.write(answers, json.dumps(content).encode() + b"\n")
 
 

@@ -1,4 +1,4 @@
-"""Heads of a fused output layer, by the action space that it serves."""
+"""Heads of a fused output layer, by the action space."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Part(NamedTuple):
-    """A part of the action: `rows` of the layer, ascending; `choices`, None for one of a continuum."""
+    """A part of the action: `rows` of the layer, ascending; `choices`, None for a continuous part."""
 
     name: str
     rows: list[int]
@@ -32,22 +32,22 @@ def space_heads(
     """Heads of a layer whose outputs are the parts of an action, in the action space's order.
 
     `Discrete` is one head, `MultiDiscrete` one per entry of `nvec`, `MultiBinary` one per bit, `Box` one per
-    dimension; `Dict` and `Tuple` are those of their parts. A part with a single choice is no head: it is left
+    dimension; `Dict` and `Tuple` have the heads of their parts. A part with a single choice is not a head: it is left
     out, and the log says so.
 
     Args:
-        layer: one output per choice, bit or dimension; of a sequence of modules its last one with parameters.
-        action_space: of one environment, from Gymnasium or whatever has spaces of these names.
-        names: one for every part, those with a single choice included. By default `action` for a single
-            part, else `action_0`, `action_1`, ...; keys of a `Dict` take the place of `action` and of numbers.
-        log_std: the log-standard-deviations of the `Box` dimensions, of shape [n], [1, n] or [n, 1]: each is its
-            head's. A single one that all dimensions share belongs to no head.
-        std_rows: the layer has another row for each dimension of a `Box`, of its standard deviation; they are behind
-            those of all its means.
+        layer: one output per choice, bit or dimension; of a sequence of modules, the last one with parameters.
+        action_space: of one environment, from Gymnasium or any library with spaces of these names.
+        names: one for every part, including those with a single choice. By default `action` for a single
+            part, else `action_0`, `action_1`, ...; keys of a `Dict` replace `action` and numbers.
+        log_std: log standard deviations of the `Box` dimensions, of shape [n], [1, n] or [n, 1]: each entry belongs to
+            its dimension's head. A single one that all dimensions share belongs to no head.
+        std_rows: the layer has a second row for each dimension of a `Box`, for its standard deviation; these rows
+            follow those of all means.
 
     Raises:
-        TypeError: there are no heads in such a space.
-        ValueError: the layer has another number of rows, `names` has the wrong length or a name twice, `log_std`
+        TypeError: the kind of space is not supported.
+        ValueError: the layer has another number of rows, `names` has the wrong length or a duplicate, `log_std`
             has another shape, or no part has two choices.
     """
     free = count()
@@ -78,18 +78,18 @@ def space_heads(
     if len(single) == len(parts):
         raise ValueError(f"nothing to measure: no part of {action_space} has two choices")
     if single:
-        _log.info("no heads, for they have a single choice: %s", ", ".join(single))
+        _log.info("left out of the heads, because they have a single choice: %s", ", ".join(single))
     return {name: rows for name, rows in heads.items() if name not in single}
 
 
 def _bounds(rows: list[int]) -> list[tuple[int, int]]:
-    """First row, and the row after the last, of each piece."""
+    """(first row, row after the last) of each contiguous piece."""
     is_one = rows[-1] - rows[0] < len(rows)
     return [(rows[0], rows[-1] + 1)] if is_one else [(row, row + 1) for row in rows]
 
 
 def _parts(name: str, space: Any, free: Iterator[int], std_rows: bool) -> Iterator[_Part]:
-    """The parts of an action, with the next rows of those that are `free`."""
+    """The parts of an action; each takes the next rows from `free`."""
     kinds = {kind.__name__ for kind in type(space).__mro__}
     if "Discrete" in kinds:
         yield _Part(name, list(islice(free, int(space.n))), int(space.n))
@@ -112,6 +112,6 @@ def _parts(name: str, space: Any, free: Iterator[int], std_rows: bool) -> Iterat
             yield from _parts(f"{name}_{index}", part, free, std_rows)
     else:
         raise TypeError(
-            f"no heads in an action space {type(space).__name__}; supported are Discrete, MultiDiscrete, "
-            "MultiBinary, Box, and Dict and Tuple of them"
+            f"the action space {type(space).__name__} has no heads; use Discrete, MultiDiscrete, MultiBinary, Box, or "
+            "Dict and Tuple of them"
         )

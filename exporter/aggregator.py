@@ -1,4 +1,4 @@
-"""Adds up what must be added over the updates of a run and publishes the result as a snapshot."""
+"""Adds up the updates of a run and publishes the result as a snapshot."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot, Sna
 from exporter.telemetry import HEAD_SIGNALS, TRAINING_SIGNALS, PPOUpdatePayload, require_label_value, require_timestamp
 
 _INTERVAL_DECAY = 0.9
-"""What an update leaves of the longest interval before it: after seven shorter ones about half counts."""
+"""Factor per update for the longest interval before it: after seven shorter intervals about half remains."""
 _Key = TypeVar("_Key")
 _TAKEN_LABELS = {"run", "rank", "job", "instance"}
 
@@ -29,8 +29,8 @@ class RunAggregator:
     def __init__(self) -> None:
         self.snapshot = Snapshot()
         self._writers = threading.Lock()
-        self._ended: set[str] = set()  # removed or abandoned: late payloads must not bring them back
-        self._updated_at: dict[str, float] = {}  # monotonic, for the time of day may be set while a run trains
+        self._ended: set[str] = set()  # removed or abandoned: late payloads must not restore them
+        self._updated_at: dict[str, float] = {}  # monotonic: the system clock may change during a run
 
     def register_run(
         self,
@@ -39,9 +39,9 @@ class RunAggregator:
         info: Mapping[str, str] | None = None,
         thresholds: Thresholds = Thresholds(),
     ) -> None:
-        """Announce a run before its first update, so that its series exist from the first scrape.
+        """Register a run before its first update, so that its series exist from the first scrape.
 
-        A run of that name that was removed or abandoned begins again at zero.
+        A removed or abandoned run of that name starts again at zero.
 
         Args:
             run: name of the run.
@@ -50,9 +50,9 @@ class RunAggregator:
             thresholds: CVs from which the run's level is warning and critical.
 
         Raises:
-            TypeError: the run's or a head's name is no string, or `thresholds` are something else.
-            ValueError: a run of that name is registered already and not abandoned, a name is empty
-                or not encodable, or a key of `info` is no label name or that of another label.
+            TypeError: the run's or a head's name is not a string, or `thresholds` are not thresholds.
+            ValueError: a run of that name is already registered and not abandoned, a name is empty
+                or not encodable, or a key of `info` is not a label name or is in use.
         """
         heads = tuple(heads)
         require_label_value("run", run)
@@ -80,20 +80,20 @@ class RunAggregator:
             self._updated_at.pop(run, None)
 
     def resume_run(self, run: str, state: Mapping[str, Any]) -> None:
-        """Let a registered run count on from where an earlier process of it stopped.
+        """Continue a registered run from the state of an earlier process.
 
         Args:
             run: name of the run.
             state: `RunSnapshot.plain()` of the earlier process.
 
         Raises:
-            KeyError, TypeError, ValueError: `state` is something else, or of another version.
+            KeyError, TypeError, ValueError: `state` is not such a state, or of another version.
         """
         with self._writers:
             self.snapshot = self.snapshot.with_run(self.snapshot.runs[run].resumed(state))
 
     def handle_ppo_update(self, payload: PPOUpdatePayload) -> None:
-        """Add one update to its run. A run that was never registered is created; one that has ended stays as it is."""
+        """Add one update to its run. Creates a run that is not registered; ignores updates of one that has ended."""
         with self._writers:
             if payload.run not in self._ended:
                 before = self.snapshot.runs.get(payload.run) or RunSnapshot(payload.run)
@@ -105,16 +105,16 @@ class RunAggregator:
                 )
 
     def note_progress(self, run: str, timestamp_seconds: float) -> None:
-        """A gradient step within a long update: the run is alive.
+        """Note a gradient step within a long update: the run is alive.
 
-        It moves the time of the last update forward, and does nothing before the run's first update.
+        Sets the time of the last update; does nothing before the run's first update.
 
         Args:
             run: name of the run.
             timestamp_seconds: Unix time of the step.
 
         Raises:
-            TypeError, ValueError: `timestamp_seconds` is no Unix time.
+            TypeError, ValueError: `timestamp_seconds` is not a Unix time.
         """
         timestamp_seconds = require_timestamp("timestamp_seconds", timestamp_seconds)
         with self._writers:
@@ -126,17 +126,17 @@ class RunAggregator:
                 self.snapshot = self.snapshot.with_run(replace(before, last_update_timestamp_seconds=timestamp_seconds))
 
     def note_nonfinite(self, run: str, steps: Mapping[str, int], timestamp_seconds: float) -> None:
-        """Gradients were not finite in an update that goes on: the CV is +Inf from now on.
+        """Note non-finite gradients in an update that has not ended: the CV is +Inf from now on.
 
         Args:
             run: name of the run.
-            steps: head -> steps in which its norm was NaN or infinite; the update must not count them again.
+            steps: head -> number of steps in which its norm was NaN or infinite; the update must not count them again.
             timestamp_seconds: Unix time.
         """
         self._note_cv(run, math.inf, timestamp_seconds, steps)
 
     def note_blindness(self, run: str, timestamp_seconds: float | None = None) -> None:
-        """Training goes on without a step that is measured: an error, and the CV is NaN, which is never healthy."""
+        """Note that training continues but no step is measured: an error, and the CV is NaN, which is never healthy."""
         self._note_cv(run, math.nan, time.time() if timestamp_seconds is None else timestamp_seconds)
         self.count_error(run)
 
@@ -155,9 +155,9 @@ class RunAggregator:
             self.snapshot = self.snapshot.with_run(after)
 
     def remove_run(self, run: str) -> None:
-        """Take a run's series off the endpoint, and free its name; harmless if there is none.
+        """Remove a run's series and free its name. Does nothing if there is no such run.
 
-        Its updates and errors are dropped until `register_run` names it again.
+        Its later updates and errors are dropped until `register_run` registers it again.
         """
         with self._writers:
             if run in self.snapshot.runs:
@@ -165,16 +165,16 @@ class RunAggregator:
                 self.snapshot = self.snapshot.without_run(run)
 
     def abandon_run(self, run: str) -> None:
-        """The run has crashed and others go on: its series stay as they are, and `register_run` may replace them.
+        """Note that the run has crashed and others continue: its series stay until `register_run` replaces them.
 
-        Its updates and errors are dropped until then. Harmless if there is no such run.
+        Its later updates and errors are dropped until then. Does nothing if there is no such run.
         """
         with self._writers:
             if run in self.snapshot.runs:
                 self._ended.add(run)
 
     def count_error(self, run: str) -> None:
-        """Count an error inside the measurement of `run`. It creates a run as `handle_ppo_update` does."""
+        """Count an error inside the measurement of `run`. Creates the run if it is not registered."""
         with self._writers:
             if run not in self._ended:
                 before = self.snapshot.runs.get(run) or RunSnapshot(run)

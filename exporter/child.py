@@ -1,7 +1,7 @@
-"""The exporter process as its parent sees it: start it, send it a frame, end it.
+"""The exporter process from its parent's side: start it, send it frames, end it.
 
-A frame is four bytes of length (big-endian) and a JSON object with `version` and `op`; `state` carries the newest
-snapshot. Each frame is answered by one line of JSON before the next one is sent, so that nothing queues.
+A frame is four bytes of length (big-endian) and a JSON object with `version` and `op`; `state` frames carry the newest
+snapshot. The process answers each frame with one line of JSON before the next is sent, so nothing queues.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class WebConfigError(ValueError):
 
 
 def host_and_port(address: str, port: int) -> str:
-    """`address:port`, with the brackets that an IPv6 address needs."""
+    """`address:port`, with brackets around an IPv6 address."""
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
@@ -34,8 +34,8 @@ class ExporterProcess:
     """A running `python -m exporter` that has bound its address; arguments are those of `MetricsServer`.
 
     Attributes:
-        port, scheme: where it serves.
-        send_seconds: CPU time that writing the last frame as JSON took.
+        port, scheme: of its URL.
+        send_seconds: CPU time for encoding the last frame as JSON.
 
     Raises:
         OSError: the address cannot be bound, or the process does not start; the message says why.
@@ -60,11 +60,11 @@ class ExporterProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": _import_path()},
-            # Out of reach of the terminal's Ctrl-C; a session of its own would double its share of the CPU where the
-            # kernel groups processes by session.
+            # Keep the terminal's Ctrl-C away from it. Not a new session: where the kernel groups processes by session,
+            # that would double its share of the CPU.
             process_group=0 if os.name == "posix" else None,
         )
-        assert self._process.stdin is not None and self._process.stdout is not None  # as asked for above
+        assert self._process.stdin is not None and self._process.stdout is not None  # pipes, as requested above
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self.send_seconds = 0.0
         answer = self._first_answer()
@@ -83,7 +83,7 @@ class ExporterProcess:
         return self._process.poll() is not None
 
     def send(self, frame: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a frame.
+        """Send a frame. Returns the answer.
 
         Raises:
             OSError: the process has ended.
@@ -100,23 +100,23 @@ class ExporterProcess:
         raise BrokenPipeError(errno.EPIPE, "it has ended")
 
     def wait(self) -> int:
-        """Its exit code, when it has ended."""
+        """Wait until it has ended. Returns the exit code."""
         return self._process.wait()
 
     def kill(self, after_seconds: float = 0.0) -> None:
-        """End it, unless it ends by itself before that time."""
+        """Kill it, unless it ends by itself within `after_seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(after_seconds)
         self._process.kill()
         self._process.wait()
 
     def close_pipes(self) -> None:
-        """Free the descriptors, when nobody sends a frame any more."""
+        """Close the pipes; call it when no more frames are sent."""
         self._stdin.close()
         self._stdout.close()
 
     def _first_answer(self) -> dict[str, Any] | None:
-        """Where it serves, or `error` and the `kind` of it; None from a process that ends without a word."""
+        """Its port and scheme, or `error` and its `kind`; None if the process ends without an answer."""
         watchdog = threading.Timer(_START_SECONDS, self._process.kill)
         watchdog.start()
         line = b""
@@ -127,7 +127,7 @@ class ExporterProcess:
         except ValueError:
             self._process.kill()
             return {
-                "error": f"the exporter process has not started: {line.decode(errors='replace').strip()}",
+                "error": f"the exporter process did not start: {line.decode(errors='replace').strip()}",
                 "kind": "",
             }
         except BaseException:
@@ -138,8 +138,8 @@ class ExporterProcess:
 
 
 def _import_path() -> str:
-    """PYTHONPATH with which the exporter process finds what can be imported here."""
-    # Nothing beside the user's script comes before a library.
+    """PYTHONPATH with which the exporter process can import the same modules."""
+    # Put the script's own folder last, so that no file in it hides a library.
     script = getattr(sys.modules["__main__"], "__file__", None) or ""
     last = (os.getcwd(), os.path.dirname(os.path.abspath(script)))
     return os.pathsep.join(sorted((str(entry) or last[0] for entry in sys.path), key=last.__contains__))

@@ -1,4 +1,4 @@
-"""One endpoint for all runs of a process that name the same port, and those on which a run is."""
+"""One endpoint for all runs of a process with the same port, and the endpoints of a run."""
 
 import errno
 import logging
@@ -17,9 +17,9 @@ _log = logging.getLogger(__name__)
 
 
 class SharedEndpoint:
-    """A server and the runs on it; it closes with the last one.
+    """A server and its runs; it closes with the last run.
 
-    A run that crashes beside others stays on it, so that somebody sees that it has stalled.
+    If a run crashes and others continue, its series stay, so that people see it stall.
     """
 
     _open: dict[tuple[RunAggregator, str, int], "SharedEndpoint"] = {}
@@ -44,13 +44,13 @@ class SharedEndpoint:
         web_config_file: str | Path | None,
         registry: Registry | None,
     ) -> "SharedEndpoint":
-        """The endpoint of this process at that port, with `run` on it.
+        """Add `run` to this process' endpoint at that port, and start the endpoint if needed.
 
-        Without a port all share one, at the preferred port, or at a free one if that is 0 or taken.
+        Runs without a port share one endpoint, at the preferred port, or at a free one if that is 0 or in use.
 
         Raises:
             OSError: the address cannot be bound.
-            ValueError: the web configuration file is wrong, or the endpoint has another one, or another registry.
+            ValueError: the web configuration file is wrong, or the endpoint has another file or another registry.
         """
         with cls._lock:
             endpoint = cls._open.get((aggregator, address, preferred_port if port is None else port))
@@ -65,20 +65,20 @@ class SharedEndpoint:
                     aggregator, address, number, labels, web_config_file=web_config_file, registry=registry
                 )
                 if free:
-                    _log.warning("port %d is taken; run %s is served at %s", preferred_port, run, server.url)
+                    _log.warning("port %d is in use; run %s is served at %s", preferred_port, run, server.url)
                 endpoint = cls(server, (aggregator, address, server.port))
                 endpoint._is_default = port is None
                 cls._open[endpoint._key] = endpoint
             elif web_config_file is not None and Path(web_config_file).absolute() != endpoint.server.web_config_file:
-                raise ValueError(f"{endpoint.server.url} is served already, with another web_config_file or none")
+                raise ValueError(f"{endpoint.server.url} already has another web_config_file or none")
             elif registry is not None and registry is not endpoint.server.registry:
-                raise ValueError(f"{endpoint.server.url} is served already, with another registry or none")
+                raise ValueError(f"{endpoint.server.url} already has another registry or none")
             endpoint._runs.add(run)
             endpoint._abandoned.discard(run)
             return endpoint
 
     def leave(self, run: str, crashed: bool) -> None:
-        """Take a run that has ended off the server, and close it with its last one."""
+        """Remove a run that has ended, and close the server after its last run."""
         with self._lock, ExitStack() as last_first:
             self._runs.discard(run)
             if not self._runs:
@@ -91,13 +91,13 @@ class SharedEndpoint:
 
     @classmethod
     def has_abandoned(cls, aggregator: RunAggregator, run: str) -> bool:
-        """Whether a run has crashed beside others of its endpoint: its series have to stay, for `up` will not tell."""
+        """Whether a run has crashed while others of its endpoint continue: its series must stay, because `up` is 1."""
         with cls._lock:
             return any(each._key[0] is aggregator and run in each._abandoned for each in cls._open.values())
 
 
 class RunEndpoints:
-    """The endpoints that serve a run, and where its final state is pushed."""
+    """The endpoints that serve a run, and the Pushgateways for its final state."""
 
     def __init__(self, aggregator: RunAggregator, run: str) -> None:
         self._aggregator = aggregator
@@ -151,11 +151,11 @@ class RunEndpoints:
 
     @property
     def url(self) -> str | None:
-        """Of the newest endpoint; None without one."""
+        """URL of the newest endpoint; None without one."""
         return self._endpoints[-1].server.url if self._endpoints else None
 
     def leave(self, last_first: ExitStack, crashed: bool) -> None:
-        """Let `last_first` end the run's files, push its final state, and leave the endpoints."""
+        """Add to `last_first`: end the run's files, push its final state, leave the endpoints."""
         servers = [endpoint.server for endpoint in self._endpoints]
         while self._endpoints:
             last_first.callback(self._endpoints.pop().leave, self._run, crashed)
@@ -163,20 +163,20 @@ class RunEndpoints:
             server, url = self._pushgateways.pop()
             if not crashed:
                 last_first.callback(server.push, self._run, url)
-        # Before a push, on which a second Ctrl-C may be waiting.
+        # Runs before a push, which a second Ctrl-C may interrupt.
         for server in servers:
             last_first.callback(server.end, self._run, crashed=crashed)
 
 
 def _rank() -> int | None:
-    """This process' rank in torch.distributed's group, if it is in one."""
-    import torch.distributed as distributed  # only whoever measures has it
+    """This process' rank in torch.distributed's group; None if there is no group."""
+    import torch.distributed as distributed  # the exporter process has no torch
 
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else None
 
 
 def _is_taken(address: str, port: int) -> bool:
-    """Whether somebody listens there; anything else that is wrong with it shows when it is bound."""
+    """Whether the port is in use; any other problem shows when it is bound."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -186,11 +186,11 @@ def _is_taken(address: str, port: int) -> bool:
     return False
 
 
-def _begin_anew() -> None:
-    """In a forked child: what is served there is not what its parent serves."""
+def _reset_in_child() -> None:
+    """Forget the parent's endpoints in a forked child."""
     SharedEndpoint._open = {}
     SharedEndpoint._lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
+    os.register_at_fork(after_in_child=_reset_in_child)

@@ -18,8 +18,8 @@ def gradient_cv(norms: Iterable[float]) -> float:
     Returns:
         `stdev(norms) / max(|mean(norms)|, 1e-8)` with n - 1 degrees of freedom,
         dimensionless, between 0 and sqrt(n). 0.0 for fewer than two norms or
-        when all are zero. +Inf as soon as one norm is NaN or infinite, so that
-        every `cv >= threshold` holds.
+        when all are zero. +Inf if any norm is NaN or infinite, so that
+        every `cv >= threshold` is true.
     """
     values = list(map(float, norms))
     if not all(map(math.isfinite, values)):
@@ -27,17 +27,17 @@ def gradient_cv(norms: Iterable[float]) -> float:
     count = len(values)
     if count < 2:
         return 0.0
-    if (largest := max(values)) > 1e300:  # so that no sum becomes too large for a float
+    if (largest := max(values)) > 1e300:  # avoid an overflow of the sum
         values = [value / largest for value in values]
     mean = math.fsum(values) / count
-    # dist() keeps its squares from over- and underflowing.
+    # dist() avoids overflow and underflow of its squares.
     return math.dist(values, [mean] * count) / (math.sqrt(count - 1) * max(abs(mean), MEAN_FLOOR))
 
 
 def gradient_cv_ceiling(heads: int) -> float:
     """Upper bound of the CV of `heads` contributing heads: sqrt(heads).
 
-    It is reached when one head carries the whole gradient and the others are
+    It is reached when one head has the whole gradient and the others are
     exactly zero. (By definition the CV of fewer than two heads is 0.0.)
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an action head is to the measurement, and its gradient norms on the device."""
+"""Action heads, and their gradient norms on the device."""
 
 import math
 import re
@@ -16,9 +16,9 @@ from exporter.telemetry import GradientStep
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows `start:stop` of a layer that several heads share, in its weight or its bias.
+    """Rows `start:stop` of a parameter (weight or bias) of a layer that several heads share.
 
-    `axis` is that along which they are counted; all others have to be of length 1, unless it is the first.
+    `axis` is the axis of the rows. If it is not the first axis, all others must have length 1.
     """
 
     parameter: Tensor
@@ -37,15 +37,15 @@ def named_heads(heads: Heads) -> dict[str, Head]:
     """Heads by name; those of a list are `head_0`, `head_1`, ...
 
     Raises:
-        TypeError: `heads` are neither.
+        TypeError: `heads` is neither a mapping nor a list.
     """
     if hasattr(heads, "items"):
-        # An iterator can be walked once only; a detached monitor may be attached again.
+        # Store iterators as lists: a detached monitor may be attached again.
         return {name: list(head) if isinstance(head, Iterator) else head for name, head in heads.items()}
     if not hasattr(heads, "__iter__") or isinstance(heads, (str, Tensor)):
         raise TypeError(
             f"heads must be a mapping of names to modules, parameters or rows, got {type(heads).__name__}; "
-            "space_heads() and row_heads() cut a layer that heads share"
+            "space_heads() and row_heads() split a layer that heads share"
         )
     return {f"head_{index}": head for index, head in enumerate(heads)}
 
@@ -54,7 +54,7 @@ def row_heads(layer: nn.Module, sizes: Mapping[str, int]) -> dict[str, list[Rows
     """Heads that are rows of one fused layer, in order.
 
     Args:
-        layer: its parameters (weight, bias) have the heads' rows along their first axis.
+        layer: a layer whose parameters (weight, bias) have the heads' rows along their first axis.
         sizes: head name -> number of rows.
 
     Raises:
@@ -71,11 +71,11 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
     r"""Heads by the names of their modules, such as `heads_from(model, r"heads\.(\w+)")`.
 
     Args:
-        model: whose `named_modules()` are searched; the `module.` of DistributedDataParallel and the `_orig_mod.` of
-            `torch.compile` may be left out of the names.
-        pattern: regular expression that a module's whole name must match. Its first
-            group that matches is the head's name, the module's own name where there is
-            none; modules with the same name make one head.
+        model: the model whose `named_modules()` are searched. The pattern may leave out `module.` of
+            DistributedDataParallel and `_orig_mod.` of `torch.compile`.
+        pattern: regular expression that a module's full name must match. Its first
+            group that matches is the head's name; without a group, the module's own name.
+            Modules with the same head name make one head.
 
     Raises:
         ValueError: no module matches; the message lists module names.
@@ -98,26 +98,26 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
 class HeadGradientMeter:
     """L2 gradient norms of action heads, from one pass over the gradients.
 
-    `record()` runs between backward and optimizer step; `measure()` does the same and
-    returns the global norm that clipping needs. Both only queue work on the device.
-    `collect()` transfers what was recorded, all steps at once. What is stored are norms
-    of whole parameters and of rows; they are put together per head when they are collected.
+    Call `record()` between backward and optimizer step; `measure()` does the same and
+    returns the global norm for clipping. Both only queue work on the device.
+    `collect()` transfers all recorded steps at once. The meter stores norms of whole
+    parameters and of rows; `collect()` combines them per head.
 
     Args:
         heads: name -> modules, parameters, or `Rows` of layers that heads share.
-        other_parameters: what else the optimizer steps; counts in the global norm only.
-        flat: a parameter of which all others are views, as their gradients are of its
+        other_parameters: the optimizer's other parameters; they count only in the global norm.
+        flat: a parameter of which all others are views; their gradients are views of its
             gradient. The global norm is then that of `flat.grad`.
 
     Attributes:
         head_names: in the order of `heads`.
-        parameters: every parameter that is measured by itself.
-        recorded: steps since they were collected last.
+        parameters: every measured parameter.
+        recorded: number of steps since the last `collect()`.
 
     Raises:
         ValueError: a head has no parameters, two heads share one, rows are out of range, or the
-            parameters cannot be measured (sharded, on several devices, or no views of `flat`).
-        TypeError: a head is made of something else.
+            parameters cannot be measured (sharded, on several devices, or not views of `flat`).
+        TypeError: a head contains something else.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class HeadGradientMeter:
         self.parameters = (*self._whole, *self._shared)
         self._owners = [[owner] for owner in whole.values()] + list(rows.values())
         self._all_owners = tuple(owner for owners in self._owners for owner in owners)
-        # Half-precision norms lose digits, and those of float16 overflow at 65504.
+        # Norms in half precision lose digits, and overflow at 65504 in float16.
         half = any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self.parameters)
         self._dtype = torch.float32 if half else None
         _require_measurable(self.parameters, flat)
@@ -163,19 +163,19 @@ class HeadGradientMeter:
         self.recorded = self._recorded_ever = 0
         self._early: Taken | None = None
         self._newest: Tensor | None = None
-        self._is_finite: bool | None = None  # what is known of the newest
-        # Tells whether gradients were accumulated further: a small one that is kept until it is stepped on.
+        self._is_finite: bool | None = None  # whether the newest is finite, if known
+        # A small gradient, kept until the step: its version shows whether gradients were accumulated further.
         self._smallest_first = sorted(self.parameters, key=Tensor.numel)
         self._mark: tuple[Tensor, Tensor, int] | None = None
 
     def record(self, scale: Tensor | None = None, discard: Tensor | None = None) -> bool:
-        """Take the norms of the gradients as they are now, or as `take_early()` saw them.
+        """Record the norms of the current gradients, or those that `take_early()` took.
 
         A step in which no head has a gradient is left out.
 
         Args:
-            scale: what the loss was multiplied with, a 0-dimensional tensor; norms are divided by it.
-            discard: a 0-dimensional tensor; where it turns out not to be zero the step is left out.
+            scale: factor of the loss, a 0-dimensional tensor; norms are divided by it.
+            discard: a 0-dimensional tensor; if it is not zero, the step is left out.
 
         Returns:
             Whether a head has a gradient.
@@ -185,12 +185,12 @@ class HeadGradientMeter:
             return False
         if scale is not None:
             taken.numbers.div_(scale)
-        # A copy: its owner may change it before it is read.
+        # Copy it: its owner may change it before it is read.
         self._commit(taken, discard=None if discard is None else discard.detach().clone())
         return True
 
     def measure(self) -> Tensor:
-        """Take the norms of the gradients as they are now.
+        """Record the norms of the current gradients.
 
         Returns:
             Global L2 norm over all parameters, a 0-dimensional tensor on their device.
@@ -201,19 +201,19 @@ class HeadGradientMeter:
         return torch.linalg.vector_norm(taken.numbers, dtype=self._dtype) if total is None else total
 
     def take_early(self, *, may_give_up: bool = True) -> bool:
-        """Take the norms of the gradients as they are now for the next `record()`.
+        """Take the norms of the current gradients for the next `record()`.
 
         Args:
-            may_give_up: a step that was taken so earlier, and whose gradients were zeroed or made anew
-                instead of a step, counts if it was not finite.
+            may_give_up: if the gradients taken before were zeroed or replaced without a step, record them now as a
+                step that the optimizer did not take; it counts if it was not finite.
 
         Returns:
-            Whether there was such a step, which is recorded now.
+            Whether such a step was recorded.
         """
         recorded = self.recorded
         if self._mark is not None:
             parameter, gradient, version = self._mark
-            # A backward pass that adds to it makes one version.
+            # A backward pass that accumulates into it raises the version by one.
             if parameter.grad is not gradient or gradient._version - version > 1:
                 self.give_up(may_give_up)
         self._early = self._take()
@@ -224,13 +224,13 @@ class HeadGradientMeter:
         return self.recorded > recorded
 
     def give_up(self, does_count: bool = True) -> None:
-        """What was taken early gets no step; it counts, if at all, only if it was not finite."""
+        """Note that no step follows for the gradients taken early. With `does_count` they count if not finite."""
         early, self._early, self._mark = self._early, None, None
         if does_count and early is not None and early.has_heads:
             self._commit(early, given_up=True)
 
     def trainable_heads(self) -> list[str]:
-        """Heads of which a parameter requires a gradient."""
+        """Heads with a parameter that requires a gradient."""
         owners = {o for parameter, own in zip(self.parameters, self._owners) if parameter.requires_grad for o in own}
         return [name for index, name in enumerate(self.head_names) if index in owners]
 
@@ -238,7 +238,7 @@ class HeadGradientMeter:
         """Check that an optimizer's parameters include every head's.
 
         Raises:
-            ValueError: they do not; the message names a head.
+            ValueError: a parameter is missing; the message names its head.
         """
         known = set(owned)
         for parameter, owners in zip(self.parameters, self._owners):
@@ -247,7 +247,7 @@ class HeadGradientMeter:
                 raise ValueError(f"the optimizer does not own a parameter of head {name!r}")
 
     def collect(self) -> list[GradientStep]:
-        """One record per step since the last call, in order; one transfer for all of them."""
+        """One `GradientStep` per step since the last call, in order; one transfer for all."""
         return self.start_collecting().result()
 
     def start_collecting(self) -> PendingGradientSteps:
@@ -259,7 +259,7 @@ class HeadGradientMeter:
         return self._pending(closed)
 
     def unchecked(self) -> PendingGradientSteps:
-        """Recorded steps that were not here before; they will be collected as well."""
+        """Steps recorded since the last call of this method; `collect()` will return them too."""
         self._close_block()
         blocks, self._checked = self._closed[self._checked :], len(self._closed)
         return self._pending(blocks)
@@ -270,16 +270,16 @@ class HeadGradientMeter:
         return self._early is not None
 
     def early(self) -> PendingGradientSteps:
-        """What `take_early()` has taken, as the step that it will be."""
+        """The step that `take_early()` has taken."""
         assert self._early is not None
         block = OpenBlock(self._early, False, False)
         block.add(self._early, None, None, False)
         return self._pending([block.close()], first_step=self._recorded_ever)
 
     def is_finite(self) -> bool | None:
-        """Whether what was taken last is finite; None where a device would have to be waited for.
+        """Whether the newest norms are finite; None if finding out means waiting for a device.
 
-        False of what is so large that its square is not.
+        Also False if their squares overflow.
         """
         if self._is_finite is None and self._newest is not None and self._newest.is_cpu:
             self._is_finite = math.isfinite(torch.dot(self._newest, self._newest).item())
@@ -321,7 +321,7 @@ class HeadGradientMeter:
             self._open = None
 
     def _norms(self) -> tuple[list[Tensor], tuple[int, ...]]:
-        """Norms of what has a gradient, and the heads that they belong to."""
+        """Norms of all existing gradients, and the heads that own them."""
         whole = [gradient for parameter in self._whole if (gradient := parameter.grad) is not None]
         shared = [
             (parameter.grad, len(self._rows[parameter])) for parameter in self._shared if parameter.grad is not None
@@ -339,7 +339,7 @@ class HeadGradientMeter:
 
 
 def _joined(norms: list[Tensor], device: torch.device) -> Tensor:
-    """All norms in one vector; those of whole parameters are 0-dimensional, those of rows are not."""
+    """All norms in one vector. Norms of whole parameters are 0-dimensional, those of rows are vectors."""
     if not norms:
         return torch.zeros(0, device=device)
     if all(norm.dim() == 0 for norm in norms):
@@ -348,10 +348,10 @@ def _joined(norms: list[Tensor], device: torch.device) -> Tensor:
 
 
 def head_parts(name: str, head: Head) -> list[Tensor | Rows]:
-    """The parameters, or rows of them, that a head is made of.
+    """The parameters or rows of a head.
 
     Raises:
-        TypeError, ValueError: it is made of something else, or of nothing.
+        TypeError, ValueError: it contains something else, or nothing.
     """
     if isinstance(head, (Tensor, Rows)):
         head = [head]
@@ -381,9 +381,9 @@ def _claim_rows(rows: dict[Tensor, list[int]], part: Rows, head: int, names: tup
 def _require_measurable(parameters: tuple[Tensor, ...], flat: Tensor | None) -> None:
     devices = sorted({str(parameter.device) for parameter in parameters})
     if len(devices) > 1:
-        raise ValueError(f"parameters lie on several devices ({', '.join(devices)}); a monitor measures one")
+        raise ValueError(f"parameters are on several devices ({', '.join(devices)}); a monitor measures one")
     for parameter in parameters:
-        # A shard knows only its own part of the norm.
+        # A shard has only a part of the norm.
         if hasattr(parameter, "_local_tensor") or getattr(parameter, "_fsdp_flattened", False):
             raise ValueError(
                 f"a parameter is a {type(parameter).__name__} that is sharded over processes (DTensor, FSDP); "

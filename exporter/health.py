@@ -1,9 +1,9 @@
 """Health levels of the gradient CV, the two thresholds between them, and the time after which a run is stalled.
 
-A run may have thresholds of its own; the two here are the defaults. Tests compare with
-this file the thresholds and the limits of a stall in alerts/ppo.rules.yml, and the
-thresholds in the README's tables of levels and alerts. The run dashboard's queries take
-the thresholds from here. Other documents that name these numbers are not checked.
+A run may have its own thresholds; the two here are the defaults. Tests compare this file
+with the thresholds and the limits of a stall in alerts/ppo.rules.yml, and with the
+thresholds in the README's tables of levels and alerts. The run dashboard's queries use
+the thresholds from here. Nothing checks these numbers in other documents.
 """
 
 import sys
@@ -16,8 +16,9 @@ WARNING_THRESHOLD = 0.5
 CRITICAL_THRESHOLD = 2.0
 STALLED_SECONDS = 300
 STALLED_INTERVALS = 5
-"""`/-/ready` and the status page say that a run is stalled after so many seconds without an update, or after so many of
-its update intervals if that is longer. PPOTrainingStalled has the same limits in steps, so it may come later."""
+"""For `/-/ready` and the status page a run is stalled after STALLED_SECONDS without an update, or after
+STALLED_INTERVALS of its update intervals if that is longer. PPOTrainingStalled has these limits in steps, so it may
+fire later."""
 
 
 class HealthLevel(StrEnum):
@@ -29,7 +30,7 @@ class HealthLevel(StrEnum):
 
     @property
     def word(self) -> str:
-        """What an operator reads: stable, warn or BAD."""
+        """The word for operators: stable, warn or BAD."""
         return _WORDS[self]
 
     @property
@@ -55,7 +56,7 @@ class Thresholds:
     """The CVs from which a run's level is warning and critical (dimensionless, finite, 0 < warning < critical).
 
     Raises:
-        TypeError: a threshold is no number.
+        TypeError: a threshold is not a number.
         ValueError: a threshold is out of its range.
     """
 
@@ -72,11 +73,11 @@ class Thresholds:
                 f"{self.critical}"
             )
         for name, value in tuple(vars(self).items()):
-            object.__setattr__(self, name, float(value))  # a NumPy scalar, say
+            object.__setattr__(self, name, float(value))  # from a NumPy scalar, for example
 
     @classmethod
     def of(cls, thresholds: "Thresholds | Sequence[float]") -> "Thresholds":
-        """`thresholds` as they are, or of a pair (warning, critical).
+        """`thresholds` unchanged, or made from a pair (warning, critical).
 
         Raises:
             TypeError: it is neither.
@@ -91,7 +92,7 @@ class Thresholds:
     def level(self, cv: float) -> HealthLevel:
         """Level of `cv` (dimensionless, >= 0): half-open bounds, exact at the thresholds.
 
-        NaN is critical: what cannot be compared must never look healthy.
+        NaN is critical: it must never look healthy.
         """
         if cv < self.warning:
             return HealthLevel.HEALTHY
@@ -100,7 +101,7 @@ class Thresholds:
         return HealthLevel.CRITICAL
 
     def steps_by_level(self, cvs: Collection[float]) -> dict[HealthLevel, int]:
-        """How many of `cvs` are at each level."""
+        """Number of `cvs` at each level."""
         healthy = sum(cv < self.warning for cv in cvs)
         below_critical = sum(cv < self.critical for cv in cvs)
         return {
@@ -111,13 +112,13 @@ class Thresholds:
 
     @property
     def lower_bounds(self) -> dict[HealthLevel, float]:
-        """The smallest CV of every level, the lowest level first."""
+        """The smallest CV of each level, lowest level first."""
         return {HealthLevel.HEALTHY: 0.0, HealthLevel.WARNING: self.warning, HealthLevel.CRITICAL: self.critical}
 
 
 def cv_text(cv: float, thresholds: Thresholds = Thresholds()) -> str:
     """`CV:0.312 stable`: the CV with three decimals and its level's word.
 
-    The level is that of the exact value, so 1.9996 reads `CV:2.000 warn`.
+    The level is that of the exact value, so 1.9996 gives `CV:2.000 warn`.
     """
     return f"CV:{cv:.3f} {thresholds.level(cv).word}"

@@ -1,4 +1,4 @@
-"""The training process' side of the endpoint: a server that hands the newest snapshot to the exporter process."""
+"""The training process' side of the endpoint: sends the newest snapshot to the exporter process."""
 
 import errno
 import logging
@@ -26,44 +26,44 @@ DEFAULT_PORT = 9842
 DEFAULT_MAX_REQUESTS = 40
 DEFAULT_TEXTFILE_INTERVAL = 15.0
 PUSH_JOB = "ppo_final"
-"""Not the job of running trainers: a Pushgateway keeps what it was given, and a finished run must not look stalled."""
-_PERIOD_SECONDS = 0.1  # between two looks for a new snapshot, so that many updates a second cost no more than ten
-_MOST_OF_A_CORE = 0.05  # for snapshots of many runs, for which training has to wait
-_REGISTRY_SECONDS = 1.0  # between two readings of a registry of the user's, whose values have no snapshot
-LONGEST_PAUSE_SECONDS = 60.0  # before the next attempt, when exporter processes end as soon as they have started
+"""Differs from the job of running trainers: a Pushgateway keeps a final state, and that run must not look stalled."""
+_PERIOD_SECONDS = 0.1  # between two checks for a new snapshot: at most ten snapshots a second
+_MOST_OF_A_CORE = 0.05  # limit for encoding snapshots of many runs, because training waits for that
+_REGISTRY_SECONDS = 1.0  # between two readings of the user's registry, which has no snapshot
+LONGEST_PAUSE_SECONDS = 60.0  # before the next attempt, if exporter processes end right after their start
 _ANSWER_SECONDS = 5.0
-_PUSH_SECONDS = 15.0  # more than the push itself may take
+_PUSH_SECONDS = 15.0  # longer than the limit of the push itself
 _CLOSE_SECONDS = 5.0
 _EXIT_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
 class Registry(Protocol):
-    """A `prometheus_client.CollectorRegistry`, or whatever else has its `collect()`."""
+    """A `prometheus_client.CollectorRegistry`, or any object with its `collect()`."""
 
     def collect(self) -> Iterable[Any]: ...
 
 
 class MetricsServer:
-    """Serves the runs of an aggregator from a process of its own until `close()`; also a context manager.
+    """Serves the runs of an aggregator from a separate process until `close()`; also a context manager.
 
-    A thread hands the newest snapshot over, at most ten times a second. Training never waits for it. The exporter
-    process ends with this one, however this one ends. If it is killed, another one takes its place on the same port.
-    In a forked child nothing happens.
+    A thread sends the newest snapshot, at most ten times a second. Training never waits for it. The exporter process
+    ends with this one, however this one ends. If it is killed, a new one starts on the same port. In a forked child
+    the server does nothing.
 
     Args:
-        aggregator: whose newest snapshot is served.
-        address: IP address or host name to bind; the default is reachable from this machine only. `::` takes IPv4 too
-            where the system can.
-        port: TCP port; 0 takes any free one, which `port` then names.
-        process_labels: added to every sample of a run, such as a rank.
+        aggregator: its newest snapshot is served.
+        address: IP address or host name to bind; the default is reachable only from this machine. `::` also accepts
+            IPv4 if the system supports that.
+        port: TCP port; 0 takes a free one, and the attribute `port` has its number.
+        process_labels: labels for every sample of a run, such as a rank.
         web_config_file: TLS, users, headers and a rate limit, in the format of Prometheus' exporter-toolkit.
-        max_requests: scrapes at a time, above which they get 503; 0 for no limit.
-        registry: metrics of your own, served beside ours. It is read once a second in a thread of this process,
-            and has to answer quickly: snapshots wait for it.
+        max_requests: scrapes at the same time; more get 503; 0 for no limit.
+        registry: your own metrics, served beside ours. A thread of this process reads it once a second. It must answer
+            quickly: snapshots wait for it.
 
     Attributes:
-        port, scheme, url: where it serves.
+        port, scheme, url: address of the endpoint.
 
     Raises:
         OSError: the address cannot be bound; the message names it and the reason.
@@ -98,7 +98,7 @@ class MetricsServer:
         self._closed = threading.Event()
         self._is_down = False
         self._pause = 0.0
-        # Their figures are of this process, and have to be read here.
+        # These describe this process, so they must be read here.
         self._collectors: dict[str, Registry] = {"gc": GCCollector(CollectorRegistry())}
         if registry is not None:
             self._collectors["registry"] = registry
@@ -106,7 +106,7 @@ class MetricsServer:
         self._given_up: Future[dict[str, Any]] | None = None
         self._pid = os.getpid()
         self._process = self._start()
-        self._thread = threading.Thread(target=self._hand_over, name="ppo-exporter-link", daemon=True)
+        self._thread = threading.Thread(target=self._send_frames, name="ppo-exporter-link", daemon=True)
         self._thread.start()
         _open.add(self)
         cover_worker()
@@ -129,18 +129,18 @@ class MetricsServer:
         textfile_dir: str | Path | None = None,
         textfile_interval: float = DEFAULT_TEXTFILE_INTERVAL,
     ) -> None:
-        """Announce a run by a target file, and keep it in a file for node_exporter, until `end()`.
+        """Write a run's target file, and its text file for node_exporter, until `end()`.
 
         Args:
             run: name of the run.
             targets_dir: folder that Prometheus' `file_sd_configs` watches; created if missing.
-            target: `host:port` that the target file names; by default where this server is reachable.
+            target: `host:port` in the target file; by default this server's address.
             textfile_dir: folder of node_exporter's `--collector.textfile.directory`; created if missing.
-            textfile_interval: seconds between two versions of that file, above 0.
+            textfile_interval: seconds between two versions of the text file, above 0.
 
         Raises:
-            OSError: a file cannot be written, or another process writes a text file of that run; then there is none
-                of both.
+            OSError: a file cannot be written, or another process writes a text file of that run; then neither file
+                exists.
         """
         frame = {
             "op": "deliver",
@@ -154,23 +154,23 @@ class MetricsServer:
         self._deliveries.append(frame)
 
     def end(self, run: str, *, crashed: bool = False) -> None:
-        """The run has ended: remove its files. With `crashed` they stay, with its last state. Failure is logged."""
+        """Remove the files of a run that has ended. With `crashed` they stay with its last state. Failure is logged."""
         if not any(frame["run"] == run for frame in self._deliveries):
             return
         try:
             self._ask({"op": "end", "run": run, "crashed": crashed}, _ANSWER_SECONDS)
         except OSError as error:
-            _log.warning("%s; files of run %s stay as they are", error, run)
+            _log.warning("%s; the files of run %s stay", error, run)
         finally:
-            # Not before: of a process that has just been killed another one has to take the files over.
+            # Not earlier: if the exporter process was just killed, the next one must take over the files.
             self._deliveries = [frame for frame in self._deliveries if frame["run"] != run]
 
     def push(self, run: str, url: str) -> None:
-        """Replace what the Pushgateway at `url` has of `run` by its last state. Failure is logged."""
+        """Push the last state of `run` to the Pushgateway at `url`, replacing its group. Failure is logged."""
         self._tell({"op": "push", "run": run, "url": url}, _PUSH_SECONDS)
 
     def flush(self) -> None:
-        """Wait until a scrape shows what the aggregator has now.
+        """Wait until a scrape shows the aggregator's current state.
 
         Raises:
             OSError: the exporter process does not answer.
@@ -178,7 +178,7 @@ class MetricsServer:
         self._ask({}, _ANSWER_SECONDS)
 
     def close(self, *, crashed: bool = False) -> None:
-        """End every run that has files, as `end()` does, stop serving and free the port; harmless the second time."""
+        """End every run that has files, stop serving and free the port; a second call does nothing."""
         if self._pid != os.getpid() or self._closed.is_set():
             return
         _open.discard(self)
@@ -202,21 +202,21 @@ class MetricsServer:
 
     @property
     def _is_silent(self) -> bool:
-        """Whether it has been waited for in vain, or a second Ctrl-C ends its push: it is not waited for again."""
+        """Whether a request got no answer in time, or a second Ctrl-C interrupted it: do not wait again."""
         return self._given_up is not None and not self._given_up.done()
 
     def _tell(self, frame: dict[str, Any], seconds: float) -> None:
-        """Like `_ask`, where failure must not end a run."""
+        """Like `_ask`, but failure is only logged."""
         try:
             self._ask(frame, seconds)
         except OSError as error:
             _log.warning("%s", error)
 
     def _ask(self, frame: dict[str, Any], seconds: float) -> None:
-        """Send a frame by the thread, and wait until the exporter process has done what it asks for.
+        """Let the thread send a frame, and wait until the exporter process has executed it.
 
         Raises:
-            OSError: it cannot be done, or there is no answer.
+            OSError: the exporter process cannot do it, or there is no answer.
         """
         if self._pid != os.getpid():
             return
@@ -243,8 +243,8 @@ class MetricsServer:
         self.port, self.scheme = process.port, process.scheme
         return process
 
-    def _hand_over(self) -> None:
-        """Send what is asked for, and every new snapshot, until `close()`."""
+    def _send_frames(self) -> None:
+        """Send requested frames and every new snapshot, until `close()`."""
         while not self._closed.is_set():
             try:
                 pause = max(_PERIOD_SECONDS, self._process.send_seconds / _MOST_OF_A_CORE)
@@ -257,16 +257,16 @@ class MetricsServer:
                 return
 
     def _result(self, frame: dict[str, Any] | None) -> dict[str, Any]:
-        """As `_exchange`, with `error` in the answer where that fails."""
+        """The answer of `_exchange`, or an answer with `error` if it fails."""
         try:
             return self._exchange(frame)
         except Exception as error:
             if not self._is_down and not isinstance(error, OSError):
-                _log.exception("a snapshot could not be handed to the exporter process")
-            return {"error": f"the exporter process is not to be had: {error}"}
+                _log.exception("a snapshot could not be sent to the exporter process")
+            return {"error": f"the exporter process is not available: {error}"}
 
     def _exchange(self, frame: dict[str, Any] | None) -> dict[str, Any]:
-        """Send the newest snapshot if there is one, then `frame` if there is one; the answer to it.
+        """Send the newest snapshot, if it is new, then `frame`, if there is one. Returns the answer to it.
 
         Raises:
             OSError: there is no exporter process, and none can be started.
@@ -292,13 +292,11 @@ class MetricsServer:
             process = self._start()
         except (OSError, ValueError) as error:
             if not self._is_down:
-                _log.error(
-                    "the exporter process has ended (exit code %s), and no other can be started: %s", code, error
-                )
+                _log.error("the exporter process has ended (exit code %s), and a new one cannot start: %s", code, error)
             self._is_down = True
             raise OSError(str(error)) from error
         self._process, self._sent, self._is_down = process, None, False
-        _log.warning("the exporter process has ended (exit code %s); another one serves %s", code, self.url)
+        _log.warning("the exporter process has ended (exit code %s); a new one serves %s", code, self.url)
         for frame in list(self._deliveries):
             self._send_news(is_needed=True)
             if message := self._process.send(frame).get("error"):
@@ -314,7 +312,7 @@ class MetricsServer:
         self._process.send({"op": "state", "snapshot": snapshot.plain(), "metrics": metrics})
 
     def _read(self, name: str, collector: Registry) -> list[Any] | None:
-        """The metrics of a collector as JSON can say them; None where they cannot be read."""
+        """A collector's metrics in a form that JSON can encode; None if they cannot be read."""
         try:
             families = [
                 [
@@ -328,7 +326,7 @@ class MetricsServer:
             ]
         except Exception:
             if name not in self._failing:
-                _log.exception("the metrics of %s cannot be read; they are missing until they can", name)
+                _log.exception("the metrics of %s cannot be read; they are missing until this works", name)
             self._failing.add(name)
             return None
         self._failing.discard(name)
@@ -336,10 +334,10 @@ class MetricsServer:
 
 
 def check_pushgateway_url(url: str) -> None:
-    """Check that a final state could be pushed there.
+    """Check that `url` can be a Pushgateway's.
 
     Raises:
-        ValueError: it is no URL of a Pushgateway.
+        ValueError: it cannot.
     """
     try:
         parts = urlsplit(url)
@@ -353,7 +351,7 @@ def check_pushgateway_url(url: str) -> None:
 
 
 def _reachable(address: str) -> str:
-    """What others call a server bound to `address`: this machine's name where that is a wildcard."""
+    """The address under which others reach a server bound to `address`: this machine's name for a wildcard."""
     return socket.gethostname() if address in ("0.0.0.0", "::") else address
 
 

@@ -1,14 +1,11 @@
-"""Every metric family, declared once, and the collectors that fill them."""
+"""Every metric family, declared once."""
 
-import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -16,10 +13,9 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from exporter.snapshot import Histogram, Snapshot
+from exporter.snapshot import Histogram
 
 RUN_LABEL = "run"
 HEALTH_LABEL = "health"
@@ -28,7 +24,6 @@ HEAD_LABEL = "head"
 NAME_LABEL = "name"
 COLLECTOR_LABEL = "collector"
 RANK_LABEL = "rank"
-_log = logging.getLogger(__name__)
 _METRIC = {
     "counter": CounterMetricFamily,
     "gauge": GaugeMetricFamily,
@@ -39,16 +34,16 @@ _METRIC = {
 
 @dataclass(frozen=True)
 class MetricFamily:
-    """One declaration: what the family is called and where its samples come from.
+    """The declaration of a family: its name, and where its samples come from.
 
     Attributes:
         kind: counter, gauge, histogram or info.
-        name: as it is queried in Prometheus, with `_total` or `_info` where the type has one.
+        name: its name in PromQL, with `_total` or `_info` if its type has such a suffix.
         documentation: the HELP text.
-        read: from a `RunSnapshot` the value of the one sample (a number, a `Histogram`, a mapping for info; None while
-            it is not known), or a mapping of the label's value to the sample's where there is a label.
-        labels: the label beside `run`, if there is one.
-        is_per_run: otherwise there is no label `run`, and `read` takes a `Collection`.
+        read: takes a `RunSnapshot`. Without a label it returns the sample's value: a number, a `Histogram`, a mapping
+            for info, or None while it is not known. With a label it returns a mapping of label value to sample value.
+        labels: the label besides `run`, if there is one.
+        is_per_run: whether there is a label `run`; otherwise `read` takes a `Collection`.
     """
 
     kind: str
@@ -59,16 +54,16 @@ class MetricFamily:
     is_per_run: bool = True
 
     def samples(self, run: Any) -> list[tuple[tuple[str, ...], Any]]:
-        """(label values beside `run`, value) of every sample of a run."""
+        """(label values besides `run`, value) of every sample of a run."""
         value = self.read(run)
         if self.labels:
             return [((label,), value) for label, value in value.items()]
         return [] if value is None else [((), value)]
 
     def collect(self, runs: Iterable[Any], process_labels: Mapping[str, str] = MappingProxyType({})) -> Metric:
-        """The family with the samples of all `runs` (or collections), each with the labels of this process.
+        """The family with the samples of all `runs` (or collections), each with the process labels.
 
-        Values become floats here, so that none that a float cannot hold fails the rendering of all of them.
+        Converts values to floats here, so that a value which no float can hold does not fail the whole rendering.
         """
         labels = (*process_labels, *((RUN_LABEL,) if self.is_per_run else ()), *self.labels)
         family = _METRIC[self.kind](self.name.removesuffix("_info"), self.documentation, labels=labels)
@@ -105,7 +100,7 @@ GRADIENT_CV_THRESHOLD = _gauge(
 )
 GRADIENT_LEVEL_SINCE = _gauge(
     "ppo_gradient_level_since_timestamp_seconds",
-    "Unix time of the update with which the present health level began; absent before the first update of this "
+    "Unix time of the update with which the current health level began; absent before the first update of this "
     "process.",
     lambda run: run.level_since_timestamp_seconds,
 )
@@ -143,8 +138,8 @@ HEAD_GRADIENT_SHARE = _gauge(
 )
 HEAD_ENTROPY_RATIO = _gauge(
     "ppo_head_entropy_ratio",
-    "Mean entropy of the head in the last update to the logarithm of its number of choices, 0 (always the same choice) "
-    "to 1 (all alike); discrete heads only.",
+    "Mean entropy of the head in the last update divided by the logarithm of its number of choices: 0 is always the "
+    "same choice, 1 is uniform; discrete heads only.",
     lambda run: run.gradient_quality.head_entropy_ratios,
     (HEAD_LABEL,),
 )
@@ -163,7 +158,7 @@ HEAD_CLIP_FRACTION = _gauge(
 )
 HEAD_UPDATE_RATIO = _gauge(
     "ppo_head_update_ratio",
-    "L2 norm of what the last update changed in the head's weights, to their norm before it.",
+    "L2 norm of the last update's change of the head's weights, divided by their norm before it.",
     lambda run: run.gradient_quality.head_update_ratios,
     (HEAD_LABEL,),
 )
@@ -175,7 +170,7 @@ NONFINITE_GRADIENTS = _counter(
 )
 SKIPPED_GRADIENT_STEPS = _counter(
     "ppo_skipped_gradient_steps_total",
-    "Gradient steps that did not touch the weights because a gradient, of a head or elsewhere, was not finite.",
+    "Gradient steps that did not change the weights because a gradient, of a head or elsewhere, was not finite.",
     lambda run: run.gradient_quality.skipped_steps,
 )
 GRADIENT_NORM = _gauge(
@@ -209,7 +204,7 @@ EPISODE_RETURN_MEAN = _signal("episode_return_mean", "Mean undiscounted return o
 EPISODE_LENGTH_MEAN = _signal("episode_length_mean", "Mean length of the last episodes, in environment steps.")
 OTHER_SIGNAL = _gauge(
     "ppo_signal",
-    "Further training signal of the last update, under a name of the trainer's own.",
+    "Additional training signal of the last update, under the trainer's own name for it.",
     lambda run: run.other_signals,
     (NAME_LABEL,),
 )
@@ -225,7 +220,7 @@ ROLLOUT_DURATION = _histogram(
 )
 RANK_ROLLOUT = _gauge(
     "ppo_rank_rollout_seconds",
-    "Wall time that the rank, one of the processes that train the run together, took for its part of the last rollout.",
+    "Wall time of the rank, one of the processes that train the run together, for its part of the last rollout.",
     lambda run: {str(rank): seconds for rank, seconds in enumerate(run.rank_rollout_seconds)},
     (RANK_LABEL,),
 )
@@ -236,36 +231,36 @@ LAST_UPDATE_TIMESTAMP = _gauge(
 )
 UPDATE_INTERVAL = _gauge(
     "ppo_update_interval_seconds",
-    "Recent maximum of the time between the ends of two updates: each update lets it fall by a tenth, down to the last "
-    "interval; absent before the second update of this process.",
+    "Recent maximum of the time between the ends of two updates. Each update lowers it by a tenth, but not below the "
+    "last interval; absent before the second update of this process.",
     lambda run: run.update_interval_seconds,
 )
 EXPORTER_ERRORS = _counter(
     "ppo_exporter_errors_total",
-    "Errors inside the measurement itself; training goes on without the sample.",
+    "Errors inside the measurement itself; training continues without the sample.",
     lambda run: run.exporter_errors,
 )
 RESUMES = _counter(
     "ppo_resumes_total",
-    "Times that the run was continued from a checkpoint; the other counters go on over it.",
+    "Number of times that the run was resumed from a checkpoint; the other counters continue.",
     lambda run: run.resumes,
 )
 RUN_INFO = MetricFamily(
     "info",
     "ppo_run_info",
-    "What is being trained: environment, seed, device, torch and exporter versions.",
+    "Environment, seed, device, torch and exporter versions of the run.",
     lambda run: dict(run.info),
 )
 COLLECTOR_SUCCESS = _gauge(
     "ppo_exporter_collector_success",
-    "Whether the collector worked in this scrape: 1, or 0 when its metrics, or those of a run, are missing.",
+    "Whether the collector worked in this scrape: 1, or 0 if its metrics, or those of a run, are missing.",
     lambda collection: {collection.collector: collection.is_success},
     (COLLECTOR_LABEL,),
     is_per_run=False,
 )
 COLLECTOR_DURATION = _gauge(
     "ppo_exporter_collector_duration_seconds",
-    "Wall time that the collector took in this scrape.",
+    "Wall time of the collector in this scrape.",
     lambda collection: {collection.collector: collection.duration_seconds},
     (COLLECTOR_LABEL,),
     is_per_run=False,
@@ -311,115 +306,4 @@ METRIC_FAMILIES = (
     COLLECTOR_SUCCESS,
     COLLECTOR_DURATION,
 )
-"""Every family, in the order on `/metrics`."""
-_RUN_FAMILIES = tuple(family for family in METRIC_FAMILIES if family.is_per_run)
-
-
-class SnapshotSource(Protocol):
-    """Whatever holds the newest snapshot, such as a `RunAggregator`."""
-
-    snapshot: Snapshot
-
-
-class RunCollector(Collector):
-    """All families of all runs, from the one snapshot that was current when the scrape began.
-
-    A run whose samples cannot be made is left out whole, and takes no other with it; `error` is then why, else None.
-    """
-
-    def __init__(self, source: SnapshotSource, process_labels: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.error: Exception | None = None
-        self._source = source
-        self._process_labels = process_labels
-
-    def describe(self) -> list[Metric]:
-        """The families without samples; by their names a registry knows what is in it."""
-        return [family.collect((), self._process_labels) for family in _RUN_FAMILIES]
-
-    def collect(self) -> list[Metric]:
-        metrics, self.error = self.describe(), None
-        for name, run in self._source.snapshot.runs.items():
-            try:
-                samples = [family.collect((run,), self._process_labels).samples for family in _RUN_FAMILIES]
-            except Exception as error:
-                self.error = RuntimeError(f"run {name}: its metrics cannot be made: {error!r}")
-            else:
-                for metric, more in zip(metrics, samples, strict=True):
-                    metric.samples += more
-        return metrics
-
-
-@dataclass(frozen=True)
-class Collection:
-    """One collector in one scrape."""
-
-    collector: str
-    is_success: bool
-    duration_seconds: float
-
-
-class GuardedCollectors(Collector):
-    """All of `collectors`, by name and each by itself, and then how each of them went in this scrape.
-
-    One that fails takes nothing but its own metrics with it, and is logged once until it works again. All are one
-    collector for a registry, so that what they say on themselves belongs to the same scrape.
-    """
-
-    def __init__(
-        self, collectors: Mapping[str, Collector], process_labels: Mapping[str, str] = MappingProxyType({})
-    ) -> None:
-        self._collectors = collectors
-        self._process_labels = process_labels
-        self._failing: set[str] = set()
-
-    def describe(self) -> Iterator[Metric]:
-        for collector in self._collectors.values():
-            yield from getattr(collector, "describe", collector.collect)()
-        yield from self._about(())
-
-    def collect(self) -> Iterator[Metric]:
-        collections = []
-        for name, collector in self._collectors.items():
-            started = time.perf_counter()
-            try:
-                families, error = list(collector.collect()), getattr(collector, "error", None)
-            except Exception as failure:
-                families, error = [], failure
-            if error is None:
-                self._failing.discard(name)
-            elif name not in self._failing:
-                self._failing.add(name)
-                _log.error("collector %s failed; metrics are missing until it works again", name, exc_info=error)
-            collections.append(Collection(name, error is None, time.perf_counter() - started))
-            yield from families
-        yield from self._about(collections)
-
-    def _about(self, collections: Iterable[Collection]) -> Iterator[Metric]:
-        for family in (COLLECTOR_SUCCESS, COLLECTOR_DURATION):
-            yield family.collect(collections, self._process_labels)
-
-
-def build_collectors(
-    source: SnapshotSource,
-    process_labels: Mapping[str, str] = MappingProxyType({}),
-    pid: Callable[[], int | str] = lambda: "self",
-) -> dict[str, Collector]:
-    """By name: the runs of `source`, the process of the id `pid()`, and the platform and the GC of this one.
-
-    `process_labels`, such as a rank, are added to every sample of a run.
-    """
-    return {
-        "run": RunCollector(source, process_labels),
-        "process": ProcessCollector(pid=pid, registry=None),
-        "platform": PlatformCollector(registry=None),
-        "gc": GCCollector(CollectorRegistry()),  # it wants one, and must not be in that of others
-    }
-
-
-def build_registry(
-    source: SnapshotSource, process_labels: Mapping[str, str] = MappingProxyType({})
-) -> CollectorRegistry:
-    """`build_collectors`, guarded, in one registry, for whoever serves them by other means."""
-    registry = CollectorRegistry()
-    registry.register(GuardedCollectors(build_collectors(source, process_labels), process_labels))
-    return registry
+"""Every family, in the order of `/metrics`."""

@@ -1,4 +1,4 @@
-"""`GradientMonitor`: the metric for a trainer that somebody has already, by an optimizer hook."""
+"""`GradientMonitor`: the metric for an existing trainer, by an optimizer hook."""
 
 import logging
 import os
@@ -20,7 +20,13 @@ from exporter.gradient_cv import unreachable_critical_warning
 from exporter.heads import HeadGradientMeter, Heads, named_heads
 from exporter.health import STALLED_SECONDS, Thresholds
 from exporter.link import DEFAULT_ADDRESS, Registry
-from exporter.optimizers import has_closure, is_one_of_several, unaveraged_warning, unwrapped
+from exporter.optimizers import (
+    has_closure,
+    is_one_of_several,
+    unaveraged_warning,
+    unknown_scaler_warning,
+    unwrapped,
+)
 from exporter.progress import Progress
 from exporter.recording import after_backward, hidden_from_compiler
 from exporter.registration import Registration
@@ -30,10 +36,10 @@ DEFAULT_WINDOW_STEPS = 64
 WINDOW_SECONDS = 30.0
 """A window of `window_steps` also ends at the first gradient step after this time."""
 _CHECK_SECONDS = 0.1
-"""The first gradient that is not finite is said at once, and how many there are so often within a window; on a device,
-for which nobody waits, all after the time below."""
+"""The first non-finite gradient is reported at once, the number of them this often within a window. On a device, which
+must not be waited for, both use the time below."""
 _DEVICE_CHECK_SECONDS = 1.0
-_MOST_WINDOW_STEPS = 65536  # for a trainer that forgets to say that an update is completed
+_MOST_WINDOW_STEPS = 65536  # for a trainer that forgets update_completed()
 
 _log = logging.getLogger(__name__)
 
@@ -41,38 +47,38 @@ _log = logging.getLogger(__name__)
 class GradientMonitor:
     """Observes the gradients of action heads at every `optimizer.step()` and exports their CV.
 
-    It changes neither gradients nor random state, and an error inside it is logged once, counted in
-    `ppo_exporter_errors_total`, and never reaches the training loop. On CUDA it adds no synchronization: norms travel
-    to pinned memory, and a thread publishes them when they have arrived. Any thread may call its methods.
+    It changes neither gradients nor random state. An error inside it is logged once, counted in
+    `ppo_exporter_errors_total`, and never reaches the training loop. On CUDA it adds no synchronization: norms are
+    copied to pinned memory, and a thread publishes them when they have arrived. Any thread may call its methods.
 
-    A script that ends without `close()` is closed as by its `with` block: an exception that ends it leaves the files of
-    `serve()`, a clean end removes them.
+    If a script ends without `close()`, the monitor closes as at the end of its `with` block: an exception leaves the
+    files of `serve()`, a clean end removes them.
 
-    What it sees at a step is clipped where the trainer clips. The CV and the shares do not change under clipping by the
-    global norm; norms do. After clipping a NaN in one head is in all of them: `before_clipping` tells which.
+    A step hook sees clipped gradients if the trainer clips. Clipping by the global norm leaves the CV and the shares
+    unchanged; it changes norms, and spreads a NaN to all heads. `before_clipping` avoids both.
 
     Args:
         heads: head name -> modules, parameters, or `Rows` of a layer that heads share; or a list of them. See also
             `heads_from`, `space_heads` and `row_heads`.
         run: name of the run, its label on `/metrics`.
-        window_steps: gradient steps that make a window, or fewer where they take longer than `WINDOW_SECONDS`, until
-            `update_completed()` is called for the first time; from then on a window is an update. None waits for it.
+        window_steps: gradient steps per window, or fewer if they take longer than `WINDOW_SECONDS`. After the first
+            `update_completed()` a window is an update. None: windows are updates from the start.
         before_clipping: measure at the end of each backward pass that reaches a head, after DistributedDataParallel
-            has averaged. Exact norms, the right head for a NaN, and gradients that are not finite count although the
-            trainer repairs them or skips the step; for one hook call per parameter and backward pass.
-        global_norm: export `ppo_gradient_norm` too, over all parameters; reads every gradient once more.
+            has averaged. Gives exact norms and the right head for a NaN, and counts non-finite gradients even if the
+            trainer repairs them or skips the step. Costs one hook call per parameter and backward pass.
+        global_norm: also export `ppo_gradient_norm`, over all parameters; reads every gradient once more.
         grad_scaler: the `torch.amp.GradScaler` in use; `before_clipping` needs it to unscale.
         thresholds: CVs from which the run's level is warning and critical, `Thresholds` or a pair;
-            label, status page, rules and dashboards follow them.
+            label, status page, rules and dashboards use them.
         info: labels of `ppo_run_info`, such as environment and seed.
-        on_update: called with the run's `RunSnapshot` after every window, for loggers of your own; its `scalars()` has
-            CV, shares, norms and signals by name.
-        on_level: called with the new `HealthLevel` and the `RunSnapshot` when the run's level has changed. Both are
-            called by the training thread, or on CUDA by one of the monitor's; an error in them is logged and counted.
-        aggregator: where updates go; by default one that all monitors of the process share.
+        on_update: called with the run's `RunSnapshot` after every window, for your own loggers; its `scalars()` has CV,
+            shares, norms and signals by name.
+        on_level: called with the new `HealthLevel` and the `RunSnapshot` when the run's level has changed. The training
+            thread calls both, or on CUDA a thread of the monitor; an error in them is logged and counted.
+        aggregator: takes the updates; by default one that all monitors of the process share.
 
     Raises:
-        TypeError: `thresholds` are neither.
+        TypeError: `thresholds` is neither `Thresholds` nor a pair.
         ValueError: `window_steps` is below 1, or not 0 < warning < critical.
     """
 
@@ -116,22 +122,22 @@ class GradientMonitor:
         self._pid = os.getpid()
         self._thresholds = Thresholds.of(thresholds)
         self._info = info
-        self._may_be_too_early = False
+        self._may_be_too_early = self._may_be_scaled = False
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> "GradientMonitor":
-        """Observe every step of `optimizer`, also through Accelerate's and other wrappers.
+        """Observe every step of `optimizer`, also inside Accelerate's and other wrappers.
 
-        Of several optimizers, over which heads are spread, a gradient step is when all of them have stepped.
+        With several optimizers, a gradient step ends when all of them have stepped.
 
         Raises:
-            RuntimeError: the monitor is attached already.
-            TypeError: not an optimizer, or a head that is made of something else than parameters.
+            RuntimeError: the monitor is already attached.
+            TypeError: not an optimizer, or a head contains something else than parameters.
             ValueError: the heads cannot be measured (see `HeadGradientMeter`), the optimizer does not own one of their
-                parameters (the message names the head), or another monitor measures a run of this name. One whose
-                optimizer is gone, or this one, gives way, as does any in an interactive session.
+                parameters (the message names the head), or another monitor measures a run of this name. An earlier
+                monitor is replaced if its optimizer is gone or is this one, and always in an interactive session.
         """
         if self._hooks:
-            raise RuntimeError(f"monitor of run {self.run!r} is attached already; detach() it first")
+            raise RuntimeError(f"monitor of run {self.run!r} is already attached; detach() it first")
         optimizers = unwrapped(optimizer)
         owned = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
         meter = HeadGradientMeter(self.heads, owned if self._global_norm else ())
@@ -139,6 +145,7 @@ class GradientMonitor:
         if self._registration.begin(optimizers, meter.head_names, self._info, self._thresholds):
             self._warn(unreachable_critical_warning(len(meter.head_names), self._thresholds))
         self._may_be_too_early = self._before_clipping and is_one_of_several()
+        self._may_be_scaled = self._before_clipping and self._grad_scaler is None
         self._optimizer_count, self._stepped = len(optimizers), set()
         self._meter, self._step_at = meter, time.monotonic()
         self._hooks = [each.register_step_pre_hook(hidden_from_compiler(self._before_step)) for each in optimizers]
@@ -147,7 +154,7 @@ class GradientMonitor:
         return self
 
     def detach(self) -> None:
-        """Stop observing; what was measured is published, and the run's series stay. May be attached again."""
+        """Stop observing and publish the last window; the run's series stay. You may attach again."""
         with self._lock:
             for hook in self._hooks:
                 hook.remove()
@@ -158,23 +165,23 @@ class GradientMonitor:
         self._reporter.wait()
 
     def close(self) -> None:
-        """Detach, leave the endpoint (which closes with its last monitor), and take the run's series off it.
+        """Detach, leave the endpoint (it closes with its last monitor), and remove the run's series.
 
-        Nothing happens in a forked child.
+        Does nothing in a forked child.
         """
         self._leave(crashed=False)
 
     def _leave(self, crashed: bool) -> None:
         if os.getpid() != self._pid:
-            return  # in a forked child: all of it is the parent's
-        # What is interrupted is not done again by another call, and does not keep the rest from being done.
+            return  # in a forked child everything belongs to the parent
+        # If one step is interrupted, the others still run, and a second call does not repeat it.
         with ExitStack() as last_first:
             last_first.callback(self._registration.end, crashed)
             self._endpoints.leave(last_first, crashed)
             self.detach()
 
     def __deepcopy__(self, memo: object) -> "GradientMonitor":
-        return self  # whoever copies an agent that keeps it has one training still
+        return self  # a copied agent still has only one training
 
     def __enter__(self) -> "GradientMonitor":
         return self
@@ -194,31 +201,30 @@ class GradientMonitor:
         registry: Registry | None = None,
         every_rank: bool = False,
     ) -> str | None:
-        """Serve `/metrics` from a process of its own; monitors that name the same port share it.
+        """Serve `/metrics` from a separate process; monitors with the same port share it.
 
-        Called again for the same port, new files take the place of those that it has written before.
+        A second call for the same port replaces the files that the first has written.
 
-        In a torch.distributed group only rank 0 serves; with `every_rank` each one
-        does, at `port` + its local rank and with a label `rank`.
+        In a torch.distributed group only rank 0 serves; with `every_rank` each rank
+        serves, at `port` + its local rank and with a label `rank`.
 
         Args:
-            port: by default 9842, or a free one where another process has that, or where `targets_dir` tells
-                Prometheus the port; monitors of a process that name none share one.
-            targets_dir: write a target file for Prometheus' file service discovery there. It is removed by
-                `close()`, but stays when the monitor is left by an exception: somebody should be told.
-            textfile_dir: keep the run in a file there too, for node_exporter's textfile collector; removed like the
-                target file.
-            pushgateway: URL of a Pushgateway that gets the run's final state by `close()`.
+            port: by default 9842, or a free one if another process has that or if `targets_dir` tells Prometheus the
+                port; monitors of a process without a port share one.
+            targets_dir: folder for a target file for Prometheus' file service discovery. `close()` removes the file;
+                it stays if an exception ends the monitor's block, so that an alert fires.
+            textfile_dir: folder for a text file for node_exporter's textfile collector; removed like the target file.
+            pushgateway: URL of a Pushgateway; `close()` pushes the run's final state to it.
             web_config_file: TLS and users of the endpoint, see docs/endpoint.md.
-            registry: metrics of your own, a prometheus_client registry, served beside these.
+            registry: a prometheus_client registry with your own metrics, served beside these.
 
         Returns:
             The URL, or None on a rank that does not serve.
 
         Raises:
-            OSError: the address cannot be bound, or a file not written.
-            ValueError: `pushgateway` is no such URL, the web configuration file is wrong, or the endpoint is shared
-                with a monitor that gave it another one, or another registry.
+            OSError: the address cannot be bound, or a file cannot be written.
+            ValueError: `pushgateway` is not such a URL, the web configuration file is wrong, or a monitor that shares
+                the endpoint has given another file or another registry.
         """
         return self._endpoints.serve(
             port,
@@ -233,21 +239,21 @@ class GradientMonitor:
 
     @property
     def url(self) -> str | None:
-        """Where `/metrics` is served, as `serve()` has returned it last; None where it is not, and after `close()`."""
+        """URL of `/metrics`, as last returned by `serve()`; None if nothing is served, and after `close()`."""
         return self._endpoints.url
 
     def record(self, **values: float | Mapping[str, float] | None) -> None:
-        """Training signals to be exported with the next window, such as `policy_loss` or `approx_kl`.
+        """Record training signals for the next window, such as `policy_loss` or `approx_kl`.
 
         `head_entropy_ratios`, `head_approx_kls`, `head_clip_fractions` and `head_update_ratios` are mappings, head ->
         number, as in `PPOUpdatePayload`.
 
         Counts (`environment_steps`, `episodes`) are increments and add up; durations
-        belong to one window; everything else stays until it is recorded anew.
+        belong to one window; everything else stays until it is recorded again.
 
         Raises:
-            TypeError: there is no signal of that name, or the value is no number.
-            ValueError: the value is out of its range, a negative count say.
+            TypeError: there is no signal of that name, or the value is not a number.
+            ValueError: the value is out of range, such as a negative count.
         """
         with self._lock:
             self._progress.record(values)
@@ -258,21 +264,21 @@ class GradientMonitor:
                     self._safely(self._reporter.blind, reason)
 
     def gradients_ready(self) -> None:
-        """Measure the gradients of the next step as they are now, for a trainer that averages them by hand.
+        """Measure the current gradients for the next step, for a trainer that averages gradients by hand.
 
-        To be called after that and before clipping, with or without `before_clipping`.
+        Call it after averaging and before clipping, with or without `before_clipping`.
         """
         with self._lock:
             self._may_be_too_early = False
             if self._meter is not None:
-                self._meter.give_up(does_count=False)  # what was seen before the averaging is the same step
+                self._meter.give_up(does_count=False)  # measured before averaging: the same step
             self._after_backward()
 
     @contextmanager
     def update(self, **values: float | Mapping[str, float] | None) -> Iterator["GradientMonitor"]:
-        """`with monitor.update(environment_steps=2048) as update:` a PPO update, timed; at its end it is completed.
+        """`with monitor.update(environment_steps=2048) as update:` measures and completes a PPO update.
 
-        An update that ends with an exception is none.
+        An update that ends with an exception does not count. Its steps and what it recorded go to the next one.
 
         Args:
             values: as for `update_completed()`.
@@ -285,7 +291,7 @@ class GradientMonitor:
         self.update_completed(**{"update_duration_seconds": time.monotonic() - started, **values})
 
     def update_completed(self, **values: float | Mapping[str, float] | None) -> None:
-        """A PPO update has ended: publish its window, with `values` as for `record()`.
+        """End a PPO update: publish its window, with `values` as for `record()`.
 
         Raises:
             TypeError, ValueError: as `record()`.
@@ -308,7 +314,7 @@ class GradientMonitor:
             self._hooks += [each.register_step_post_hook(after) for each in self._registration.optimizers]
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A closure runs the backward pass within the step; what it has left behind is measured after it.
+        # A closure runs the backward pass inside the step: measure its gradients after the step.
         if has_closure(args, kwargs):
             self._observe(optimizer)
 
@@ -316,7 +322,7 @@ class GradientMonitor:
         try:
             with self._lock:
                 if self._meter is None:
-                    return  # another thread has detached it meanwhile
+                    return  # another thread has just detached it
                 if self._optimizer_count > 1:
                     self._stepped.add(id(optimizer))
                     if len(self._stepped) < self._optimizer_count:
@@ -325,11 +331,14 @@ class GradientMonitor:
                 if self._may_be_too_early:
                     self._may_be_too_early = False
                     self._warn(unaveraged_warning(self._meter.parameters))
+                if self._may_be_scaled:
+                    self._may_be_scaled = False
+                    self._warn(unknown_scaler_warning())
                 scale = getattr(optimizer, "grad_scale", None)
                 if self._grad_scaler is not None and self._meter.has_early:
                     scale = self._grad_scaler.scale(torch.ones((), device=self._meter.parameters[0].device))
-                # With a fused optimizer GradScaler leaves it to the step to skip what overflowed; with others the
-                # step, and so this hook, is not called. Either way such a step is none.
+                # After an overflow, a fused optimizer skips the step itself; with others GradScaler does not call the
+                # step, nor this hook. Neither counts as a step.
                 if self._meter.record(scale, getattr(optimizer, "found_inf", None)):
                     self._idle_steps = 0
                     self._step_recorded(self._meter)
@@ -344,7 +353,7 @@ class GradientMonitor:
         try:
             with self._lock:
                 if self._meter is not None:
-                    # What a GradScaler gives up has overflowed, and is no step.
+                    # A GradScaler skips a step only after an overflow; that does not count.
                     may_give_up = self._grad_scaler is None
                     if self._meter.take_early(may_give_up=may_give_up):
                         self._step_recorded(self._meter, was_given_up=True)
@@ -378,7 +387,7 @@ class GradientMonitor:
         if is_last:
             meter.give_up(self._grad_scaler is None)
         if not meter.recorded:
-            return  # without a gradient step there is nothing to call healthy
+            return  # without a gradient step nothing was measured
         self._window_began_at = None
         self._alive_at = time.monotonic()
         progress = {**self._progress.take(), "timestamp_seconds": time.time()}

@@ -19,10 +19,10 @@ def watch(optimizer: Optimizer | Sequence[Optimizer], heads: Heads, run: str, **
         with exporter.watch(optimizer, exporter.space_heads(model.actor, env.action_space), run="walker-17"): ...
 
     Args:
-        optimizer: one, or several over which heads are spread, as for `GradientMonitor.attach`.
+        optimizer: one optimizer, or all that own heads, as for `GradientMonitor.attach`.
         heads: as for `GradientMonitor`.
         run: name of the run, its label on `/metrics`.
-        options: any of `GradientMonitor` and of `GradientMonitor.serve`. Gradients are measured before clipping,
+        options: options of `GradientMonitor` and of `GradientMonitor.serve`. Gradients are measured before clipping,
             unless `before_clipping` is false or several processes train together.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Recorded gradient steps on their way from the device, and what a window of them comes to."""
+"""Recorded gradient steps on their way from the device, and the summary of a window."""
 
 import math
 from functools import lru_cache
@@ -15,12 +15,12 @@ NO_HEAD = -1
 
 
 class Layout(NamedTuple):
-    """What the numbers of a recorded step are, in this order.
+    """The order of a recorded step's numbers: norms, then a global norm, then a flag.
 
     Attributes:
-        owners: for each norm the index of its head, `NO_HEAD` for what belongs to none.
-        has_total: then comes a global norm of its own; else it is that of all norms together.
-        has_discard: then a flag; where it is not 0 the step is left out.
+        owners: for each norm the index of its head, `NO_HEAD` if it belongs to none.
+        has_total: whether there is a global norm; otherwise it is that of all norms together.
+        has_discard: whether there is a flag; if it is not 0, the step is left out.
     """
 
     owners: tuple[int, ...]
@@ -33,11 +33,11 @@ class Layout(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Neighbouring steps of one layout.
+    """Consecutive steps with the same layout.
 
     Attributes:
-        layout: of each of them.
-        given_up: for each step whether the optimizer never took it; it counts only if it was not finite.
+        layout: layout of each step.
+        given_up: for each step, whether the optimizer never took it; such a step counts only if it was not finite.
     """
 
     layout: Layout
@@ -57,13 +57,13 @@ class PendingGradientSteps:
     """Recorded steps on their way from the device to the host.
 
     On CUDA the copy goes to pinned memory in the stream of the training step, and
-    `is_ready` asks an event; nothing waits before a result is asked for.
+    `is_ready` queries an event. Only reading a result waits.
 
     Args:
         head_names: names of the heads, by index.
         blocks: layouts of the steps, in order.
-        numbers: what was recorded, all steps one after the other, on the device.
-        first_step: how many steps were recorded before.
+        numbers: the recorded numbers of all steps in order, on the device.
+        first_step: number of steps recorded before.
     """
 
     def __init__(self, head_names: tuple[str, ...], blocks: list[Block], numbers: Tensor, first_step: int = 0) -> None:
@@ -76,20 +76,20 @@ class PendingGradientSteps:
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
-            # The norms' device need not be the current one.
+            # The norms' device may not be the current one.
             self._event.record(torch.cuda.current_stream(numbers.device))
         else:
             self._numbers = numbers.to("cpu")
 
     @property
     def is_ready(self) -> bool:
-        """Whether a result would be there at once."""
+        """Whether results are available without waiting."""
         return self._event is None or self._event.query()
 
     def summary(self) -> GradientMetrics:
-        """Means over all steps, as `summarize_gradient_steps(self.result())`, without an object a step.
+        """Means over all steps: `summarize_gradient_steps(self.result())`, without an object per step.
 
-        Like all results it waits for the device if the steps are not ready.
+        Waits for the device if the steps are not ready, like all results.
         """
         cvs: list[float] = []
         totals: list[float] = []
@@ -104,17 +104,17 @@ class PendingGradientSteps:
 
     @property
     def nonfinite_steps(self) -> int:
-        """Steps whose global norm is not finite."""
+        """Number of steps with a non-finite global norm."""
         return sum(not math.isfinite(total) for block in self._steps() for total in block.totals)
 
     @property
     def given_up_steps(self) -> int:
-        """Steps that were not finite and that the optimizer never took."""
+        """Number of non-finite steps that the optimizer never took."""
         return sum(block.given_up for block in self._steps())
 
     @property
     def absent_heads(self) -> list[str]:
-        """Heads that had a gradient in none of the steps."""
+        """Heads without a gradient in all steps."""
         present = {name for block in self._steps() for name in block.names}
         return [name for name in self._head_names if name not in present]
 
@@ -127,7 +127,7 @@ class PendingGradientSteps:
         ]
 
     def _steps(self) -> list[_Steps]:
-        """All steps that count, neighbours of one layout together: usually that is all of them."""
+        """All steps that count, grouped by layout; usually all have the same."""
         if self._arrived is None:
             if self._event is not None:
                 self._event.synchronize()
@@ -145,8 +145,8 @@ class PendingGradientSteps:
         columns, contributing = _columns(layout.owners, heads)
         width = len(columns)
         squares = (numbers if width == layout.width else numbers[:, :width]).square()
-        # index_add_ keeps a NaN in the column of its own head; a matrix product would spread it. What follows is less
-        # work than starting more kernels would be.
+        # index_add_ keeps a NaN in its head's column; a matrix product would spread it. Python does the rest, because
+        # more kernels would cost more.
         rows = squares.new_zeros(len(squares), heads + 1).index_add_(1, columns, squares).tolist()
         totals = numbers[:, width].tolist() if layout.has_total else [math.sqrt(sum(row)) for row in rows]
         norms = [[math.sqrt(row[index]) for index in contributing] for row in rows]
@@ -160,6 +160,6 @@ class PendingGradientSteps:
 
 @lru_cache(maxsize=256)
 def _columns(owners: tuple[int, ...], heads: int) -> tuple[Tensor, list[int]]:
-    """The column of each norm, the last one for those of no head; and the heads that have a norm."""
+    """The column of each norm (the last one for norms of no head), and the heads that have a norm."""
     columns = [owner if owner != NO_HEAD else heads for owner in owners]
     return torch.tensor(columns, dtype=torch.long), sorted(set(columns) - {heads})

@@ -1,4 +1,4 @@
-"""What a trainer says of itself between two windows."""
+"""Signals and counts that a trainer records between two windows."""
 
 import difflib
 from collections import Counter
@@ -15,20 +15,22 @@ _ONCE = {"update_duration_seconds", "rollout_duration_seconds"}
 
 
 class Progress:
-    """Signals and counts that wait for the next window. Counts add up; durations belong to one window; everything
-    else stays until it is recorded anew."""
+    """Signals and counts for the next window.
+
+    Counts add up; durations belong to one window; everything else stays until it is recorded again.
+    """
 
     def __init__(self) -> None:
-        self._signals: dict[str, float] = {}
+        self._signals: dict[str, float | dict[str, float]] = {}
         self._others: dict[str, float] = {}
         self._increments: Counter[str] = Counter()
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Take values over, all of them or none.
+        """Record values, all of them or none.
 
         Raises:
-            TypeError: there is no signal of that name, or the value is no number.
-            ValueError: the value is out of its range, a negative count say.
+            TypeError: there is no signal of that name, or the value is not a number.
+            ValueError: the value is out of range, such as a negative count.
         """
         signals: Mapping[str, Any] = values.get("signals") or {}
         checked = {name: _checked(name, value) for name, value in values.items() if name != "signals"}
@@ -36,15 +38,15 @@ class Progress:
         PPOUpdatePayload(run="checked", signals={name: value or 0.0 for name, value in others.items()})
         self._others = {name: value for name, value in {**self._others, **others}.items() if value is not None}
         for name, value in checked.items():
-            if name in _INCREMENTS:
-                self._increments[name] += int(value or 0)
-            elif value is None:
+            if value is None:
                 self._signals.pop(name, None)
+            elif name in _INCREMENTS and not isinstance(value, dict):
+                self._increments[name] += int(value)
             else:
                 self._signals[name] = value
 
     def take(self) -> dict[str, Any]:
-        """What a window has to say: fields of `PPOUpdatePayload`."""
+        """The values for a window, as fields of `PPOUpdatePayload`."""
         progress = {**self._signals, **self._increments, "signals": self._others}
         self._increments = Counter()
         for name in _ONCE:
@@ -52,23 +54,22 @@ class Progress:
         return progress
 
     def give_back(self, progress: Mapping[str, Any]) -> None:
-        """Nothing came of the window: what was counted in it goes to the next one."""
+        """Return the counts of a window that was not published, for the next window."""
         self._increments.update({name: progress[name] for name in _INCREMENTS & progress.keys()})
 
 
 def _checked(name: str, value: object) -> float | dict[str, float] | None:
-    """`value` as the payload takes it."""
+    """`value` converted for the payload."""
     if name not in _RECORDABLE:
         nearest = difflib.get_close_matches(name, _RECORDABLE, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else f"; there are {', '.join(_RECORDABLE)}"
         raise TypeError(f"no signal {name!r}{hint}")
     if value is None:
         return None
-    plain: float | dict[str, float]
     if name in HEAD_SIGNALS:
         if not isinstance(value, Mapping):
             raise TypeError(f"{name} must be a mapping, head -> number, got {value!r}")
-        plain = {head: _number(f"{name}[{head!r}]", number, float) for head, number in value.items()}
+        plain: Any = {head: _number(f"{name}[{head!r}]", number, float) for head, number in value.items()}
     else:
         plain = _number(name, value, int if name in _INCREMENTS else float)
     payload: dict[str, Any] = {"run": "checked", name: plain}
@@ -78,6 +79,6 @@ def _checked(name: str, value: object) -> float | dict[str, float] | None:
 
 def _number(name: str, value: Any, kind: Callable[[Any], float]) -> float:
     try:
-        return kind(value.detach() if hasattr(value, "detach") else value)  # of a loss torch would warn
+        return kind(value.detach() if hasattr(value, "detach") else value)  # torch warns without detach()
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise TypeError(f"{name} must be a number, got {value!r}") from error

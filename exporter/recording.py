@@ -1,4 +1,4 @@
-"""Numbers of gradient steps on the device, from the step on until their window is closed."""
+"""Norms or gradients of steps on the device, until their window is closed."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -10,18 +10,18 @@ from torch.utils.hooks import RemovableHandle
 
 from exporter.pending import NO_HEAD, Block, Layout
 
-# Up to here copying gradients costs less than starting one kernel per parameter; 64 KiB a step in float32.
+# Up to this size, copying gradients costs less than a kernel per parameter; 64 KiB a step in float32.
 _SMALL_ELEMENTS = 16384
 _BUFFERED_STEPS = 32
 
 
 class Taken(NamedTuple):
-    """Numbers of one step on the device: norms, or a row of the buffer with the gradients themselves.
+    """Numbers of one step on the device: norms, or a row of the buffer with the gradients.
 
     Attributes:
         owners: for each norm, or row of a gradient, the index of its head.
         numbers: one-dimensional.
-        buffer: the buffer of which `numbers` are the row that is to be filled, if so.
+        buffer: the buffer, if `numbers` is a row of it.
     """
 
     owners: tuple[int, ...]
@@ -35,7 +35,7 @@ class Taken(NamedTuple):
 
 
 class OpenBlock:
-    """Neighbouring steps whose numbers are of one kind."""
+    """Consecutive steps with the same kind of numbers."""
 
     def __init__(self, first: Taken, has_total: bool, has_discard: bool) -> None:
         self._layout = Layout(first.owners, has_total, has_discard)
@@ -47,7 +47,7 @@ class OpenBlock:
         self._given_up: list[bool] = []
 
     def takes(self, taken: Taken, total: Tensor | None, discard: Tensor | None) -> bool:
-        """Whether a step is of the same kind."""
+        """Whether a step has the same kind of numbers."""
         owners, has_total, has_discard = self._layout
         return (
             taken.buffer is self._buffer
@@ -76,17 +76,18 @@ class OpenBlock:
 
 
 class Buffer:
-    """Gradients of steps that are copied, for where they are small that costs less than their norms one by one.
+    """Copies of the gradients of steps. For small gradients this costs less than single norms.
 
-    Gradients of one shape but for their first axis are one copy. Norms are taken of many steps at once.
+    One copy takes all gradients that have the same shape except for the first axis. Norms are taken for many steps at
+    once.
     """
 
     def __init__(self, owners: Mapping[Tensor, list[int]], dtype: torch.dtype | None) -> None:
-        # Rows of each parameter: of one that is whole they are all its head's.
+        # The head of each row; all rows of a whole parameter have the same head.
         owners = {p: each if len(each) > 1 else each * len(p) for p, each in owners.items()}
         groups: dict[object, list[Tensor]] = {}
         for parameter, rows in owners.items():
-            # Rows along another axis than the first are not side by side with others.
+            # Rows along another axis than the first need a group of their own.
             groups.setdefault(parameter.shape[1:] if len(rows) == len(parameter) else id(parameter), []).append(
                 parameter
             )
@@ -96,7 +97,7 @@ class Buffer:
         sizes = [sum(parameter.numel() for parameter in group) for group in self._groups]
         first = self._groups[0][0]
         self.gradients = torch.empty(_BUFFERED_STEPS, sum(sizes), dtype=first.dtype, device=first.device)
-        # [steps, rows, elements of a row] of each group, and where a step's gradients are copied to.
+        # [steps, rows, elements of a row] of each group, and the places for each step's gradients.
         self._rows = [
             part.unflatten(1, (sum(len(owners[parameter]) for parameter in group), -1))
             for part, group in zip(self.gradients.split(sizes, 1), self._groups)
@@ -109,24 +110,24 @@ class Buffer:
 
     @classmethod
     def of(cls, owners: Mapping[Tensor, list[int]], dtype: torch.dtype | None) -> "Buffer | None":
-        """A buffer for gradients of these parameters, or None where norms are better."""
+        """A buffer for gradients of these parameters; None if single norms are better."""
         small = sum(parameter.numel() for parameter in owners) <= _SMALL_ELEMENTS
         plain = all(parameter.dim() and parameter.numel() and parameter.is_floating_point() for parameter in owners)
         alike = len({parameter.dtype for parameter in owners}) == 1
         return cls(owners, dtype) if small and plain and alike else None
 
     def take(self) -> Taken | None:
-        """Copy the gradients as they are now into the next row; None where that cannot be done."""
+        """Copy the current gradients into the next row; None if that is not possible."""
         step, places = self._places[self.filled]
         try:
             for group, place in zip(self._groups, places):
                 torch.cat([parameter.grad for parameter in group], out=place)  # type: ignore[misc]  # None raises
         except (RuntimeError, TypeError):
-            return None  # one is missing, sparse, or part of a graph
+            return None  # a gradient is missing, sparse, or part of a graph
         return Taken(self._owners, step, self)
 
     def advance(self) -> bool:
-        """Keep the row that was filled last. Returns whether it was the last one."""
+        """Keep the newest row. Returns whether the buffer is full."""
         self.filled = (self.filled + 1) % _BUFFERED_STEPS
         return self.filled == 0
 
@@ -137,18 +138,18 @@ class Buffer:
 
 
 def after_backward(parameters: Iterable[Tensor], call: Callable[[], None]) -> list[RemovableHandle]:
-    """Call something at the end of each backward pass that has reached one of `parameters`.
+    """Call `call` at the end of each backward pass that has reached one of `parameters`.
 
-    Whatever else waits for the end of the pass comes first: DistributedDataParallel has averaged
+    It runs after other callbacks for the end of the pass, so DistributedDataParallel has averaged
     the gradients by then.
 
     Returns:
-        Handles that end it.
+        Handles that remove the hooks.
     """
     queue_callback = torch.autograd.Variable._execution_engine.queue_callback
     current_pass = torch._C._current_graph_task_id
-    # Behind what is queued until the end of the pass, as DistributedDataParallel does with the last bucket. A compiled
-    # training step must not trace into these functions.
+    # Queue again at the end of the pass, to run after DistributedDataParallel's callback for the last bucket. A
+    # compiled training step must not trace into these functions.
     at_end = partial(queue_callback, hidden_from_compiler(call))
     seen = -1
 
@@ -159,15 +160,15 @@ def after_backward(parameters: Iterable[Tensor], call: Callable[[], None]) -> li
             queue_callback(at_end)
 
     reached = hidden_from_compiler(reached)
-    # What is frozen may be unfrozen later; integers never have a gradient, nor what inference mode has made.
+    # A frozen parameter may be unfrozen later. Integers and tensors from inference mode never have a gradient.
     able = [p for p in parameters if (p.is_floating_point() or p.is_complex()) and not p.is_inference()]
     return [_hooked(parameter, reached) for parameter in able]
 
 
 def hidden_from_compiler(hook: Callable[..., None]) -> Callable[..., None]:
-    """`hook` for a training step that may be compiled, which must not trace into it.
+    """`hook`, hidden from a compiled training step, which must not trace into it.
 
-    `torch.compiler.disable` costs more than the rest of a hook, so it is asked only while something is compiled.
+    `torch.compiler.disable` costs more than the rest of a hook, so it is used only while something is compiled.
     """
     hidden = torch.compiler.disable(hook)
     try:
@@ -185,7 +186,7 @@ def hidden_from_compiler(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def _hooked(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Register a hook that a frozen parameter, for which torch would refuse it, keeps until it is unfrozen."""
+    """Register a hook, also on a frozen parameter, for which torch would refuse it; it works after unfreezing."""
     requires_grad = parameter.requires_grad
     handle = parameter.requires_grad_().register_post_accumulate_grad_hook(hook)
     parameter.requires_grad_(requires_grad)

@@ -1,4 +1,4 @@
-"""The monitors of this process: one a run, until another takes over, the script ends, or the process is forked."""
+"""The monitors of this process: one per run."""
 
 import gc
 import os
@@ -13,18 +13,18 @@ from exporter.endpoint import SharedEndpoint
 from exporter.goodbye import at_goodbye
 from exporter.health import Thresholds
 
-# Monitors of one process share it unless they are given another: one endpoint for all of them.
+# The default aggregator of all monitors of this process: one endpoint serves them all.
 _process_aggregator = RunAggregator()
 
 
 class Registration:
-    """A run's place in an aggregator, which one monitor of the process has at a time.
+    """A run's registration in an aggregator; one monitor of the process has it at a time.
 
     Args:
         aggregator: by default one that all monitors of the process share.
-        run: its name.
-        detach: lets the monitor stop observing.
-        leave: closes the monitor, with whether the script has crashed.
+        run: name of the run.
+        detach: makes the monitor stop observing.
+        leave: closes the monitor; its argument is whether the script has crashed.
     """
 
     _all: dict[tuple[RunAggregator, str], "Registration"] = {}
@@ -45,7 +45,7 @@ class Registration:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """Those that the monitor observes, as far as they are still there."""
+        """The observed optimizers that still exist."""
         return [optimizer for each in self._optimizers if (optimizer := each()) is not None]
 
     def begin(
@@ -55,17 +55,17 @@ class Registration:
         info: Mapping[str, str] | None,
         thresholds: Thresholds,
     ) -> bool:
-        """The monitor observes `optimizers` from now on.
+        """Register that the monitor observes `optimizers` from now on.
 
         Returns:
-            Whether the run is new, and not that of a monitor which had been detached.
+            Whether the run is new; False when a detached monitor is attached again.
 
         Raises:
-            ValueError: another monitor measures a run of this name, and is needed; or as `register_run`.
+            ValueError: another live monitor measures a run of this name; or as `register_run`.
         """
         for other in list(self._all.values()):
             if not other.optimizers:
-                other._detach()  # it would keep the parameters of a model that has gone
+                other._detach()  # otherwise it keeps the parameters of a deleted model
         if is_new := not self._is_registered:
             self._replace_earlier(optimizers)
             self.aggregator.register_run(self._key[1], heads, info, thresholds)
@@ -76,11 +76,11 @@ class Registration:
         return is_new
 
     def pause(self) -> None:
-        """The monitor observes nothing for now; the run's series stay."""
+        """Register that the monitor observes nothing; the run's series stay."""
         self._optimizers = []
 
     def end(self, crashed: bool) -> None:
-        """Take the run's series away, and free its name; of one that has crashed beside others they stay."""
+        """Remove the run's series and free its name. The series stay if the run crashed and others continue."""
         if not self._is_registered:
             return
         self._is_registered = False
@@ -92,7 +92,7 @@ class Registration:
             self.aggregator.remove_run(self._key[1])
 
     def _replace_earlier(self, optimizers: Iterable[Optimizer]) -> None:
-        """Close an earlier monitor of this run that nobody needs any more, as when a notebook's cell runs again."""
+        """Close an earlier, unused monitor of this run, for example when a notebook's cell runs again."""
         earlier = self._all.get(self._key)
         if earlier is None:
             return
@@ -104,14 +104,14 @@ class Registration:
             gc.collect()
         if is_of_others() and not hasattr(sys, "ps1"):
             raise ValueError(
-                f"run {self._key[1]!r} is measured by another monitor already: close() that one, or give this one "
-                "another name; runs of one process need distinct names"
+                f"another monitor already measures run {self._key[1]!r}: close() that one, or give this one another "
+                "name; runs of one process need distinct names"
             )
         earlier._leave(False)
 
 
-def _begin_anew() -> None:
-    """In a forked child: what is served there is not what its parent serves."""
+def _reset_in_child() -> None:
+    """Forget the parent's monitors in a forked child."""
     global _process_aggregator
     _process_aggregator, Registration._all = RunAggregator(), {}
 
@@ -123,4 +123,4 @@ def _leave_all(crashed: bool) -> None:
 
 at_goodbye(_leave_all)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
+    os.register_at_fork(after_in_child=_reset_in_child)

@@ -1,4 +1,4 @@
-"""What a monitor says of its run: to the aggregator, in the log, and to callbacks."""
+"""A monitor's reports about its run: to the aggregator, the log, and callbacks."""
 
 import logging
 import math
@@ -23,15 +23,15 @@ _log = logging.getLogger(__name__)
 
 
 class RunReporter:
-    """Publishes the windows of a run, and what must neither wait for a window nor go unnoticed.
+    """Publishes the windows of a run, and reports problems without waiting for a window.
 
     Args:
         run: name of the run.
-        aggregator: where updates go.
-        has_norm: whether the steps' global norm is one of all parameters.
+        aggregator: takes the updates.
+        has_norm: whether the steps' global norm covers all parameters.
         on_update: called with the run's snapshot after every window.
         on_level: called with a new level and the run's snapshot.
-        give_back: gets the progress of a window that was none.
+        give_back: called with the progress of a window that was not published.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RunReporter:
         self._noted: Counter[str] = Counter()
         self._absent: Counter[str] = Counter()
         self._has_failed = self._is_nonfinite = self._is_blind = False
-        self._idle_updates = 0
+        self._idle_updates = self._zero_windows = 0
         self._arriving: queue.SimpleQueue[_Window | None] = queue.SimpleQueue()
         self._publisher: threading.Thread | None = None
 
@@ -65,62 +65,62 @@ class RunReporter:
         *,
         must_wait: bool = False,
     ) -> None:
-        """Publish a window, as soon as it has come from the device; without `progress`, say what is not finite in it.
+        """Publish a window when it has arrived from the device. Without `progress`, only report non-finite gradients.
 
         Args:
-            pending: its steps.
-            progress: what the trainer says of it.
-            trainable_heads: those that should have a gradient.
-            must_wait: publish it before this returns, unless others have to be published before.
+            pending: the window's steps.
+            progress: the trainer's signals and counts for it.
+            trainable_heads: heads that should have a gradient.
+            must_wait: publish it before this returns, unless earlier windows are still waiting.
         """
         if self._publisher is None and (must_wait or pending.is_ready):
             return self._publish(pending, progress, trainable_heads)
-        # Training must not wait for the device, nor a window for the next gradient step.
+        # Training must not wait for the device, and a window must not wait for the next gradient step.
         if self._publisher is None:
             self._publisher = threading.Thread(target=self._publish_arriving, name="ppo-monitor", daemon=True)
             self._publisher.start()
         self._arriving.put((pending, progress, trainable_heads))
 
     def foresee(self, step: Callable[[], PendingGradientSteps]) -> None:
-        """Say that gradients are not finite before their step, which may never come; counted they are with it."""
+        """Report non-finite gradients before their step, which may never come; the step counts them."""
         if not self._is_nonfinite and (pending := step()).nonfinite_steps:
             self._aggregator.note_nonfinite(self._run, {}, time.time())
             self._say_nonfinite(pending)
             self._tell_level()
 
     def wait(self) -> None:
-        """Until all is published that was handed over."""
+        """Wait until everything is published."""
         publisher, self._publisher = self._publisher, None
         if publisher is not None:
             self._arriving.put(None)
             publisher.join()
 
     def idle(self) -> None:
-        """An update has ended without a step that is measured."""
+        """Note that an update has ended without a measured step."""
         self._idle_updates += 1
         if self._idle_updates >= _IDLE_UPDATES:
             self.blind(f"no gradient step was seen in {self._idle_updates} updates")
 
     def blind(self, reason: str) -> None:
-        """Training goes on, and nothing of it is measured: count it, and say it once."""
+        """Count that training continues without being measured, and log it once."""
         self._aggregator.note_blindness(self._run)
         if not self._is_blind:
             self._is_blind = True
             _log.error(
-                "run %s: %s. Have the optimizer or the heads been replaced since attach(), or does something else "
-                "take the steps? The CV is NaN until a step is measured",
+                "run %s: %s. Were the optimizer or the heads replaced after attach(), or does something else take the "
+                "steps? The CV is NaN until a gradient is measured",
                 self._run,
                 reason,
             )
         self._tell_level()
 
     def failed(self, error: Exception) -> None:
-        """Something went wrong inside: count it, and say it once."""
+        """Count an error inside the measurement, and log it once."""
         self._aggregator.count_error(self._run)
         if not self._has_failed:
             self._has_failed = True
             _log.error(
-                "run %s: the measurement or a callback of it failed; training goes on, further errors are only counted",
+                "run %s: the measurement or a callback of it failed; training continues, later errors are only counted",
                 self._run,
                 exc_info=error,
             )
@@ -141,11 +141,13 @@ class RunReporter:
         if progress is None:
             return self._look_into(pending)
         metrics = pending.summary()
-        if not metrics["gradient_cv_per_step"]:  # all overflowed or given up: what they counted goes to the next one
+        if not metrics["gradient_cv_per_step"]:  # no step counts: keep the counts for the next window
             self._give_back(progress)
             return self.idle()
         noted, self._noted = self._noted, Counter()
-        self._idle_updates, self._is_blind = 0, False
+        self._zero_windows = 0 if any(metrics["head_gradient_norms"].values()) else self._zero_windows + 1
+        is_silent = self._zero_windows >= _ABSENT_WINDOWS  # by the formula it is healthy
+        self._idle_updates, self._is_blind = 0, self._is_blind and is_silent
         if math.isfinite(metrics["gradient_cv"]):
             self._is_nonfinite = False
         else:
@@ -157,12 +159,14 @@ class RunReporter:
         skipped = pending.given_up_steps
         emit_ppo_update(metrics, run=self._run, handler=self._aggregator, skipped_gradient_steps=skipped, **progress)
         self._look_for_absent(pending, trainable_heads)
+        if is_silent:
+            self.blind(f"the gradient of every head was exactly zero in {self._zero_windows} windows")
         if self._on_update is not None and (run := self._aggregator.snapshot.runs.get(self._run)) is not None:
             self._on_update(run)
         self._tell_level()
 
     def _look_into(self, pending: PendingGradientSteps) -> None:
-        """Say which of these steps, whose window has not ended, are not finite."""
+        """Report which of these steps are not finite, before their window has ended."""
         if not pending.nonfinite_steps:
             return
         counts = Counter(
@@ -180,7 +184,7 @@ class RunReporter:
         steps = pending.result()
         index = next(index for index, step in enumerate(steps) if not math.isfinite(step.cv))
         heads = [head for head, norm in steps[index].head_norms.items() if not math.isfinite(norm)]
-        where = f"head{'s' * (len(heads) > 1)} {', '.join(heads)}" if heads else "what belongs to no head"
+        where = f"head{'s' * (len(heads) > 1)} {', '.join(heads)}" if heads else "parameters of no head"
         number = pending.first_step + index + 1
         _log.error("run %s: the gradient of %s is NaN or infinite at gradient step %d", self._run, where, number)
 
@@ -192,8 +196,8 @@ class RunReporter:
             if self._absent[head] == _ABSENT_WINDOWS:
                 self._aggregator.count_error(self._run)
                 _log.error(
-                    "run %s: head %s has had no gradient in %d windows, and is left out of the CV. Has it been "
-                    "replaced since attach(), or does nothing use it?",
+                    "run %s: head %s has had no gradient in %d windows and is left out of the CV. Was it replaced "
+                    "after attach(), or is it unused?",
                     self._run,
                     head,
                     _ABSENT_WINDOWS,

@@ -1,4 +1,4 @@
-"""The state of every run at one moment: frozen, swapped whole, safe to read from any thread."""
+"""The state of every run at one moment: frozen, replaced as a whole, safe to read from any thread."""
 
 import builtins
 import math
@@ -31,15 +31,15 @@ CV_BUCKET_BOUNDS = (
 )
 DURATION_BUCKET_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 HISTORY_UPDATES = 300
-"""Updates of a run whose CV is remembered: about 10 KiB."""
+"""Number of updates of a run whose CV is kept: about 10 KiB."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of observations by upper bound (inclusive), the last one unbounded, and their sum `total`.
+    """Counts of observations by upper bound (inclusive, the last one unbounded), and their sum `total`.
 
     Non-finite observations are in neither: one +Inf in the sum would make every
-    later mean useless, and in the counts alone it would make the mean wrong.
+    later mean useless, and only in the counts it would make the mean wrong.
     """
 
     bounds: tuple[float, ...]
@@ -48,14 +48,14 @@ class Histogram:
 
     def __post_init__(self) -> None:
         if len(self.counts) != len(self.bounds) + 1:
-            raise ValueError(f"{len(self.bounds)} bounds need one count more, got {len(self.counts)}")
+            raise ValueError(f"{len(self.bounds)} bounds need {len(self.bounds) + 1} counts, got {len(self.counts)}")
 
     @classmethod
     def empty(cls, bounds: tuple[float, ...]) -> "Histogram":
         return cls(bounds, (0,) * (len(bounds) + 1))
 
     def observe(self, values: Iterable[float]) -> "Histogram":
-        """A histogram with those of `values` added that are finite; this one stays as it is."""
+        """A new histogram with the finite ones of `values` added."""
         counts = list(self.counts)
         total = self.total
         for value in values:
@@ -65,7 +65,7 @@ class Histogram:
         return Histogram(self.bounds, tuple(counts), total)
 
     def continuing(self, earlier: "Histogram") -> "Histogram":
-        """`earlier`, or this one where the bounds have changed since: counts of other buckets mean nothing here."""
+        """`earlier`, or this one if the bounds differ: counts of other buckets cannot be used."""
         return earlier if earlier.bounds == self.bounds else self
 
     def cumulative(self) -> list[tuple[float, int]]:
@@ -106,13 +106,13 @@ class GradientQuality:
     def head_shares(self) -> dict[str, float]:
         """Each head's part of the sum of norms, 0 to 1; all 0.0 when every norm is zero.
 
-        Heads with a non-finite norm share the whole between them, which is the
-        limit as their norms grow: they dominate, and no share is ever NaN.
+        Heads with a non-finite norm divide the whole between them: that is the limit
+        as their norms grow. So they dominate, and no share is NaN.
         """
         nonfinite = [head for head, norm in self.head_norms.items() if not math.isfinite(norm)]
         if nonfinite:
             return {head: (head in nonfinite) / len(nonfinite) for head in self.head_norms}
-        # The sum of such large norms may be too large for a float; that of the n-th parts of n norms is not.
+        # The sum of very large norms could overflow; the sum of n norms divided by n cannot.
         parts = 1 if max(self.head_norms.values(), default=0.0) < 1e300 else len(self.head_norms)
         norms = {head: norm / parts for head, norm in self.head_norms.items()}
         total = math.fsum(norms.values())
@@ -121,11 +121,17 @@ class GradientQuality:
 
 @dataclass(frozen=True)
 class RunSnapshot:
-    """One run. `signals` holds only those that are known, `other_signals` those with names of the trainer's own;
-    `last_update_timestamp_seconds` and `level_since_timestamp_seconds`, of the update with which the level began,
-    are None before the first update of this process, and `update_interval_seconds`, the recent maximum of the
-    time between the ends of two updates, before its second; `recent_gradient_cvs` are those of the last
-    `HISTORY_UPDATES` updates, the oldest first."""
+    """One run.
+
+    Attributes:
+        recent_gradient_cvs: CVs of the last `HISTORY_UPDATES` updates, oldest first.
+        signals: the known training signals.
+        other_signals: signals with the trainer's own names.
+        last_update_timestamp_seconds: Unix time; None before the first update of this process.
+        level_since_timestamp_seconds: Unix time of the update with which the level began; None as above.
+        update_interval_seconds: recent maximum of the time between the ends of two updates; None before the second
+            update of this process.
+    """
 
     run: str
     info: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -147,7 +153,7 @@ class RunSnapshot:
 
     @property
     def stalled_after_seconds(self) -> float:
-        """Age of the last update from which the run has stalled: longer for one whose updates take minutes."""
+        """Age of the last update from which the run is stalled: longer if its updates take minutes."""
         return max(STALLED_SECONDS, STALLED_INTERVALS * (self.update_interval_seconds or 0.0))
 
     def scalars(self) -> dict[str, float]:
@@ -162,24 +168,24 @@ class RunSnapshot:
         }
 
     def plain(self) -> dict[str, Any]:
-        """The run as dicts, lists, numbers and strings, for `from_plain` and `resumed`; also what JSON can say."""
+        """The run as dicts, lists, numbers and strings, for `from_plain`, `resumed` and JSON."""
         return _plain(self)
 
     @classmethod
     def from_plain(cls, state: Mapping[str, Any]) -> "RunSnapshot":
-        """The run of `plain()`; KeyError, TypeError or ValueError where `state` is something else."""
+        """The run of `plain()`; raises KeyError, TypeError or ValueError if `state` is something else."""
         return _from_plain(cls, state)
 
     def resumed(self, state: Mapping[str, Any]) -> "RunSnapshot":
-        """This run going on from `plain()` of an earlier process: every total and the last values, one resume more.
+        """This run, continued from `plain()` of an earlier process: all totals, the last values, and one more resume.
 
-        The thresholds are those of this process. Times of updates are left out, for they say whether it trains.
+        The thresholds are those of this process. Times of updates are left out: they show whether this process trains.
 
         Raises:
             KeyError, TypeError, ValueError: `state` is something else, or of another version.
         """
         own = self.gradient_quality
-        # What an earlier version has not kept; the times are of this process anyway.
+        # Fields that an earlier version did not keep, and times, which belong to this process.
         times = dict.fromkeys(("level_since_timestamp_seconds", "update_interval_seconds"))
         no_signals: dict[str, dict[str, float]] = dict.fromkeys(HEAD_SIGNALS, {})
         gradient_quality = {**no_signals, **state["gradient_quality"], "thresholds": _plain(own.thresholds)}
@@ -200,25 +206,25 @@ class RunSnapshot:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Every run of this process, in the order in which they were registered."""
+    """Every run of this process, in order of registration."""
 
     runs: Mapping[str, RunSnapshot] = field(default_factory=lambda: MappingProxyType({}))
 
     def with_run(self, run: RunSnapshot) -> "Snapshot":
-        """A snapshot in which `run` replaces the one of the same name or joins the others."""
+        """A snapshot with `run` added, or replacing the run of the same name."""
         return replace(self, runs=MappingProxyType({**self.runs, run.run: run}))
 
     def without_run(self, run: str) -> "Snapshot":
-        """A snapshot in which there is no run of that name."""
+        """A snapshot without the run of that name."""
         return replace(self, runs=MappingProxyType({name: r for name, r in self.runs.items() if name != run}))
 
     def plain(self) -> dict[str, Any]:
-        """All runs as dicts, lists, numbers and strings, for `from_plain`; also what JSON can say."""
+        """All runs as dicts, lists, numbers and strings, for `from_plain` and JSON."""
         return {"runs": [run.plain() for run in self.runs.values()]}
 
     @classmethod
     def from_plain(cls, state: Mapping[str, Any]) -> "Snapshot":
-        """The snapshot of `plain()`; KeyError, TypeError or ValueError where `state` is something else."""
+        """The snapshot of `plain()`; raises KeyError, TypeError or ValueError if `state` is something else."""
         runs = map(RunSnapshot.from_plain, state["runs"])
         return cls(MappingProxyType({run.run: run for run in runs}))
 
@@ -232,7 +238,7 @@ def _plain(value: Any) -> Any:
 
 
 def _from_plain(kind: Any, value: Any) -> Any:
-    """What `_plain` made of a value of the type `kind`, as that again."""
+    """The inverse of `_plain`: a value of type `kind`."""
     arguments = get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         return kind(**{name: _from_plain(hint, value[name]) for name, hint in _hints(kind).items()})

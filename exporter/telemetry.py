@@ -1,4 +1,4 @@
-"""The contract: what one PPO update says about itself, in plain validated numbers."""
+"""The contract: the report of one PPO update, in plain validated numbers."""
 
 import math
 import time
@@ -21,8 +21,8 @@ class GradientStep:
     Attributes:
         head_norms: L2 norm of every head that has a gradient; heads whose
             gradient is None are absent, a zero gradient is 0.0.
-        global_norm: L2 norm over everything that was measured, heads included, so
-            that it is finite only if theirs are.
+        global_norm: L2 norm over everything measured, including heads; it is
+            finite only if theirs are.
     """
 
     head_norms: Mapping[str, float]
@@ -33,13 +33,13 @@ class GradientStep:
         """CV of the heads; +Inf if any gradient of the step is NaN or infinite.
 
         A NaN in the trunk or the value head leaves the heads' own norms finite,
-        but the step is lost all the same and must not count as healthy.
+        but the step is lost and must not count as healthy.
         """
         return gradient_cv(self.head_norms.values()) if math.isfinite(self.global_norm) else math.inf
 
 
 class GradientMetrics(TypedDict):
-    """What the gradient steps of one update come to; keys are fields of `PPOUpdatePayload`."""
+    """Summary of the gradient steps of one update; keys are fields of `PPOUpdatePayload`."""
 
     gradient_cv: float
     gradient_cv_per_step: tuple[float, ...]
@@ -50,7 +50,7 @@ class GradientMetrics(TypedDict):
 
 
 class PPOUpdateMetrics(GradientMetrics):
-    """What `PPOAgent.update()` returns; keys are fields of `PPOUpdatePayload`."""
+    """Result of `PPOAgent.update()`; keys are fields of `PPOUpdatePayload`."""
 
     skipped_gradient_steps: int
     policy_loss: float
@@ -70,8 +70,8 @@ class PPOUpdateMetrics(GradientMetrics):
 def summarize_gradient_steps(steps: Sequence[GradientStep]) -> GradientMetrics:
     """Means over the gradient steps of one update.
 
-    A head's mean runs over the steps in which it took part with a finite norm; it is
-    NaN or infinite only if none of them was finite.
+    A head's mean is over the steps in which its norm was finite; it is NaN or infinite
+    only if no norm was finite.
     """
     norms_of: dict[str, list[float]] = {}
     for step in steps:
@@ -88,13 +88,13 @@ def summarize_gradient_steps(steps: Sequence[GradientStep]) -> GradientMetrics:
 def summary_of_steps(
     cvs: Sequence[float], global_norms: Sequence[float], norms_of: Mapping[str, Sequence[float]], heads: int
 ) -> GradientMetrics:
-    """`summarize_gradient_steps()` of columns.
+    """`summarize_gradient_steps()` from columns.
 
     Args:
-        cvs: CV of every step; +Inf where it is not finite.
-        global_norms: of every step.
+        cvs: CV of every step; +Inf if a gradient was not finite.
+        global_norms: global norm of every step.
         norms_of: head -> its norms in the steps in which it had a gradient.
-        heads: heads that had a gradient, most of any step.
+        heads: number of heads with a gradient, the maximum over the steps.
     """
     finite_of, nonfinite = norms_of, dict.fromkeys(norms_of, 0)
     if not all(map(math.isfinite, cvs)):
@@ -104,7 +104,7 @@ def summary_of_steps(
         gradient_cv=_mean(cvs) if cvs else 0.0,
         gradient_cv_per_step=tuple(cvs),
         contributing_heads=heads,
-        # One NaN would hide the norms of all other steps; the CV and the counter tell of it.
+        # One NaN would hide the norms of all other steps; the CV and the counter show it.
         head_gradient_norms={head: _mean(finite_of[head] or norms) for head, norms in norms_of.items()},
         nonfinite_gradient_steps=nonfinite,
         gradient_norm=_mean(global_norms) if global_norms else None,
@@ -113,44 +113,44 @@ def summary_of_steps(
 
 def _mean(values: Sequence[float]) -> float:
     mean = sum(values) / len(values)
-    # A sum can be too large for a float where the mean is not.
+    # The sum can overflow even if the mean does not.
     return mean if math.isfinite(mean) else sum(value / len(values) for value in values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOUpdatePayload:
-    """One PPO update of one run. Counts are increments since the update before.
+    """One PPO update of one run. Counts are increments since the previous update.
 
-    Numbers may be NumPy scalars; they are stored as plain `float` and `int`, for snapshots are dumped as JSON.
+    Numbers may be NumPy scalars; they are stored as plain `float` and `int`, because snapshots become JSON.
 
     Attributes:
         run: name of the run, the `run` label on `/metrics`.
         gradient_cv: mean CV over the update's gradient steps, >= 0; +Inf if one
             of them had a non-finite gradient; 0.0 without gradient steps.
         gradient_cv_per_step: CV of each gradient step, in order.
-        contributing_heads: heads that had a gradient (most of any step).
-        head_gradient_norms: mean L2 norm per head that had a gradient; NaN or +Inf if it never was finite.
-        nonfinite_gradient_steps: per head, steps in which its norm was NaN or infinite.
-        head_entropy_ratios: per head, mean entropy over the logarithm of its number of choices, 0 to 1 or NaN; only of
-            discrete heads.
+        contributing_heads: number of heads with a gradient (the maximum over the steps).
+        head_gradient_norms: mean L2 norm per head that had a gradient; NaN or +Inf if it was never finite.
+        nonfinite_gradient_steps: per head, number of steps in which its norm was NaN or infinite.
+        head_entropy_ratios: per head, mean entropy divided by the logarithm of its number of choices, 0 to 1 or NaN;
+            only for discrete heads.
         head_approx_kls: per head, approximate KL divergence between the policies before and during the update, in nats.
-        head_clip_fractions: per head, fraction of samples whose ratio, of the head's own probabilities, was outside the
-            clip range, 0 to 1 or NaN.
-        head_update_ratios: per head, L2 norm of what the update changed in its weights to their norm before it.
+        head_clip_fractions: per head, fraction of samples for which the ratio of the head's own probabilities was
+            outside the clip range, 0 to 1 or NaN.
+        head_update_ratios: per head, L2 norm of the update's change of its weights, divided by their norm before it.
         gradient_norm: mean global L2 norm before clipping; None without gradient steps.
-        skipped_gradient_steps: steps that did not touch the weights because a gradient was not finite.
-        environment_steps: environment steps that were collected for this update.
-        episodes: episodes that ended while they were collected.
+        skipped_gradient_steps: steps that did not change the weights because a gradient was not finite.
+        environment_steps: environment steps collected for this update.
+        episodes: episodes that ended during this collection.
         policy_loss ... episode_length_mean: training signals, None where not known (yet).
         update_duration_seconds: wall time of the update, >= 0.
         rollout_duration_seconds: wall time of collecting its experience, >= 0.
-        rank_rollout_seconds: the same for every process that trains the run, in the order of their ranks.
-        signals: further training signals by names of the trainer's own.
+        rank_rollout_seconds: that time for every process that trains the run, in the order of the ranks.
+        signals: additional training signals, by the trainer's own names.
         timestamp_seconds: Unix time at which the update ended.
 
     Raises:
         TypeError: a field has the wrong type.
-        ValueError: a field is out of its range, or too large for a float; the message names it.
+        ValueError: a field is out of range, or too large for a float; the message names it.
     """
 
     run: str
@@ -184,7 +184,7 @@ class PPOUpdatePayload:
 
     def __post_init__(self) -> None:
         require_label_value("run", self.run)
-        # Plain copies, so that what was validated cannot change under a reader.
+        # Plain copies, so that validated values cannot change later.
         plain: dict[str, object] = {
             "gradient_cv": _require_cv("gradient_cv", self.gradient_cv),
             "gradient_cv_per_step": tuple(_require_cv("gradient_cv_per_step", cv) for cv in self.gradient_cv_per_step),
@@ -222,7 +222,7 @@ class PPOUpdatePayload:
 
 
 HEAD_SIGNALS = ("head_entropy_ratios", "head_approx_kls", "head_clip_fractions", "head_update_ratios")
-"""Fields of `PPOUpdatePayload` that are a number of each head, exported as one gauge each."""
+"""Fields of `PPOUpdatePayload` with a number per head, exported as one gauge each."""
 
 TRAINING_SIGNALS = (
     "policy_loss",
@@ -235,14 +235,14 @@ TRAINING_SIGNALS = (
     "episode_return_mean",
     "episode_length_mean",
 )
-"""Fields of `PPOUpdatePayload` that are exported as one gauge each, and left out where they are None."""
+"""Fields of `PPOUpdatePayload` that are exported as one gauge each, and left out if None."""
 
 
 def require_label_value(name: str, value: object) -> None:
-    """Check that `value` can be a label: one that cannot be rendered would fail every scrape, of other runs too.
+    """Check that `value` can be a label value: one that cannot be rendered would fail every scrape, also of other runs.
 
     Raises:
-        TypeError: it is no string.
+        TypeError: it is not a string.
         ValueError: it is empty, or cannot be encoded as UTF-8.
     """
     if not isinstance(value, str):
@@ -259,8 +259,8 @@ def require_timestamp(name: str, value: object) -> float:
     """`value`, a Unix time in seconds, as a plain float.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is negative, not finite, or after the year 9999, as milliseconds are.
+        TypeError: it is not a number.
+        ValueError: it is negative, not finite, or after the year 9999, as a time in milliseconds would be.
     """
     seconds = _require_seconds(name, value)
     if seconds > _LAST_TIMESTAMP:
@@ -271,7 +271,7 @@ def require_timestamp(name: str, value: object) -> float:
 def _require_number(name: str, value: object) -> float:
     if type(value) is float:
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's scalars are real numbers too
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's scalars are Real
         raise TypeError(f"{name} must be a number, got {value!r}")
     return _as_float(name, value)
 
@@ -293,7 +293,7 @@ def _require_seconds(name: str, value: object) -> float:
 def _require_count(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
-    _as_float(name, value)  # a sample is one
+    _as_float(name, value)  # a sample is a float
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value!r}")
     return int(value)
@@ -329,7 +329,7 @@ def _require_named(
 
 
 class PPOUpdateHandler(Protocol):
-    """Whoever takes updates; `exporter.aggregator.RunAggregator` is the one in this package."""
+    """Takes updates; in this package that is `exporter.aggregator.RunAggregator`."""
 
     def handle_ppo_update(self, payload: PPOUpdatePayload) -> None: ...
 
@@ -337,13 +337,13 @@ class PPOUpdateHandler(Protocol):
 def emit_ppo_update(
     metrics: Mapping[str, Any], *, run: str, handler: PPOUpdateHandler, **progress: Any
 ) -> PPOUpdatePayload:
-    """Hand one update to `handler` as a validated payload.
+    """Pass one update to `handler` as a validated payload.
 
     Args:
-        metrics: what `PPOAgent.update()` returned, or any mapping of `PPOUpdatePayload` fields.
+        metrics: result of `PPOAgent.update()`, or any mapping of `PPOUpdatePayload` fields.
         run: name of the run.
         handler: takes the payload, usually a `RunAggregator`.
-        **progress: further payload fields that the update itself does not know,
+        **progress: payload fields that the update does not know,
             such as `environment_steps` or `episode_return_mean`.
 
     Raises:

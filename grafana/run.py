@@ -259,9 +259,9 @@ def _heads() -> list[dict]:
         ),
         head_lines(
             *(17, (12, 13, 6, 7), "Entropy per head"),
-            "Each head's entropy, of the largest that its number of choices allows. Good: falling slowly from 1. Bad: "
-            "near 0 early, or at 1 for long. A head with little gradient has converged where this is near 0 and the "
-            "return holds, and is starved where it is near 1. Heads that are not discrete have none.",
+            "Each head's entropy as a fraction of the largest that its choices allow. Good: falling slowly from 1. "
+            "Bad: near 0 early, or at 1 for long. A head with little gradient has converged if this is near 0 and the "
+            "return holds; it is starved if this is near 1. Only discrete heads have it.",
             range_query(_of("ppo_head_entropy_ratio"), "{{head}}"),
             unit="percentunit",
             decimals=1,

@@ -35,9 +35,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside each other, and threads of torch's wait busily
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel, and waiting torch threads use the CPU
 
-# Before the command of a trainer that trains until its test ends: whatever else is tested meanwhile comes first.
+# Put before the command of a trainer that trains until its test ends, so that other tests get the CPU first.
 GENTLY = ("nice", "-n", "5")
 
 Result = TypeVar("Result")
@@ -74,7 +74,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-# Of this worker of pytest-xdist alone, and below those that Linux gives to connections.
+# Ports of this pytest-xdist worker only, below those that Linux gives to connections.
 _first = 20_000 + 1_500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 _ports = filter(_is_free, itertools.cycle(random.sample(range(_first, _first + 1_500), 1_500)))
 

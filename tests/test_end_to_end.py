@@ -1,4 +1,4 @@
-"""The whole chain, real: a run goes critical for a cause, people are told, and told when it is over."""
+"""The whole chain with real parts: a run goes critical, people are notified, and notified again when it is over."""
 
 import math
 import subprocess

@@ -1,4 +1,4 @@
-"""The project as others install it: a wheel by itself, without the trainer's dependencies."""
+"""The project as users install it: only the wheel, without the trainer's dependencies."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What the README says of metrics, alerts and levels is what the code does."""
+"""The README's metrics, alerts and levels agree with the code."""
 
 import re
 

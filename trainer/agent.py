@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -382,16 +381,15 @@ class PPOAgent:
 
     def _of_heads(self, epochs: list[_Epoch]) -> list[Tensor]:
         """This rank's part of each head's mean entropy, KL divergence in the last epoch, and clip fraction: [heads]."""
-        log_ratios, entropies = (
-            torch.cat([part for epoch in epochs for part in parts(epoch)], dim=1)
-            for parts in (attrgetter("log_ratios"), attrgetter("entropies"))
-        )
+        entropies = torch.cat([part for epoch in epochs for part in epoch.entropies], dim=1)
+        log_ratios = torch.cat([part for epoch in epochs for part in epoch.log_ratios], dim=1)
         size, last_size = sum(sum(epoch.sizes) for epoch in epochs), sum(epochs[-1].sizes)
-        changes = torch.expm1(log_ratios)
+        changes = log_ratios.exp().sub_(1)  # expm1() takes six times as long
         last = slice(log_ratios.shape[1] - sum(part.shape[1] for part in epochs[-1].log_ratios), None)
         kls = (changes[:, last] - log_ratios[:, last]).sum(1)
-        clipped = (changes.abs_() > self._hyperparameters.clip_range).sum(1)
-        return [entropies.sum(1).div_(size), kls.div_(last_size), clipped / size]
+        # In place: a float stays a float, of which a sum takes a tenth of the time.
+        clipped = changes.abs_().gt_(self._hyperparameters.clip_range).sum(1)
+        return [entropies.sum(1).div_(size), kls.div_(last_size), clipped.div_(size)]
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:

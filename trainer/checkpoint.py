@@ -100,7 +100,7 @@ class Checkpoints:
         except OSError as error:
             say(
                 f"warning: no checkpoint of update {self._training.updates} in {self._folder.path}: "
-                f"{error.strerror or error}; training goes on",
+                f"{error.strerror or error}; training continues",
                 to_stderr=True,
             )
 

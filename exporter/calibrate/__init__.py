@@ -1,4 +1,4 @@
-"""`python -m exporter calibrate`: thresholds for runs of a site, from those that were healthy. Never torch."""
+"""`python -m exporter calibrate`: thresholds for your runs, from healthy ones. Never imports torch."""
 
 import argparse
 import re
@@ -16,7 +16,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read, propose and print. Returns the exit code: 1 where something is missing, which stderr says."""
+    """Read, propose and print. Returns the exit code: 1 if something is missing; stderr says what."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if bool(options.files) == bool(options.prometheus):
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m exporter calibrate",
         description="Propose a warning and a critical threshold from healthy runs of one kind: the same number of "
-        f"heads, at least {LEAST_RUNS} runs. The updates that are read must be healthy; nothing here can tell.",
+        f"heads, at least {LEAST_RUNS} runs. You decide which runs were healthy; this command cannot.",
     )
     add = parser.add_argument
     add(
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="text files of the exporter, OpenMetrics dumps, tables (.csv with columns run, heads, gradient_cv, one "
         f"row an update; runs may be named by {', '.join(RUN_COLUMNS[1:])} too), each possibly .gz, .xz or .bz2; or "
-        "folders of them",
+        "folders of these",
     )
     add(
         "--false-alarm-rate",
@@ -81,15 +81,15 @@ def _parser() -> argparse.ArgumentParser:
         help="expected share of healthy updates that reach the warning threshold, at most 0.1; of the critical "
         f"threshold {CRITICAL_PART:g} of that. Needs 10/RATE updates (default: %(default)s)",
     )
-    add("--heads", type=int, metavar="N", help="take the runs of N heads, and those that do not say")
-    add("--plot", type=Path, metavar="FILE", help="write a picture too: .svg, .png or .pdf; needs Matplotlib")
+    add("--heads", type=int, metavar="N", help="use the runs of N heads, and those with an unknown number")
+    add("--plot", type=Path, metavar="FILE", help="also write a picture: .svg, .png or .pdf; needs Matplotlib")
     add(
         "--where",
         type=_condition,
         action="append",
         default=[],
         metavar="COLUMN=VALUE",
-        help="take only such rows of a table; may be repeated",
+        help="use only these rows of a table; may be repeated",
     )
     prometheus = parser.add_argument_group("from a Prometheus")
     add = prometheus.add_argument
@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="how far back from --end: 30m, 12h, 7d (default: %(default)s)",
     )
-    add("--start", type=_time, metavar="TIME", help="in place of --range: 2026-11-28T07:00 (UTC) or Unix seconds")
-    add("--end", type=_time, metavar="TIME", help="the same; without it, now")
+    add("--start", type=_time, metavar="TIME", help="instead of --range: 2026-11-28T07:00 (UTC) or Unix seconds")
+    add("--end", type=_time, metavar="TIME", help="as --start; default: now")
     add(
         "--headers",
         type=_headers,

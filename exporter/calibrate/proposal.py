@@ -1,4 +1,4 @@
-"""From healthy runs to thresholds that they, and runs like them, seldom reach."""
+"""Thresholds that healthy runs seldom reach, from such runs."""
 
 import math
 from collections import Counter
@@ -11,11 +11,11 @@ from exporter.health import Thresholds
 
 DEFAULT_RATE = 0.01
 CRITICAL_PART = 0.1
-"""The critical threshold may be reached by this part of the updates that may reach the warning threshold."""
+"""Of the updates that may reach the warning threshold, the fraction that may reach the critical one."""
 LEAST_RUNS = 2
 STEP_SHARE = 0.05
-"""The part of single gradient steps that may reach the critical threshold: half of that which makes
-PPOCriticalGradientSteps fire, for a window of its own has more or fewer of them."""
+"""The fraction of single gradient steps that may reach the critical threshold: half of the limit of
+PPOCriticalGradientSteps, because some windows have more of them than others."""
 _DECIMALS = 1000
 
 
@@ -28,10 +28,10 @@ class Proposal:
     """Thresholds, and how often healthy updates reach them.
 
     Attributes:
-        worst: of the warning and of the critical threshold: the largest share (0 to 1) of updates of a run that reach
-            the threshold which the other runs give, and the name of that run.
-        steps: share (0 to 1) of single gradient steps that are at or above the critical threshold, at most; None where
-            the runs do not say.
+        worst: for the warning and for the critical threshold: the largest share (0 to 1) of a run's updates that reach
+            the threshold given by the other runs, and the name of that run.
+        steps: largest possible share (0 to 1) of single gradient steps at or above the critical threshold; None if the
+            runs have no single steps.
     """
 
     thresholds: Thresholds
@@ -40,7 +40,7 @@ class Proposal:
 
 
 def heads_of(runs: Sequence[HealthyRun], heads: int | None = None) -> tuple[list[HealthyRun], int]:
-    """The runs that have `heads` heads, or that do not say; and the number, where `heads` is None that of all.
+    """The runs with `heads` heads or an unknown number, and the number; if `heads` is None, the number of all runs.
 
     Raises:
         NoThresholds: the number is not known, not the same in all runs, or too small.
@@ -66,15 +66,15 @@ def heads_of(runs: Sequence[HealthyRun], heads: int | None = None) -> tuple[list
 def propose(runs: Sequence[HealthyRun], heads: int, rate: float = DEFAULT_RATE) -> Proposal:
     """The lowest thresholds that healthy updates and gradient steps reach no more often than they may.
 
-    Of n updates the k-th largest CV is exceeded by one more update of the same kind with a probability of k/(n + 1).
-    Updates of one run resemble each other more than those of the next one: `Proposal.worst` says how much that is.
-    Single steps spread wider than their mean, the CV of an update, and have an alert of their own: see `STEP_SHARE`.
+    Another update of the same kind exceeds the k-th largest CV of n updates with a probability of k/(n + 1). Updates of
+    one run resemble each other more than those of another run: `Proposal.worst` shows how much. Single steps spread
+    wider than an update's CV, which is their mean, and have their own alert: see `STEP_SHARE`.
 
     Args:
         rate: share of updates, 0 to 1, that may reach the warning threshold; a tenth of it may reach the critical one.
 
     Raises:
-        NoThresholds: there are too few runs or updates, or healthy updates come up to the ceiling.
+        NoThresholds: there are too few runs or updates, or healthy updates reach the ceiling.
     """
     runs = [run for run in runs if run.cvs]
     updates = sum(len(run.cvs) for run in runs)
@@ -107,7 +107,7 @@ def propose(runs: Sequence[HealthyRun], heads: int, rate: float = DEFAULT_RATE) 
 
 
 def share(cvs: Sequence[float], threshold: float) -> float:
-    """Part of `cvs`, 0 to 1, at or above the threshold."""
+    """Share of `cvs`, 0 to 1, at or above the threshold."""
     return sum(cv >= threshold for cv in cvs) / len(cvs)
 
 
@@ -115,7 +115,7 @@ def _thresholds(runs: Sequence[HealthyRun], rate: float) -> Thresholds:
     largest_first = sorted((cv for run in runs for cv in run.cvs), reverse=True)
 
     def above(part: float) -> float:
-        """With three decimals, just above the largest CV that is to stay below it."""
+        """A threshold with three decimals, just above the largest CV that must stay below it."""
         reached = max(0, math.floor(part * (len(largest_first) + 1) + 1e-9) - 1)
         return math.floor(round(largest_first[reached] * _DECIMALS, 6) + 1) / _DECIMALS
 
@@ -126,7 +126,7 @@ def _thresholds(runs: Sequence[HealthyRun], rate: float) -> Thresholds:
 
 
 def _steps_above(runs: Sequence[HealthyRun]) -> dict[float, float]:
-    """Finite bound of a CV -> share of the single gradient steps above it, as far as the runs know."""
+    """Finite bound of a CV -> share of the known single gradient steps above it."""
     below: Counter[float] = Counter()
     for run in runs:
         below.update(run.steps)
@@ -135,7 +135,7 @@ def _steps_above(runs: Sequence[HealthyRun]) -> dict[float, float]:
 
 
 def _reaching(threshold: float, runs: Sequence[HealthyRun]) -> float | None:
-    """At most this share of the single gradient steps; None where the runs do not know."""
+    """An upper bound of the share of single gradient steps; None if the runs have none."""
     return min((part for bound, part in _steps_above(runs).items() if bound <= threshold), default=None)
 
 

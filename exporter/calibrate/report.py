@@ -1,4 +1,4 @@
-"""The proposal for a reader: a histogram, a table, lines to paste, and a picture."""
+"""The printed proposal: a histogram, a table, lines to paste, and a picture."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ _MOST_BARS = 25
 
 
 def data_lines(runs: Sequence[HealthyRun], heads: int) -> Iterator[str]:
-    """What was read: runs, updates, what was left out, and the distribution."""
+    """The data: runs, updates, and left out updates."""
     counts = [len(run.cvs) for run in runs]
     yield f"{len(runs)} runs of {heads} heads, {sum(counts)} updates; the shortest run has {min(counts)}"
     if nonfinite := sum(run.nonfinite for run in runs):
@@ -25,24 +25,24 @@ def data_lines(runs: Sequence[HealthyRun], heads: int) -> Iterator[str]:
 
 
 def histogram_lines(cvs: Sequence[float], marks: dict[str, float]) -> Iterator[str]:
-    """Bars of equal width in CV; `marks`, name -> CV, stand beside the bar that they fall into."""
+    """Bars of equal width in CV; `marks` (name -> CV) are shown beside their bars."""
     low, high = min(cvs), max(*cvs, *marks.values())
     width = next(w for e in range(-3, 9) for w in (10**e, 2 * 10**e, 5 * 10**e) if (high - low) / w < _MOST_BARS - 1)
 
     def bar_of(cv: float) -> int:
-        return int(cv / width + 1e-9)  # a CV of 0.3 belongs to the bar from 0.3 on, whatever its last bit
+        return int(cv / width + 1e-9)  # a CV of 0.3 belongs to the bar from 0.3, despite rounding
 
     counts = Counter(map(bar_of, cvs))
     most = max(counts.values())
     yield "  gradient CV   updates"
     for index in range(bar_of(low), bar_of(high) + 1):
-        bar = "#" * -(-counts[index] * _WIDTH // most)  # rounded up: a single update shows
+        bar = "#" * -(-counts[index] * _WIDTH // most)  # rounded up, so that a single update shows
         beside = "".join(f" <- {name} {value:.3f}" for name, value in marks.items() if bar_of(value) == index)
         yield f"{index * width:13.3f} {counts[index]:9d} {bar}{beside}".rstrip()
 
 
 def proposal_lines(cvs: Sequence[float], heads: int, proposal: Proposal) -> Iterator[str]:
-    """The thresholds beside the usual ones and the ceiling, then the lines to paste."""
+    """The proposed and the default thresholds and the ceiling, then the lines to paste."""
     warning, critical = vars(proposal.thresholds).values()
     yield f"{'':18} {'CV':>8}   healthy updates that reach it; in the worst run, by thresholds of the others"
     for name, value, worst in (

@@ -1,4 +1,4 @@
-"""Where healthy runs come from: a Prometheus, text files as the exporter writes them, or a table in CSV."""
+"""Sources of healthy runs: a Prometheus, text files of the exporter, or a CSV table."""
 
 import bz2
 import csv
@@ -32,7 +32,7 @@ from exporter.metrics import (
 
 HEADS_COLUMN, CV_COLUMN, FAULT_COLUMN = "heads", "gradient_cv", "fault"
 RUN_COLUMNS = ("run", "task", "environment", FAULT_COLUMN, "seed")
-"""Those of them that a table has tell its runs apart."""
+"""Those of these columns that a table has identify its runs."""
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _SUFFIXES = (".prom", ".txt", ".om", ".csv")
 _BUCKET, _BOUND_LABEL = f"{GRADIENT_CV_PER_STEP.name}_bucket", "le"
@@ -50,19 +50,19 @@ Sample = tuple[str, Mapping[str, str], float, float]
 
 
 class SourceError(Exception):
-    """There are no runs to be had from there; the message says why, and what to do."""
+    """The source gives no runs; the message says why, and what to do."""
 
 
 @dataclass
 class HealthyRun:
-    """What is known of a run.
+    """A run's data.
 
     Attributes:
-        heads: contributing heads, None where the source does not say.
-        cvs: finite gradient CV of each update, in the order of time.
-        nonfinite: updates whose CV was not finite, which `cvs` leaves out.
-        steps: upper bound of a CV -> gradient steps at or below it, where the source knows single steps.
-        judged_by: warning and critical threshold that the run itself had, empty where the source does not say.
+        heads: number of contributing heads, None if unknown.
+        cvs: finite gradient CV of each update, in order of time.
+        nonfinite: number of updates with a non-finite CV, which `cvs` leaves out.
+        steps: upper bound of a CV -> gradient steps at or below it; empty if unknown.
+        judged_by: the run's own warning and critical threshold; empty if unknown.
     """
 
     name: str
@@ -81,10 +81,10 @@ class HealthyRun:
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A server, and the time (Unix, seconds) in which its runs were healthy.
+    """A server, and the time range (Unix seconds) in which its runs were healthy.
 
     Raises:
-        SourceError: the URL is none.
+        SourceError: the URL is not valid.
     """
 
     url: str
@@ -95,15 +95,15 @@ class Prometheus:
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SourceError(f"{self.url!r} is no URL of a Prometheus, such as http://127.0.0.1:9090")
+            raise SourceError(f"{self.url!r} is not the URL of a Prometheus, such as http://127.0.0.1:9090")
         if parts.username is not None:
-            raise SourceError("a user in the URL is not used; put an Authorization header into a file for --headers")
+            raise SourceError("no user in the URL; put an Authorization header into a file for --headers")
 
     def runs(self, selector: str) -> list[HealthyRun]:
-        """The runs that `selector`, such as `{run=~"walker-.*"}`, matches; each scraped update once.
+        """The runs that match `selector`, such as `{run=~"walker-.*"}`, with each scraped update once.
 
         Raises:
-            SourceError: it does not answer, understands the selector not, or has no such run.
+            SourceError: the server does not answer, refuses the selector, or has no such run.
         """
         given = selector.strip().removeprefix("{").removesuffix("}").strip().removesuffix(",")
         # A Pushgateway keeps the last update of a run for ever.
@@ -120,15 +120,15 @@ class Prometheus:
         found = self._query(f"group by ({RUN_LABEL}) (last_over_time({GRADIENT_CV.name}{span}))")
         names = ", ".join(sorted(series["metric"].get(RUN_LABEL, "") for series in found)) or "none"
         raise SourceError(
-            f"{self.url} has no update of {GRADIENT_CV.name}{{{given}}} in this time; runs that it has then: {names}"
+            f"{self.url} has no update of {GRADIENT_CV.name}{{{given}}} in this time; its runs then: {names}"
         )
 
     def _query(self, expression: str) -> list[dict[str, Any]]:
-        """Result of an instant query; with a range selector that is the raw samples."""
+        """Result of an instant query; with a range selector, the raw samples."""
         parameters = urllib.parse.urlencode({"query": expression, "time": self.end})
         request = urllib.request.Request(f"{self.url.rstrip('/')}/api/v1/query?{parameters}")
         for name, value in self.headers.items():
-            request.add_unredirected_header(name, value)  # a token is not for whoever a redirect names
+            request.add_unredirected_header(name, value)  # do not send a token to the target of a redirect
         try:
             try:
                 with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
@@ -137,21 +137,21 @@ class Prometheus:
                 reason = f"{error.code} {error.reason}"
                 try:
                     reason = json.load(error)["error"]
-                except (ValueError, TypeError, KeyError):  # not the words of a Prometheus
+                except (ValueError, TypeError, KeyError):  # not an answer of Prometheus
                     pass
                 raise SourceError(f"{self.url} refuses {expression}: {reason}") from error
         except (OSError, http.client.HTTPException) as error:
-            raise SourceError(f"{self.url} cannot be asked: {getattr(error, 'reason', error)}") from error
+            raise SourceError(f"{self.url} cannot be reached: {getattr(error, 'reason', error)}") from error
         except (ValueError, TypeError, KeyError) as error:
             raise SourceError(f"{self.url} does not answer like a Prometheus; is it the URL of one?") from error
 
 
 def runs_of_files(paths: Sequence[Path], where: Mapping[str, str]) -> list[HealthyRun]:
-    """The runs in files and in folders of files: `.csv` is a table, all else text.
+    """The runs in files and in folders of files: `.csv` is a table, everything else text.
 
     Args:
-        paths: of a folder, files that end with .prom, .txt, .om or .csv, or these compressed (.gz, .xz, .bz2). Copies
-            of a text file count in the order of their names.
+        paths: files or folders. In a folder, files that end with .prom, .txt, .om or .csv are read, also compressed
+            ones (.gz, .xz, .bz2). Copies of a text file are read in the order of their names.
         where: column -> value that rows of tables must have.
 
     Raises:
@@ -167,12 +167,12 @@ def runs_of_files(paths: Sequence[Path], where: Mapping[str, str]) -> list[Healt
                 else:
                     samples += _read_text(file, path, order)
         except UnicodeDecodeError as error:
-            raise SourceError(f"{path} is no text") from error
+            raise SourceError(f"{path} is not a text file") from error
         except (OSError, EOFError, lzma.LZMAError) as error:
             raise SourceError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if runs := [*_runs(samples), *tables.values()]:
         return runs
-    raise SourceError(f"no update of a run is in {', '.join(map(str, paths))}")
+    raise SourceError(f"there is no update of a run in {', '.join(map(str, paths))}")
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -186,12 +186,12 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _kind(path: Path) -> str:
-    """Its suffix before that of a compression."""
+    """The suffix, without that of a compression."""
     return (path.with_suffix("") if path.suffix in _OPENERS else path).suffix
 
 
 def _read_text(file: TextIO, path: Path, order: int) -> Iterator[Sample]:
-    """Samples of the text format, or of OpenMetrics, of which the lines that matter look the same."""
+    """Samples of the text format or of OpenMetrics; their lines of samples look the same."""
     for number, line in enumerate(file, 1):
         if line.startswith(_BEGINNINGS):
             try:
@@ -200,11 +200,11 @@ def _read_text(file: TextIO, path: Path, order: int) -> Iterator[Sample]:
                         at = float(sample.timestamp) if sample.timestamp is not None else order
                         yield sample.name, sample.labels, at, sample.value
             except ValueError as error:
-                raise SourceError(f"{path}, line {number}: no sample of the text format: {line.strip()}") from error
+                raise SourceError(f"{path}, line {number}: not a sample of the text format: {line.strip()}") from error
 
 
 def _read_table(file: TextIO, path: Path, where: Mapping[str, str], runs: dict[str, HealthyRun]) -> None:
-    """Add the rows of a table, one an update, to `runs`."""
+    """Add the rows of a table, one per update, to `runs`."""
     rows = csv.DictReader(file)
     columns = rows.fieldnames or ()
     of_run = [column for column in RUN_COLUMNS if column in columns]
@@ -223,7 +223,7 @@ def _read_table(file: TextIO, path: Path, where: Mapping[str, str], runs: dict[s
                 run.heads = max(run.heads or 0, int(float(row[HEADS_COLUMN])))
         except (ValueError, TypeError, OverflowError) as error:
             raise SourceError(
-                f"{path}, line {rows.line_num}: no numbers: {CV_COLUMN} {row[CV_COLUMN]!r}, "
+                f"{path}, line {rows.line_num}: not numbers: {CV_COLUMN} {row[CV_COLUMN]!r}, "
                 f"{HEADS_COLUMN} {row.get(HEADS_COLUMN)!r}"
             ) from error
     if len(faults) > 1:
@@ -234,7 +234,7 @@ def _read_table(file: TextIO, path: Path, where: Mapping[str, str], runs: dict[s
 
 
 def _runs(samples: Iterable[Sample]) -> list[HealthyRun]:
-    """A run for each set of labels; values that follow each other and are equal are one update, scraped again."""
+    """A run for each set of labels. Equal consecutive values are one update, scraped several times."""
     runs: dict[Any, HealthyRun] = {}
     cvs: dict[Any, list[tuple[float, float]]] = {}
     for name, labels, at, value in samples:
@@ -251,7 +251,7 @@ def _runs(samples: Iterable[Sample]) -> list[HealthyRun]:
             run.steps[bound] = max(run.steps.get(bound, 0.0), value)
     for key, series in cvs.items():
         updates = [cv for cv, _ in groupby(cv for _, cv in sorted(series, key=lambda sample: sample[0]))]
-        for cv in updates[1:] if updates[0] == 0.0 else updates:  # 0 is what a run has before its first update
+        for cv in updates[1:] if updates[0] == 0.0 else updates:  # before its first update a run exports 0
             runs[key].add(cv)
     names = Counter(run.name for run in runs.values())
     for key, run in runs.items():

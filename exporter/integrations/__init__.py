@@ -1,1 +1,1 @@
-"""Ready-made attachments to other libraries' trainers; each module imports its library, none is imported unasked."""
+"""Integrations with other libraries' trainers. Each module imports its library; import only the one that you need."""

@@ -1,4 +1,4 @@
-"""What trainers of robots have in common: a Gaussian policy, one head a joint, and an averaging of their own."""
+"""Common parts of robot trainers: a Gaussian policy, one head per joint, and gradients that they average themselves."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,21 +16,21 @@ def joint_heads(
 
     Args:
         count: dimensions of the action.
-        mean: the layer whose rows are the means, and after them, it may be, as many for each further parameter of
-            the distribution.
-        spread: standard deviations or their logarithms, a parameter [count] or a layer with as many rows. One that all
-            dimensions share belongs to none.
-        names: of the joints, in the action's order; by default `joint_0`, `joint_1`, ...
+        mean: the layer whose rows are the means; it may have the same number of rows for each further parameter of
+            the distribution after them.
+        spread: standard deviations or their logarithms: a parameter [count] or a layer with `count` rows. One that all
+            dimensions share belongs to no head.
+        names: names of the joints, in the action's order; by default `joint_0`, `joint_1`, ...
 
     Raises:
-        ValueError: `names` has another length or a name twice, or the layer's rows are no multiple of `count`.
+        ValueError: `names` has another length or a duplicate, or the layer's rows are not a multiple of `count`.
     """
     names = [f"joint_{i}" for i in range(count)] if names is None else list(names)
     if len(names) != count or len(set(names)) < count:
-        raise ValueError(f"the action has {count} dimensions, which need as many distinct names; got {names!r}")
+        raise ValueError(f"the action has {count} dimensions, so give {count} different names; got {names!r}")
     parts: list[Tensor] = list(mean.parameters())
     if any(len(part) % count for part in parts):
-        raise ValueError(f"a layer of {len(parts[0])} rows cannot be shared by {count} dimensions of the action")
+        raise ValueError(f"{count} dimensions of the action cannot share a layer of {len(parts[0])} rows")
     if isinstance(spread, nn.Module):
         parts += spread.parameters()
     elif spread is not None and spread.shape == (count,):
@@ -42,7 +42,7 @@ def joint_heads(
 
 
 def last_linear(module: nn.Module, rows: Sequence[int]) -> nn.Linear:
-    """The last linear layer of a module that has one of these numbers of rows.
+    """A module's last linear layer with one of these numbers of rows.
 
     Raises:
         ValueError: there is none.
@@ -55,9 +55,9 @@ def last_linear(module: nn.Module, rows: Sequence[int]) -> nn.Linear:
 
 
 def measure_after_averaging(monitor: GradientMonitor, *owners: Any) -> None:
-    """Measure when `owner.reduce_parameters()` has averaged gradients over processes, between backward and clipping.
+    """Measure after `owner.reduce_parameters()` has averaged gradients over processes, between backward and clipping.
 
-    Of several owners the last one that is called counts.
+    With several owners, the last call counts.
     """
 
     def measured(reduce_parameters: Callable[[], None]) -> Callable[[], None]:

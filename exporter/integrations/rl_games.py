@@ -1,4 +1,4 @@
-"""rl_games: an observer that measures one head a joint, or one a part of a discrete action, epoch by epoch."""
+"""rl_games: an observer that measures one head per joint, or per part of a discrete action. A window is one epoch."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,15 @@ from exporter.one_call import watch
 def network_heads(network: nn.Module, names: Sequence[str] | None = None) -> dict[str, Head]:
     """Action heads of one of rl_games' actor-critic networks.
 
-    A continuous action is one head a dimension, its rows of `mu` and its part of `sigma`; a discrete one is one head,
-    a multi-discrete one a head for each layer of `logits` that has more than one choice.
+    A continuous action has one head per dimension: its rows of `mu` and its part of `sigma`. A discrete action is one
+    head. A multi-discrete action has a head for each layer of `logits` with more than one choice.
 
     Args:
         network: `algo.model.a2c_network`.
-        names: the heads' names; by default `joint_0`, ... or `action_0`, ...
+        names: names of the heads; by default `joint_0`, ... or `action_0`, ...
 
     Raises:
-        ValueError: it has neither `mu` nor `logits`, or `names` has the wrong length or a name twice.
+        ValueError: the network has neither `mu` nor `logits`, or `names` has the wrong length or a duplicate.
     """
     if isinstance(mean := getattr(network, "mu", None), nn.Linear):
         return dict(joint_heads(mean.out_features, mean, getattr(network, "sigma", None), names))
@@ -38,7 +38,7 @@ def network_heads(network: nn.Module, names: Sequence[str] | None = None) -> dic
         raise ValueError(f"{type(network).__name__} has neither `mu` nor `logits`; give PrometheusObserver(heads=...)")
     names = [f"action_{i}" for i in range(len(layers))] if names is None else list(names)
     if len(names) != len(layers) or len(set(names)) < len(names):
-        raise ValueError(f"the action has {len(layers)} parts, which need as many distinct names; got {names!r}")
+        raise ValueError(f"the action has {len(layers)} parts, so give {len(layers)} different names; got {names!r}")
     return {
         name: row_heads(layer, {name: layer.out_features})[name]
         for name, layer in zip(names, layers)
@@ -53,15 +53,15 @@ class PrometheusObserver(AlgoObserver):
     mean return and length of the games that it tracks. In a multi-GPU run the first process measures and serves.
 
     Args:
-        observer: another observer that is told everything too, such as Isaac Lab's; by default rl_games' own.
+        observer: another observer, such as Isaac Lab's, that gets all calls too; by default rl_games' own.
         run: name of the run; by default that of the experiment.
-        heads: as for `GradientMonitor`, where the network is none of rl_games'.
+        heads: as for `GradientMonitor`; needed if the network is not one of rl_games'.
         head_names: as `names` of `network_heads`.
-        info: labels of `ppo_run_info` beside environment, algorithm, device and versions.
+        info: labels of `ppo_run_info` besides environment, algorithm, device and versions.
         options: as for `exporter.watch`: `port`, `targets_dir`, `thresholds`, ...
 
     Attributes:
-        monitor: the `GradientMonitor` in use, None while there is none.
+        monitor: the `GradientMonitor` in use, or None.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PrometheusObserver(AlgoObserver):
         self._options = options
 
     def close(self) -> None:
-        """Stop measuring and serving; harmless when that has been done."""
+        """Stop measuring and serving; a second call does nothing."""
         if self.monitor is not None:
             self.monitor.close()
             self.monitor = None
@@ -102,7 +102,7 @@ class PrometheusObserver(AlgoObserver):
             self._heads or network_heads(algo.model.a2c_network, self._head_names),
             self._run or algo.experiment_name,
             window_steps=None,
-            # With several processes it is rl_games that averages gradients, between backward and clipping.
+            # With several processes rl_games averages gradients itself, between backward and clipping.
             before_clipping=not algo.multi_gpu,
             grad_scaler=algo.scaler,
             info={
@@ -119,7 +119,7 @@ class PrometheusObserver(AlgoObserver):
         self._watch_statistics(algo)
 
     def _watch_statistics(self, algo: A2CBase) -> None:
-        """Take the losses of an epoch where rl_games writes them, for observers are not told of them."""
+        """Take the losses of an epoch from `write_stats`, because rl_games does not pass them to observers."""
         write_stats = algo.write_stats
         parameters = inspect.signature(write_stats)
 

@@ -1,6 +1,6 @@
-"""RLlib's new API stack: a config helper whose learners measure their modules and serve them with RLlib's own results.
+"""RLlib's new API stack: learners measure their modules and serve them with RLlib's own results.
 
-The measurement and the endpoint are where the gradients are: in the process of the first learner.
+Measurement and endpoint are in the process of the first learner, where the gradients are.
 """
 
 import time
@@ -20,6 +20,7 @@ from exporter.action_spaces import space_heads
 from exporter.heads import Head, Rows, head_parts
 from exporter.health import Thresholds
 from exporter.monitor import GradientMonitor
+from exporter.one_call import watch
 
 _Callback = Callable[..., None]
 # RLlib's results of a module and of the env runners -> our signals.
@@ -34,21 +35,22 @@ _MODULE_RESULTS = {
 _COEFFICIENTS = {"curr_kl_coeff": "kl_coef", "curr_entropy_coeff": "entropy_coef"}
 _OPTIONS = "gradient_monitor"  # key of `learner_config_dict`
 _ALL_MODULES = "__all_modules__"
-_GOODBYE_SECONDS = 20.0  # a push may take most of it
+_GOODBYE_SECONDS = 20.0  # a push may need most of it
 
 
 def module_heads(module: RLModule) -> dict[str, list[Rows]]:
     """Action heads of a module with RLlib's default policy head: rows of the last layer of `module.pi`.
 
     `Discrete` is one head, `MultiDiscrete` one per entry, `Box` one per dimension (its mean and its log standard
-    deviation). Parts of a `Dict` or `Tuple` have their key or place in the name. What has a single choice is left out.
+    deviation). Parts of a `Dict` or `Tuple` have their key or index in the name. A part with a single choice is left
+    out.
 
     Args:
         module: an `RLModule` of torch, also one that is wrapped for several learners.
 
     Raises:
-        TypeError: an action space of another kind.
-        ValueError: there is no such layer, its rows are not those of the action space, or nothing has two choices.
+        TypeError: another kind of action space.
+        ValueError: there is no such layer, its rows do not fit the action space, or no part has two choices.
     """
     module = module.unwrapped()
     layers = [
@@ -57,40 +59,40 @@ def module_heads(module: RLModule) -> dict[str, list[Rows]]:
     if not layers:
         raise ValueError(
             f"{type(module).__name__} has no `pi` that ends in a linear layer; "
-            "give monitored(heads=...) a function from module to heads"
+            "pass monitored(heads=...), a function from module to heads"
         )
     log_std = getattr(module.pi, "log_std", None)
     try:
         return space_heads(layers[-1], _in_order(module.action_space), log_std=log_std, std_rows=log_std is None)
     except ValueError as error:
-        raise ValueError(f"{error}; give monitored(heads=...) a function from module to heads") from error
+        raise ValueError(f"{error}; pass monitored(heads=...), a function from module to heads") from error
 
 
 def _in_order(space: spaces.Space[Any]) -> spaces.Space[Any]:
-    """With the parts in RLlib's order, which is that of sorted keys."""
+    """The space with its parts in RLlib's order: sorted by key."""
     if isinstance(space, spaces.Dict):
         return spaces.Dict({key: _in_order(part) for key, part in space.items()})
     return spaces.Tuple([_in_order(part) for part in space]) if isinstance(space, spaces.Tuple) else space
 
 
 class GradientMonitoring(TorchLearner):
-    """Goes before a torch learner, `class Mine(GradientMonitoring, PPOTorchLearner)`; `monitored` does so by itself.
+    """A mixin before a torch learner, `class Mine(GradientMonitoring, PPOTorchLearner)`; `monitored` adds it.
 
-    Measures every module that is trained, on the first learner only, for they all have the same gradients.
-    They are taken after they have been averaged over the learners, and before RLlib clips them and sets NaN to zero.
+    Measures every trained module, only on the first learner, because all learners have the same gradients. Measures
+    after the gradients are averaged over the learners, and before RLlib clips them and sets NaN to zero.
     """
 
     _monitors: dict[str, GradientMonitor] = {}  # until `build()`
 
     @property
     def metrics_url(self) -> str | None:
-        """Where `/metrics` is served; None where it is not."""
+        """URL of `/metrics`; None if nothing is served."""
         return next((monitor.url for monitor in self._monitors.values()), None)
 
     def build(self) -> None:
         super().build()
         self._monitors = {}
-        self._unpublished: dict[str, float] = {}  # durations of an update that waits for its results
+        self._unpublished: dict[str, float] = {}  # durations of an update whose results have not come
         self._resting_since = time.perf_counter()
         for module_id in self.module.keys():
             self._measure(module_id)
@@ -113,13 +115,12 @@ class GradientMonitoring(TorchLearner):
         seed = self.config.seed
         suffix = time.strftime("%Y%m%d-%H%M%S") if seed is None else f"seed{seed}"
         run = options.pop("run", None) or f"{environment}-{suffix}"
-        monitor = GradientMonitor(
+        self._monitors[module_id] = monitor = watch(
+            self._optimizer_of(module_id, heads),
             heads,
             run if len(self.module.keys()) == 1 else f"{run}-{module_id}",
             window_steps=None,
-            before_clipping=True,  # which is after averaging, for that is DistributedDataParallel's
-            global_norm=options.pop("global_norm"),
-            thresholds=options.pop("thresholds"),
+            before_clipping=True,  # after averaging, which DistributedDataParallel does
             info={
                 "environment": environment,
                 "algorithm": self.config.algo_class.__name__,
@@ -132,14 +133,8 @@ class GradientMonitoring(TorchLearner):
                 "exporter_version": version("ppo-gradient-exporter"),
                 **options.pop("info"),
             },
+            **options,
         )
-        try:
-            monitor.attach(self._optimizer_of(module_id, heads))
-            monitor.serve(**options)
-        except BaseException:
-            monitor.close()
-            raise
-        self._monitors[module_id] = monitor
         print(f"{monitor.run}: metrics at {monitor.url}", flush=True)
 
     def _optimizer_of(self, module_id: str, heads: Mapping[str, Head]) -> torch.optim.Optimizer:
@@ -152,7 +147,7 @@ class GradientMonitoring(TorchLearner):
         raise ValueError(f"no optimizer of this learner steps the heads of module {module_id}")
 
     def before_gradient_based_update(self, *, timesteps: dict[str, Any]) -> None:
-        self._publish()  # of an update whose results have not come, as when a train() makes several
+        self._publish()  # an update without results: a train() may make several
         self._update_began_at = time.perf_counter()
         super().before_gradient_based_update(timesteps=timesteps)
 
@@ -166,10 +161,10 @@ class GradientMonitoring(TorchLearner):
         self._resting_since = now
 
     def record_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Publish the last update with what RLlib says of it.
+        """Publish the last update with RLlib's results.
 
         Args:
-            results: module -> signals; `__all_modules__` for all of them.
+            results: module -> signals; `__all_modules__` for all modules.
         """
         self._publish(results)
 
@@ -197,7 +192,7 @@ class GradientMonitoring(TorchLearner):
         self.say_goodbye()
 
     def say_goodbye(self) -> None:
-        """Publish the last update, and take the runs off the endpoint; harmless when that has been done."""
+        """Publish the last update and close the monitors; a second call does nothing."""
         self._publish()
         while self._monitors:
             self._monitors.popitem()[1].close()
@@ -209,35 +204,35 @@ def monitored(
     *,
     heads: Callable[[RLModule], Mapping[str, Head] | None] | None = None,
     head_names: Sequence[str] | None = None,
-    global_norm: bool = False,
     thresholds: Thresholds | Sequence[float] = Thresholds(),
     info: Mapping[str, str] | None = None,
-    **serve: Any,
+    **others: Any,
 ) -> AlgorithmConfig:
-    """Let the learners of `config` measure their gradients and serve them; call it last.
+    """Make the learners of `config` measure and serve their gradients; call it last.
 
     Args:
-        config: for PPO, APPO or what else has torch learners; changed in place.
-        run: name of the run; of several modules each has its own, followed by the module's id. By default the
-            environment and the seed, or the time without one.
-        heads: action heads of a module, or None for one that is not to be measured; by default `module_heads`.
-        head_names: in the order of `heads`, where that gives other names.
-        global_norm, thresholds: as for `GradientMonitor`.
-        info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
-        serve: as for `GradientMonitor.serve`: `port`, `address`, `targets_dir`, ...
+        config: for PPO, APPO or another algorithm with torch learners; changed in place.
+        run: name of the run; with several modules, each run's name ends with the module's id. By default the
+            environment and the seed, or the time without a seed.
+        heads: function from module to action heads, or to None for a module that is not measured; by default
+            `module_heads`.
+        head_names: other names for the heads, in their order.
+        thresholds: as for `GradientMonitor`.
+        info: labels of `ppo_run_info` besides environment, algorithm, seed, device and versions.
+        others: as for `exporter.watch`: `port`, `targets_dir`, `on_update`, ... The first learner's process calls the
+            callbacks.
 
     Returns:
         `config`.
 
     Raises:
-        TypeError: it is of the old API stack, or its learner is none of torch.
+        TypeError: it uses the old API stack, or its learner does not use torch.
         ValueError: `thresholds` are not 0 < warning < critical.
     """
     learner_class = config.learner_class if config.enable_rl_module_and_learner else None
     if learner_class is None or not issubclass(learner_class, TorchLearner):
         raise TypeError(
-            f"{type(config).__name__} has no torch learner to measure; "
-            "the new API stack with framework='torch' is needed"
+            f"{type(config).__name__} has no torch learner to measure; use the new API stack with framework='torch'"
         )
     if not issubclass(learner_class, GradientMonitoring):
         learner_class = type(f"Monitored{learner_class.__name__}", (GradientMonitoring, learner_class), {})
@@ -245,10 +240,9 @@ def monitored(
         "run": run,
         "heads": heads,
         "head_names": head_names,
-        "global_norm": global_norm,
         "thresholds": Thresholds.of(thresholds),
         "info": dict(info or {}),
-        **serve,
+        **others,
     }
     config.learners(learner_class=learner_class, learner_config_dict={_OPTIONS: options})
     return config.callbacks(
@@ -263,15 +257,15 @@ def _with(callback: _Callback, others: _Callback | list[_Callback] | None) -> li
 
 
 def _before_shutdown(*, algorithm: Algorithm, **_: Any) -> None:
-    """Callback `on_algorithm_init`: let learners say goodbye before `algorithm.stop()` ends their processes.
+    """Callback `on_algorithm_init`: close the learners' monitors before `algorithm.stop()` ends their processes.
 
-    RLlib has no callback there, and Ray kills what its actors have started, the exporter too, before it asks them.
+    RLlib has no callback for that, and Ray first kills the children of its actors, including the exporter.
     """
     group = algorithm.learner_group
     shutdown = group.shutdown
 
     def goodbye_and_shutdown() -> None:
-        group.shutdown = shutdown  # a second time nobody is there
+        group.shutdown = shutdown  # a second call must not reach ended learners
         group.foreach_learner(_say_goodbye, timeout_seconds=_GOODBYE_SECONDS)
         shutdown()
 
@@ -279,7 +273,7 @@ def _before_shutdown(*, algorithm: Algorithm, **_: Any) -> None:
 
 
 def _send_results(*, algorithm: Algorithm, result: Mapping[str, Any], **_: Any) -> None:
-    """Callback `on_train_result`: what the learners cannot know, in RLlib's own numbers."""
+    """Callback `on_train_result`: send the learners RLlib's results, which they do not know."""
     sampled = result.get("env_runners", {})
     results: dict[str, dict[str, Any]] = {
         _ALL_MODULES: {
@@ -305,7 +299,7 @@ def _send_results(*, algorithm: Algorithm, result: Mapping[str, Any], **_: Any) 
     for module_id, value in sampled.get("module_episode_returns_mean", {}).items():
         if value == value:
             results.setdefault(module_id, {})["episode_return_mean"] = float(value)
-    # Nobody waits; calls to a learner are carried out in order.
+    # Do not wait: a learner executes calls in order.
     algorithm.learner_group.foreach_learner(_record, timeout_seconds=0.0, results=results)
 
 

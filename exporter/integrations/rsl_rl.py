@@ -1,4 +1,4 @@
-"""rsl-rl: one head a joint from a runner's Gaussian actor, an update of its algorithm as the window."""
+"""rsl-rl: one head per joint of a runner's Gaussian actor. A window is one update of its algorithm."""
 
 import statistics
 import time
@@ -18,11 +18,11 @@ _LOSSES = {"surrogate": "policy_loss", "value": "value_loss", "entropy": "entrop
 
 
 def runner_heads(runner: OnPolicyRunner, names: Sequence[str] | None = None) -> dict[str, list[Rows]]:
-    """One head a joint: its rows of the actor's last layer, and its own standard deviation where that is a parameter.
+    """One head per joint: its rows of the actor's last layer, and its own standard deviation if that is a parameter.
 
     Args:
-        runner: whose actor has a distribution of rsl-rl, `GaussianDistribution` say.
-        names: of the joints, in the action's order; by default `joint_0`, `joint_1`, ...
+        runner: a runner whose actor has a distribution of rsl-rl, such as `GaussianDistribution`.
+        names: names of the joints, in the action's order; by default `joint_0`, `joint_1`, ...
 
     Raises:
         ValueError: as `joint_heads`, or the actor does not end in a linear layer.
@@ -44,14 +44,14 @@ def watch_runner(
 ) -> GradientMonitor:
     """Measure every update of `runner.learn()` and serve it, until the monitor is closed.
 
-    Exports rsl-rl's mean losses and entropy, the learning rate, durations, steps, and, where the runner has a
-    `log_dir`, without which it keeps none, the mean of its last 100 returns and episode lengths.
+    Exports rsl-rl's mean losses and entropy, the learning rate, durations and steps. If the runner has a `log_dir`,
+    also the mean of its last 100 returns and episode lengths; without one it keeps none.
 
     Args:
-        runner: before its `learn()`.
+        runner: the runner, before its `learn()`.
         run: name of the run.
         joint_names: as `names` of `runner_heads`.
-        info: labels of `ppo_run_info` beside algorithm, device and versions.
+        info: labels of `ppo_run_info` besides algorithm, device and versions.
         options: as for `exporter.watch`: `port`, `targets_dir`, `thresholds`, ...
 
     Returns:
@@ -66,7 +66,7 @@ def watch_runner(
         runner_heads(runner, joint_names),
         run,
         window_steps=None,
-        # With several processes it is rsl-rl that averages gradients, which are measured when it has.
+        # With several processes rsl-rl averages gradients itself: measure after that.
         before_clipping=not runner.is_distributed,
         info={
             "algorithm": type(algorithm).__name__,

@@ -1,4 +1,4 @@
-"""skrl: one head a part of the action from an agent's policy, an update of the agent as the window."""
+"""skrl: one head per part of the action of an agent's policy. A window is one update of the agent."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,14 @@ _SIGNALS = {
 def agent_heads(
     agent: Agent, names: Sequence[str] | None = None, layer: nn.Linear | None = None
 ) -> dict[str, list[Rows]]:
-    """Action heads of an agent's policy: rows of its last layer, as `space_heads` cuts them.
+    """Action heads of an agent's policy: rows of its last layer, split as by `space_heads`.
 
-    A dimension of a `Box` has its entry of `log_std_parameter` too, where the policy has one.
+    A dimension of a `Box` also has its entry of `log_std_parameter`, if the policy has one.
 
     Args:
         agent: a PPO, RPO or A2C agent.
         names: as for `space_heads`.
-        layer: the policy's output layer; by default the last linear one with as many outputs as the actions need.
+        layer: the policy's output layer; by default the last linear layer with as many outputs as the action needs.
 
     Raises:
         TypeError, ValueError: as `space_heads`, or there is no such layer.
@@ -58,14 +58,14 @@ def watch_agent(
 ) -> GradientMonitor:
     """Measure every update of `agent` and serve it, until the monitor is closed.
 
-    Exports the losses of skrl's tracking data, with their scales in them, the learning rate, the mean return and
-    length of the last episodes, durations and steps.
+    Exports the losses of skrl's tracking data (with their scales), the learning rate, the mean return and length of
+    the last episodes, durations and steps.
 
     Args:
         agent: a PPO, RPO or A2C agent, before its trainer's `train()`.
         run: name of the run.
         head_names, layer: as `names` and `layer` of `agent_heads`.
-        info: labels of `ppo_run_info` beside algorithm, device and versions.
+        info: labels of `ppo_run_info` besides algorithm, device and versions.
         options: as for `exporter.watch`: `port`, `targets_dir`, `thresholds`, ...
 
     Returns:
@@ -79,7 +79,7 @@ def watch_agent(
         agent_heads(agent, head_names, layer),
         run,
         window_steps=None,
-        # With several processes it is skrl that averages gradients, which are measured when it has.
+        # With several processes skrl averages gradients itself: measure after that.
         before_clipping=not config.torch.is_distributed,
         grad_scaler=agent.scaler,
         info={

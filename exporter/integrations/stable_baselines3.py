@@ -26,7 +26,7 @@ from exporter.monitor import GradientMonitor
 from exporter.reporter import OnLevel, OnUpdate
 from exporter.snapshot import RunSnapshot
 
-# Keys of SB3's logger (PPO, and A2C where it has another) -> our signals. The entropy has the other sign there.
+# Keys of SB3's logger (of PPO, and A2C's if different) -> our signals. SB3's entropy has the opposite sign.
 _SIGNALS = {
     "train/policy_gradient_loss": "policy_loss",
     "train/policy_loss": "policy_loss",
@@ -40,12 +40,12 @@ _ENTROPY_LOSS = "train/entropy_loss"
 
 
 def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict[str, list[Rows]]:
-    """Action heads of an actor-critic policy: rows of its one `action_net`, in the action space's order.
+    """Action heads of an actor-critic policy: rows of its `action_net`, in the action space's order.
 
     Args:
-        policy: `model.policy`. Heads are those of `space_heads`; a dimension of a `Box` has its entry of `log_std`
-            too where the policy has one for each.
-        names: one for every part of the action, those with a single choice included; by default
+        policy: `model.policy`. Heads are those of `space_heads`; a dimension of a `Box` also has its entry of
+            `log_std`, if the policy has one for each.
+        names: one for every part of the action, including those with a single choice; by default
             `action_0`, `action_1`, ..., or `action` for `Discrete`.
 
     Raises:
@@ -53,7 +53,7 @@ def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict
     """
     layer, space = getattr(policy, "action_net", None), policy.action_space
     if not isinstance(layer, torch.nn.Module):
-        raise TypeError(f"{type(policy).__name__} has no action_net; an actor-critic policy is needed")
+        raise TypeError(f"{type(policy).__name__} has no action_net; use an actor-critic policy")
     log_std = getattr(policy, "log_std", None)
     if log_std is not None and log_std.shape != (math.prod(space.shape or ()),):
         log_std = None  # with `use_sde` it belongs to features
@@ -63,40 +63,39 @@ def policy_heads(policy: BasePolicy, names: Sequence[str] | None = None) -> dict
 class PrometheusCallback(BaseCallback):
     """Serves `/metrics` while `model.learn(..., callback=PrometheusCallback(run=...))` trains.
 
-    For PPO, A2C and what derives from them. A window is one update. It exports
-    the heads' gradients, what SB3 logs of the update (losses, entropy, KL, clip
-    fraction, explained variance, learning rate), mean return and length of the
-    episodes in `ep_info_buffer`, counts of environment steps and episodes, and the
-    durations of rollout and update. Signals appear as SB3 computes them: the value
-    loss, for one, is the mean squared error without its coefficient. Of PPO with discrete
-    actions also each head's entropy, KL and clip fraction, from a sample of the rollout.
+    For PPO, A2C and their subclasses. A window is one update. It exports the heads'
+    gradients, SB3's logged values of the update (losses, entropy, KL, clip fraction,
+    explained variance, learning rate), mean return and length of the episodes in
+    `ep_info_buffer`, counts of environment steps and episodes, and the durations of
+    rollout and update. For PPO with discrete actions it also exports each head's entropy,
+    KL and clip fraction, from a sample of the rollout. Signals are as SB3 computes them:
+    for example, the value loss is the mean squared error without its coefficient.
 
-    The endpoint is there for one `learn()`: at its end the run, its target file and
-    the endpoint go, and a later `learn()` starts from zero. After a `learn()` with
-    `reset_num_timesteps=False`, one of several, they stay, and `learn()` of the same model
-    with the same callback goes on counting, until `close()` or the end of the script.
-    After an exception or Ctrl-C in `learn()` they stay as well, because SB3 does not tell
-    callbacks: what was measured can still be read, and the alert on a stalled run fires
-    unless the next `learn()` of this run in this thread takes them over, `close()` ends
-    them, or the script ends.
+    The endpoint lives for one `learn()`: at its end the run, its target file and the
+    endpoint go, and a later `learn()` starts from zero. With `reset_num_timesteps=False`
+    they stay, and the next `learn()` of the same model with the same callback continues to
+    count, until `close()` or the end of the script. After an exception or Ctrl-C in
+    `learn()` they also stay, because SB3 does not tell callbacks. The last values can still
+    be read, and the alert on a stalled run fires, until the next `learn()` of this run in
+    this thread takes over, `close()` is called, or the script ends.
 
     Args:
-        run: name of the run; by default the environment's id and the model's seed, or the time without one.
+        run: name of the run; by default the environment's id and the model's seed, or the time without a seed.
         port, address, targets_dir, textfile_dir, pushgateway, web_config_file, registry: as for
             `GradientMonitor.serve`.
         head_names: as `names` of `policy_heads`.
-        info: labels of `ppo_run_info` beside environment, algorithm, seed, device and versions.
+        info: labels of `ppo_run_info` besides environment, algorithm, seed, device and versions.
         thresholds: as for `GradientMonitor`.
-        before_clipping, global_norm: as for `GradientMonitor`. SB3 always clips, so norms are taken before by default.
-        log_gradients: record `gradient/cv`, `gradient/share/HEAD` and `gradient/norm/HEAD` of each update in SB3's
-            logger too, beside its own values of that update.
+        before_clipping, global_norm: as for `GradientMonitor`. SB3 always clips, so by default norms are taken before.
+        log_gradients: also record `gradient/cv`, `gradient/share/HEAD` and `gradient/norm/HEAD` of each update in
+            SB3's logger, beside SB3's values of that update.
         on_update, on_level: as for `GradientMonitor`.
-        keep_serving: leave the endpoint open when `learn()` is over, or not; by default as `learn()` was called.
+        keep_serving: whether the endpoint stays open after `learn()`; by default this depends on `reset_num_timesteps`.
         aggregator: as for `GradientMonitor`.
         verbose: 1 prints the URL.
 
     Attributes:
-        monitor: the `GradientMonitor` in use, None while there is none.
+        monitor: the `GradientMonitor` in use, or None.
 
     Raises:
         TypeError, ValueError: `thresholds` are not 0 < warning < critical.
@@ -154,22 +153,22 @@ class PrometheusCallback(BaseCallback):
         self._keep_serving = keep_serving
         self._aggregator = aggregator
         self._stays_open: bool | None = keep_serving
-        self._thread: int | None = None  # that is in learn(), or was when an exception ended it
+        self._thread: int | None = None  # the thread in learn(), or the one in which an exception ended it
         self._measured_policy: BasePolicy | None = None
         self._sample: RolloutSample | None = None
         self._counted_timesteps = 0
         self._uncounted_episodes = 0
         self._rollout_started = 0.0
-        # When the rollout ended, from then until its update has been exported.
+        # Time at which the rollout ended; None after its update has been exported.
         self._update_started: float | None = None
 
     @property
     def url(self) -> str | None:
-        """Where `/metrics` is served; None while it is not."""
+        """URL of `/metrics`; None if nothing is served."""
         return self.monitor.url if self.monitor is not None else None
 
     def close(self) -> None:
-        """Stop measuring and serving, and take the run off the endpoint; harmless when that has been done."""
+        """Stop measuring and serving, and remove the run from the endpoint; a second call does nothing."""
         if self.monitor is None:
             return
         run = self._aggregator, self.monitor.run
@@ -182,9 +181,9 @@ class PrometheusCallback(BaseCallback):
         if not isinstance(self.model, OnPolicyAlgorithm):
             raise TypeError(
                 f"{type(self.model).__name__} is not an on-policy algorithm; "
-                "PrometheusCallback measures PPO, A2C and what derives from them"
+                "PrometheusCallback measures PPO, A2C and their subclasses"
             )
-        # By name, for sb3_contrib need not be installed.
+        # By name, because sb3_contrib may not be installed.
         if any(kind.__name__ == "TRPO" for kind in type(self.model).__mro__):
             raise TypeError(
                 f"{type(self.model).__name__} cannot be measured: TRPO updates the policy by a line search, "
@@ -209,7 +208,7 @@ class PrometheusCallback(BaseCallback):
         environment = _environment_name(self.training_env) or type(self.model).__name__
         seed = self.model.seed
         run = self._run or f"{environment}-{time.strftime('%Y%m%d-%H%M%S') if seed is None else f'seed{seed}'}"
-        # learn() blocks, so a training that this thread began before is over.
+        # learn() blocks, so an earlier training of this thread is over.
         before = self._open_by_run.get((self._aggregator, run))
         if before is not None and before._thread in (None, threading.get_ident()):
             before.close()
@@ -252,7 +251,7 @@ class PrometheusCallback(BaseCallback):
         self._rollout_started = time.perf_counter()
 
     def _on_step(self) -> bool:
-        # No more than this, for it delays every step; the update hands them over.
+        # Only count: this runs at every step. The update records the count.
         self._uncounted_episodes += int(np.count_nonzero(self.locals["dones"]))
         return True
 
@@ -262,7 +261,7 @@ class PrometheusCallback(BaseCallback):
             self._on_update(run)
 
     def _on_rollout_end(self) -> None:
-        # SB3 dumps what it has logged of the last update right after this.
+        # Right after this, SB3 writes its log of the last update.
         if self._log_gradients and self._logged_update is not None:
             for name, value in self._logged_update.scalars().items():
                 if name.startswith("gradient/"):
@@ -281,11 +280,11 @@ class PrometheusCallback(BaseCallback):
             self.close()
 
     def _export_update(self) -> None:
-        """Export the update that has just ended, if one has; its values are in the logger until SB3 dumps them."""
+        """Export the update that has just ended, if any; its values are in the logger until SB3 writes the log."""
         if self._update_started is None or self.monitor is None:
             return
         logged = self.logger.name_to_value
-        values = {signal: logged[key] for key, signal in _SIGNALS.items() if key in logged}
+        values: dict[str, Any] = {signal: logged[key] for key, signal in _SIGNALS.items() if key in logged}
         if _ENTROPY_LOSS in logged:
             values["entropy"] = -logged[_ENTROPY_LOSS]
         if self._sample is not None:
@@ -306,12 +305,12 @@ class PrometheusCallback(BaseCallback):
 
 
 def _environment_name(env: VecEnv) -> str | None:
-    """Id of the environment, its class where it has none; None where it says neither."""
-    # Its text and not its `spec`: a worker process ends when it has to send a spec that cannot be pickled, and one
-    # that contains a lambda cannot.
+    """Id of the environment, or its class; None if neither is known."""
+    # Use its text, not its `spec`: a worker process dies if it has to send a spec that cannot be pickled, for example
+    # one with a lambda.
     try:
         text = str(env.env_method("__str__", indices=0)[0])
-    except Exception:  # from a vector environment that is not made of Gymnasium's; a name is no reason not to train
+    except Exception:  # the vector environment is not made of Gymnasium's; a missing name must not stop training
         return None
     found = re.search(r"<(\w+)(?:<([^<>]+)>| instance)>+$", text)
     return found and (found[2] or found[1])

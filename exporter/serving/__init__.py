@@ -1,1 +1,1 @@
-"""What the exporter process does: HTTP, the status page, target files, text files and the Pushgateway. Never torch."""
+"""The exporter process: HTTP, the status page, target files, text files and the Pushgateway. Never imports torch."""

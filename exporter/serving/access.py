@@ -18,15 +18,15 @@ from exporter.serving.web_config import WebConfig, WebConfigFile
 
 _REMEMBERED_CHECKS = 1024
 _NICENESS = 10
-_BCRYPT_BYTES = 72  # bcrypt knows no more of a password
+_BCRYPT_BYTES = 72  # bcrypt uses no more of a password
 
 
 class Access:
-    """Applies a web configuration file, in its newest version, to requests. Without a file all are let in.
+    """Applies the newest version of a web configuration file to requests. Without a file every request is admitted.
 
-    Passwords are compared one at a time, in a thread of `_NICENESS`: the lowest priority would take longer than scrapes
-    may where training uses every core. Results are remembered under a keyed hash, so that memory holds no password for
-    long, and a changed bcrypt hash is a new question.
+    A thread of `_NICENESS` compares passwords, one at a time. At the lowest priority, with training on every core, a
+    comparison would take longer than a scrape may. Results are kept under a keyed hash, so that memory holds no
+    password for long, and a changed bcrypt hash is compared anew.
     """
 
     def __init__(self, file: WebConfigFile | None) -> None:
@@ -35,7 +35,7 @@ class Access:
         self._known: OrderedDict[bytes, bool] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, "passwords", getattr(os, "nice", lambda niceness: None), (_NICENESS,))
         if file is not None:
-            self._thread.submit(lambda: None)  # it begins now, before the process takes the lowest priority for good
+            self._thread.submit(lambda: None)  # start it now, before the process sets its lowest priority
         self._tokens, self._filled_at = math.inf, 0.0
 
     @property
@@ -43,7 +43,7 @@ class Access:
         return WebConfig() if self._file is None else self._file.current
 
     async def refusal(self, authorization: str) -> tuple[int, str, dict[str, str]] | None:
-        """Status, text and headers for a request that is turned away: 429 too many, 401 not authenticated."""
+        """Status, text and headers if the request is refused: 429 too many, 401 not authenticated; None otherwise."""
         config = self.config
         if config.rate_limit is not None and not self._take_token(*config.rate_limit):
             return 429, "Too many requests.", {"Retry-After": "1"}
@@ -66,14 +66,14 @@ class Access:
         except ValueError:
             return False
         user = name.decode(errors="replace")
-        # An unknown user costs a comparison too, so that time does not tell who is known.
+        # An unknown user also costs a comparison, so that the time does not reveal which users exist.
         hashed = (users.get(user) or next(iter(users.values()))).encode()
         digest = hashlib.blake2b(
             b"".join(len(p).to_bytes(4) + p for p in (name, password, hashed)), key=self._key
         ).digest()
 
         def compare() -> bool:
-            # Kept also when the client does not wait for it: the next scrape will ask again.
+            # Keep the result even if the client has given up: the next scrape will need it.
             self._known[digest] = bcrypt.checkpw(password[:_BCRYPT_BYTES], hashed)
             return self._known[digest]
 

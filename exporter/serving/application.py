@@ -1,4 +1,4 @@
-"""Paths of the endpoint, and what each answers: an ASGI application."""
+"""The paths of the endpoint and their answers: an ASGI application."""
 
 import asyncio
 import gzip
@@ -12,13 +12,14 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder, generate_latest, gzip_accepted
 from prometheus_client.registry import Collector
 
-from exporter.metrics import RUN_LABEL, GuardedCollectors, build_collectors
+from exporter.collectors import GuardedCollectors, build_collectors
+from exporter.metrics import RUN_LABEL
 from exporter.serving.access import Access
 from exporter.serving.state import Relay, State
 from exporter.serving.status import StatusPage
 
 CLIENT_SECONDS = 8
-"""A connection has this long for its TLS handshake, for a whole request, and to take what it was sent."""
+"""Time limit of a connection for its TLS handshake, for a complete request, and for reading an answer."""
 _OPENMETRICS, _TEXT = "application/openmetrics-text", "text/plain"
 _GZIP_LEVEL = 1  # a quarter of the size; higher levels save little more
 _Answer = tuple[int, Mapping[str, str], bytes]
@@ -29,10 +30,10 @@ class Application:
     """Answers `/`, `/metrics`, `/-/healthy` and `/-/ready`.
 
     Args:
-        state: what the training process said last.
-        access: who may ask.
-        max_requests: scrapes that are not answered whole yet, above which further ones get 503; 0 for no limit.
-        pid: of the training process, whose process metrics are served.
+        state: the newest state from the training process.
+        access: decides who may read.
+        max_requests: limit for scrapes in progress; more get 503; 0 for no limit.
+        pid: PID of the training process, for the process metrics.
     """
 
     def __init__(self, state: State, access: Access, max_requests: int, pid: int) -> None:
@@ -105,7 +106,7 @@ class Application:
         return 200, {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}, body
 
     def _ready(self) -> _Answer:
-        """Ready when every run has completed an update, and none has stalled."""
+        """Ready if every run has completed an update and none is stalled."""
         now, runs = time.time(), self._state.snapshot.runs.values()
         reasons = [
             f"run {run.run}: " + ("no update yet" if at is None else f"no update for {now - at:.0f} s")
@@ -118,7 +119,7 @@ class Application:
 
 
 class _Selection(Collector):
-    """The samples that have, or whose family has, one of `names`, and are of one of `runs` or none; empty for all."""
+    """Samples whose name or family is in `names`, of one of `runs` or of no run; an empty set means all."""
 
     def __init__(self, collector: Collector, names: frozenset[str], runs: frozenset[str]) -> None:
         self._collector, self._names, self._runs = collector, names, runs
@@ -137,9 +138,9 @@ class _Selection(Collector):
 
 
 def negotiate(accept: str) -> tuple[Callable[[Collector], bytes], str]:
-    """Encoder and content type that an Accept header likes best; the text format where it likes none.
+    """Encoder and content type that an Accept header prefers; the text format if it accepts none of ours.
 
-    https://prometheus.io/docs/instrumenting/content_negotiation/ says what may stand there.
+    https://prometheus.io/docs/instrumenting/content_negotiation/ describes the header.
     """
     for element in preferences(accept):
         media_type, *parameters = (part.strip() for part in element.split(";"))
@@ -152,7 +153,7 @@ def negotiate(accept: str) -> tuple[Callable[[Collector], bytes], str]:
 
 
 def preferences(header: str) -> list[str]:
-    """The elements of an Accept or Accept-Encoding header, the most welcome first, without those that are refused."""
+    """The elements of an Accept or Accept-Encoding header, most preferred first, without refused ones."""
 
     def quality(element: str) -> float:
         try:

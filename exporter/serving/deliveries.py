@@ -1,4 +1,4 @@
-"""Ways to deliver a run besides `/metrics`: a target file, a text file for node_exporter, a push to a Pushgateway."""
+"""Deliveries of a run besides `/metrics`: a target file, a text file for node_exporter, a push to a Pushgateway."""
 
 import contextlib
 import errno
@@ -24,17 +24,17 @@ from exporter.serving.state import State
 
 PUSH_SECONDS = 10.0
 END_SECONDS = 3.0
-"""So long the end of a run waits for the folder of a file."""
+"""Time that the end of a run waits for the folder of a file."""
 STALE_SECONDS = 3600.0
-"""How long the target file of a dead process stays at least, so that the alert on it has been told."""
+"""Minimum age at which a dead process' target file is removed; the alert has fired by then."""
 TARGET_FILE_SECONDS = 60.0
-"""So often a living process writes its target file again."""
-_LONGEST_NAME = 150  # with what is added to it, below the 255 bytes of common file systems
+"""Interval at which a live process writes its target file again."""
+_LONGEST_NAME = 150  # with suffixes still below the 255 bytes of common file systems
 _log = logging.getLogger(__name__)
 
 
 class RunFamilies(Collector):
-    """The families of one run, and nothing of its process, which node_exporter and Pushgateway have of their own."""
+    """The families of one run, without process metrics: node_exporter and Pushgateway have their own."""
 
     def __init__(self, state: State, run: str) -> None:
         self._state, self._run = state, run
@@ -53,11 +53,11 @@ class Deliveries:
         self._files: dict[str, list[_RunFile]] = {}
 
     def add(self, run: str, target: str, targets_dir: str | None, textfile_dir: str | None, interval: float) -> None:
-        """Begin to keep the files of a run, in the folders that are given.
+        """Start writing the files of a run, in the given folders.
 
         Raises:
-            OSError: a file cannot be written, or another process writes that run's text file; then there is none of
-                both.
+            OSError: a file cannot be written, or another process writes that run's text file; then neither file
+                exists.
         """
         files = self._files.setdefault(run, [])
         before = len(files)
@@ -82,7 +82,7 @@ class Deliveries:
             raise
 
     def end(self, run: str, *, crashed: bool) -> None:
-        """Remove the files of a run, or leave them with its last state. Failure is logged."""
+        """Remove the files of a run; with `crashed` leave them with its last state. Failure is logged."""
         for file in self._files.pop(run, ()):
             file.end(remove=not crashed)
 
@@ -92,10 +92,10 @@ class Deliveries:
             self.end(run, crashed=crashed)
 
     def push(self, run: str, url: str) -> None:
-        """Replace what the Pushgateway at `url` has of `run` (job `ppo_final`, grouping key `run` and labels).
+        """Replace the group of `run` at the Pushgateway `url` (job `ppo_final`, grouping key `run` and labels).
 
         Raises:
-            OSError: it could not be pushed; the message says where to and why.
+            OSError: the push failed; the message has the URL and the reason.
         """
         key = {RUN_LABEL: run, **self._state.process_labels}
         reason: list[object] = [f"no answer within {PUSH_SECONDS:g} s"]
@@ -104,10 +104,10 @@ class Deliveries:
             try:
                 push_to_gateway(url, PUSH_JOB, RunFamilies(self._state, run), key, timeout=PUSH_SECONDS)
                 reason.clear()
-            except Exception as error:  # also what http.client makes of a server that speaks something else
+            except Exception as error:  # also http.client's errors for a server with another protocol
                 reason[:] = [_reason(error)]
 
-        # A socket's timeout bounds neither an answer that comes byte by byte nor the look-up of a name.
+        # Use a thread: a socket's timeout limits neither an answer that comes byte by byte nor a DNS look-up.
         thread = threading.Thread(target=push, daemon=True)
         thread.start()
         thread.join(PUSH_SECONDS)
@@ -116,12 +116,12 @@ class Deliveries:
 
 
 class _RunFile:
-    """A file that one process at a time holds, and writes again every `interval` seconds in a thread until `end()`.
+    """A file locked by this process; a thread rewrites it every `interval` seconds until `end()`.
 
-    With `shows_state` it is written once more when its run has crashed.
+    With `shows_state` it is written once more after a crash of its run.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process has locked it.
         OSError: it cannot be written.
     """
 
@@ -138,7 +138,7 @@ class _RunFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _hold(_lock_of(path))
         if lock is None:
-            raise BlockingIOError(errno.EBUSY, f"another process writes a run of the name {run} there")
+            raise BlockingIOError(errno.EBUSY, f"another process writes a run named {run} there")
         try:
             for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*"):
                 unfinished.unlink()
@@ -152,19 +152,19 @@ class _RunFile:
         self._thread.start()
 
     def end(self, *, remove: bool) -> None:
-        """Remove the file, or write it for the last time; its folder has `END_SECONDS` for it. Failure is logged."""
+        """Remove the file, or write it a last time; waits `END_SECONDS` for its folder. Failure is logged."""
         self._is_removed = remove
         self._has_ended.set()
         self._thread.join(END_SECONDS)
         if self._thread.is_alive():
-            _log.warning("%s stays as it is, for its folder has not answered for %g s", self.path, END_SECONDS)
+            _log.warning("%s stays as it is: its folder has not answered for %g s", self.path, END_SECONDS)
 
     def _keep(self, interval: float) -> None:
         while not self._has_ended.wait(interval):
             self._write_again()
         if self._is_removed:
             self._remove()
-        elif self._shows_state:  # else there is nothing new to say, and the folder may be going
+        elif self._shows_state:  # otherwise nothing is new, and the folder may be going away
             self._write_again()
         os.close(self._lock)
 
@@ -175,7 +175,7 @@ class _RunFile:
         except Exception as error:
             if not self._is_failing:
                 reason = getattr(error, "strerror", None) or error
-                _log.warning("%s is out of date: %s; it is tried again, and training goes on", self.path, reason)
+                _log.warning("%s is out of date: %s; it is tried again, training continues", self.path, reason)
             self._is_failing = True
 
     def _remove(self) -> None:
@@ -188,15 +188,15 @@ class _RunFile:
 
 
 def _target_file(folder: Path, name: str, run: str, target: str, scheme: str) -> _RunFile:
-    """The file by which Prometheus' file service discovery finds a run; one with a number where its name is held."""
-    # The parameter makes /metrics say this run alone, so that several runs of a process are targets of their own.
+    """A run's file for Prometheus' file service discovery; its name gets a number if the name is locked."""
+    # With the parameter /metrics shows only this run, so each run of a process is a target.
     labels = {"run": run, "instance": target, "__param_run": run}
     if scheme != "http":
         labels["__scheme__"] = scheme
     text = json.dumps([{"targets": [target], "labels": labels}], indent=2) + "\n"
 
     def write(path: Path) -> None:
-        unfinished = path.with_name(f"{path.name}.tmp")  # Prometheus reads *.json only
+        unfinished = path.with_name(f"{path.name}.tmp")  # Prometheus reads only *.json
         try:
             unfinished.write_text(text)
             unfinished.replace(path)
@@ -209,11 +209,11 @@ def _target_file(folder: Path, name: str, run: str, target: str, scheme: str) ->
         with contextlib.suppress(BlockingIOError):
             path = folder / (f"{name},{number}.json" if number > 1 else f"{name}.json")
             return _RunFile(path, run, write, TARGET_FILE_SECONDS, shows_state=False)
-    raise OSError(errno.EBUSY, f"a thousand processes write runs of the name {run} there")
+    raise OSError(errno.EBUSY, f"a thousand processes write runs named {run} there")
 
 
 def _remove_stale(folder: Path) -> None:
-    """Remove target files of processes that are gone, and have not written them for an hour."""
+    """Remove target files of dead processes that are at least an hour old."""
     for lock in folder.glob(".ppo-*.json.lock"):
         path = folder / lock.name[1:].removesuffix(".lock")
         with contextlib.suppress(OSError):
@@ -222,11 +222,11 @@ def _remove_stale(folder: Path) -> None:
                 with os.fdopen(descriptor):
                     path.unlink()
                     lock.unlink()
-                    _log.warning("removed %s, for its process has been gone for an hour", path)
+                    _log.warning("removed %s: its process has been gone for an hour", path)
 
 
 def _file_name(run: str, labels: Mapping[str, str]) -> str:
-    """Two runs must not meet in one file, so what a file name cannot hold is escaped, and what is cut has a digest."""
+    """A unique file name for a run: special characters are escaped, and a name that is cut gets a digest."""
     name = "".join([f"ppo-{quote(run, safe='')}", *(f",{key}={quote(text, safe='')}" for key, text in labels.items())])
     if len(name) <= _LONGEST_NAME:
         return name
@@ -238,12 +238,12 @@ def _lock_of(path: Path) -> Path:
 
 
 def _hold(lock: Path) -> int | None:
-    """Lock a file until the descriptor is closed; None if another process holds it. Without locks none does.
+    """Lock a file until the descriptor is closed; None if another process has locked it. Works without locks too.
 
     Raises:
         OSError: it cannot be opened.
     """
-    # NFS locks only what is open for writing, which elsewhere keeps the file system from being made read-only.
+    # Try read-only first: a file open for writing keeps its file system from being made read-only. NFS needs writing.
     for mode in (os.O_RDONLY, os.O_RDWR):
         descriptor = os.open(lock, mode | os.O_CREAT, 0o644)
         try:
@@ -272,7 +272,7 @@ def _reason(error: Exception) -> object:
     if not isinstance(error, HTTPError):
         return getattr(error, "reason", error)
     with contextlib.suppress(Exception):
-        # Which of the metrics it does not want, and why, stands in the body.
+        # The body says which metrics the Pushgateway refuses, and why.
         body = " ".join(error.read(500).decode(errors="replace").split())
         return f"{error.code} {error.reason}: {body}".removesuffix(": ")
     return f"{error.code} {error.reason}"

@@ -1,4 +1,4 @@
-"""hypercorn with the bounds of docs/endpoint.md."""
+"""hypercorn with the limits of docs/endpoint.md."""
 
 import asyncio
 import asyncio.constants
@@ -20,13 +20,13 @@ from exporter.serving.web_config import WebConfigFile
 BACKLOG = 512
 _TLS_BUFFER_BYTES = 16 * 1024
 _TLS_GOODBYE_SECONDS = 1
-_LONGEST_SECONDS = 20  # a slow comparison of passwords and a slow reader, one after the other
-_KERNEL_BUFFER_BYTES = 64 * 1024  # else it takes megabytes for a client that asks and asks and does not read
+_LONGEST_SECONDS = 20  # enough for a slow password comparison and then a slow reader
+_KERNEL_BUFFER_BYTES = 64 * 1024  # otherwise the kernel buffers megabytes for a client that does not read
 _log = logging.getLogger(__name__)
 
 
 class _Connection(TCPServer):
-    """Is broken off after _LONGEST_SECONDS without rest: HTTP/2 and WebSocket know ways to keep it up for ever."""
+    """Closes after _LONGEST_SECONDS without rest: HTTP/2 and WebSocket could keep it open for ever."""
 
     async def run(self) -> None:
         self._limit = self.loop.call_later(_LONGEST_SECONDS, self.writer.transport.abort)
@@ -37,17 +37,17 @@ class _Connection(TCPServer):
 
     async def protocol_send(self, event: Event) -> None:
         await super().protocol_send(event)
-        if isinstance(event, Updated) and event.idle:  # every request is answered
+        if isinstance(event, Updated) and event.idle:  # all requests are answered
             self._limit.cancel()
             self._limit = self.loop.call_later(_LONGEST_SECONDS, self.writer.transport.abort)
 
     async def _read_data(self) -> None:
         await super()._read_data()
-        await self.idle_task.stop()  # which would keep a connection that the client has closed until it ends
+        await self.idle_task.stop()  # otherwise it keeps a connection that the client has closed
 
 
 class _Config(Config):
-    backlog = BACKLOG  # it listens again, with this one
+    backlog = BACKLOG  # hypercorn calls listen() again
     errorlog = None
     include_server_header = False
     keep_alive_timeout = read_timeout = ssl_handshake_timeout = CLIENT_SECONDS
@@ -63,11 +63,11 @@ class _Config(Config):
 
 def serve(application: Application, listener: socket.socket, file: WebConfigFile | None) -> None:
     """Serve on a listening socket until the process ends."""
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that has gone
-    hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]  # it takes no other class
-    # asyncio reserves 256 KiB for each TLS connection, which 500 idle ones would make 125 MiB.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each write to a client that is gone
+    hypercorn.asyncio.run.TCPServer = _Connection  # type: ignore[attr-defined]  # hypercorn has no option for it
+    # asyncio reserves 256 KiB per TLS connection: 125 MiB for 500 idle ones.
     asyncio.sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
-    # And it waits half a minute for a client that does not close its side of TLS.
+    # asyncio waits half a minute for a client that does not close its side of TLS.
     asyncio.constants.SSL_SHUTDOWN_TIMEOUT = _TLS_GOODBYE_SECONDS
     # Connections inherit these.
     for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -86,5 +86,5 @@ def serve(application: Application, listener: socket.socket, file: WebConfigFile
 
 
 def _note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Clients that break off, or send nonsense, are no news; else they could fill the log."""
+    """Log clients that disconnect or send nonsense only for debugging, so that they cannot fill the log."""
     _log.debug("%s: %r", context["message"], context.get("exception"))

@@ -1,4 +1,4 @@
-"""What the training process said last."""
+"""The newest state from the training process."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,13 +11,13 @@ from exporter.snapshot import Snapshot
 
 
 class State:
-    """Taken over from every `state` frame; readers take its attributes.
+    """The content of the newest `state` frame.
 
     Attributes:
-        process_labels: added to every sample of a run.
-        snapshot: every run of the training process, replaced whole.
-        metrics: by the name of a collector there the families that it had, each [name, documentation, type, unit,
-            samples], a sample being [name, labels, value, timestamp]; None where it failed.
+        process_labels: labels for every sample of a run.
+        snapshot: every run of the training process, replaced as a whole.
+        metrics: name of a collector in the training process -> its families, each [name, documentation, type, unit,
+            samples]; a sample is [name, labels, value, timestamp]. None if the collector failed.
         has_come: set by the first frame.
     """
 
@@ -28,14 +28,14 @@ class State:
         self.has_come = threading.Event()
 
     def take(self, snapshot: Mapping[str, Any], metrics: dict[str, list[Any] | None]) -> None:
-        """Raises KeyError, TypeError or ValueError where `snapshot` is none; then nothing has changed."""
+        """Set the state. Raises KeyError, TypeError or ValueError, and changes nothing, if `snapshot` is not one."""
         self.snapshot = Snapshot.from_plain(snapshot)
         self.metrics = metrics
         self.has_come.set()
 
 
 class Relay(Collector):
-    """What the collector of this name in the training process had, without families of the names in `taken`."""
+    """The families of a collector in the training process, without those named in `taken`."""
 
     def __init__(self, state: State, name: str, taken: frozenset[str] = frozenset()) -> None:
         self._state, self._name, self._taken = state, name, taken
@@ -43,7 +43,7 @@ class Relay(Collector):
     def collect(self) -> Iterator[Metric]:
         families = self._state.metrics[self._name]
         if families is None:
-            raise RuntimeError("it failed in the training process, which has said why")
+            raise RuntimeError("it failed in the training process; see that process' log")
         for name, documentation, kind, unit, samples in families:
             if name not in self._taken:
                 metric = Metric(name, documentation, kind, unit)

@@ -1,11 +1,11 @@
 "use strict";
-// The server renders the page, and this brings what is shown up to the one that it renders now.
+// The server renders the page; this script loads it again and updates what is shown.
 const POLL_SECONDS = 2, HIDDEN_POLL_SECONDS = 30, TIMEOUT_SECONDS = 5;
 const connection = document.getElementById("connection");
 const icon = document.querySelector("link[rel=icon]");
 let timer, serverClock, lastAnswer;
 
-// Changes no more than differs, so that focus, selection and a screen reader's place stay where they are.
+// Change only what differs, so that focus, selection and a screen reader's position stay.
 function sync(shown, fresh) {
   if (shown.isEqualNode(fresh)) return;
   if (shown.nodeName !== fresh.nodeName) {
@@ -21,7 +21,7 @@ function sync(shown, fresh) {
   syncChildren(shown, [...fresh.childNodes]);
 }
 
-// A child with a key, a run's, is brought up to the one of the same key; the others to those in their place.
+// Match children by key, such as a run's; match the others by position.
 function syncChildren(shown, fresh) {
   const key = (node) => node.dataset?.key;
   const wanted = new Set(fresh.map(key));
@@ -51,7 +51,7 @@ function spoken(seconds) {
   return seconds < 7200 ? `${Math.floor(seconds / 60)} min ago` : `${Math.floor(seconds / 3600)} h ago`;
 }
 
-// Ages are by the server's clock, whatever this machine believes.
+// Ages use the server's clock, not this machine's.
 function showAges() {
   if (serverClock === undefined) return;
   const now = serverClock + performance.now();
@@ -68,7 +68,7 @@ function showConnection(isDead, text) {
   if (connection.textContent !== text) connection.textContent = text;
 }
 
-// Without the name and password that the page's own address may have: fetch() refuses those.
+// Without a user name and password in the address: fetch() refuses them.
 const address = location.origin + location.pathname;
 
 async function ask() {
@@ -98,7 +98,7 @@ function show({ fresh, date }) {
 }
 
 function showDead(reason) {
-  showConnection(true, `${reason} Below is the last that was said.`);
+  showConnection(true, `${reason} Below is the last known state.`);
   icon.href = icon.href.replace(/fill='\w+'/, "fill='gray'");
   if (!document.title.startsWith("No answer")) document.title = `No answer · ${document.title}`;
 }
@@ -118,7 +118,7 @@ function openDocs() {
   docs.open = true;
 }
 
-docs.open = location.hash === "#docs"; // open in the source, for whoever has no script
+docs.open = location.hash === "#docs"; // open in the source, for browsers without scripts
 document.querySelector('a[href="#docs"]').addEventListener("click", openDocs);
 document.addEventListener("visibilitychange", () => document.hidden || poll());
 showConnection(false, "Connecting");

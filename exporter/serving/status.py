@@ -1,6 +1,6 @@
-"""The status page: every run on one self-contained page, rendered here, for whoever has no Grafana at hand.
+"""The status page: all runs on one self-contained page, rendered here, for people without Grafana.
 
-A script in it asks again and shows what has changed.
+A script in the page loads it again and shows changes.
 """
 
 import math
@@ -26,25 +26,25 @@ from exporter.serving.state import State
 from exporter.snapshot import HISTORY_UPDATES, GradientQuality, RunSnapshot
 
 RELOAD_SECONDS = 5
-"""Where there is no JavaScript, the browser loads the page anew so often."""
+"""Without JavaScript, the browser reloads the page at this interval."""
 _SIGNALS = [
     family
     for family in METRIC_FAMILIES
     if family.is_per_run
     and family.kind in ("gauge", "counter")
     and not family.labels
-    and family not in (LAST_UPDATE_TIMESTAMP, GRADIENT_LEVEL_SINCE)  # moments, which are shown as such
+    and family not in (LAST_UPDATE_TIMESTAMP, GRADIENT_LEVEL_SINCE)  # these are shown as times
 ]
 
 
 class StatusPage:
-    """The page on the runs of `state`, and the policy that lets a browser run its own style and script only."""
+    """The page about the runs of `state`, with a policy that allows only its own style and script."""
 
     def __init__(self, state: State) -> None:
         self._state = state
 
     def answer(self) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body, as the runs are now."""
+        """Status, headers and body for the current runs."""
         runs = list(self._state.snapshot.runs.values())
         states = {run.run: _Headline.of(run, time.time()) for run in runs}
         worst = max(runs, key=lambda run: states[run.run].urgency, default=None)
@@ -82,7 +82,7 @@ class StatusPage:
 
     @cached_property
     def _template(self) -> Any:
-        from jinja2 import Environment, StrictUndefined  # a run whose page nobody opens need not wait for it
+        from jinja2 import Environment, StrictUndefined  # import it only when somebody opens the page
         from markupsafe import Markup
 
         environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -111,12 +111,13 @@ _UNKNOWN = "without an update"
 
 @dataclass(frozen=True)
 class _Headline:
-    """What is to be said first of a run.
+    """The headline of a run.
 
     Attributes:
-        text: as long as there is room; otherwise `word`.
+        text: the full text.
+        word: the text where space is short.
         color: a class of the style sheet.
-        urgency: the larger, the sooner somebody should look.
+        urgency: larger means more urgent.
     """
 
     text: str
@@ -127,7 +128,7 @@ class _Headline:
     @classmethod
     def of(cls, run: RunSnapshot, now: float) -> "_Headline":
         quality = run.gradient_quality
-        # A gradient that is not finite, or no measured step, may be known before the first update.
+        # A non-finite gradient or a lack of measured steps may be known before the first update.
         if run.last_update_timestamp_seconds is None and math.isfinite(quality.gradient_cv):
             text = "No update since the resume" if run.resumes else "No update yet"
             return cls(text, _UNKNOWN, _DIM, (0, 0.0))
@@ -139,12 +140,12 @@ class _Headline:
 
     @property
     def is_unknown(self) -> bool:
-        """Whether there is nothing to say of the run's level."""
+        """Whether the run has no level yet."""
         return self.word == _UNKNOWN
 
     @property
     def is_news(self) -> bool:
-        """Whether the run's values say how it is now."""
+        """Whether the run's values are current."""
         return self.word in {level.word for level in HealthLevel}
 
 
@@ -153,9 +154,9 @@ class _Chart:
     """The CVs of the last updates, the newest at the right edge, as paths in a box of `width` x `height`.
 
     Args:
-        cvs: the oldest first; one that is not finite has no place on the line, and is a vertical of its own.
-        updates: the number of the last one.
-        thresholds: of the run.
+        cvs: CVs, oldest first; a non-finite CV is not on the line, but a vertical line.
+        updates: number of the last update.
+        thresholds: thresholds of the run.
     """
 
     cvs: Sequence[float]
@@ -184,7 +185,7 @@ class _Chart:
         parts, is_down = [], False
         for x, cv in self._points:
             if math.isfinite(cv):
-                # A line of no length, for the update that has no finite neighbour, is drawn as a dot.
+                # An update without a finite neighbor is a line of length zero, drawn as a dot.
                 parts.append(f"L{x} {self._y(cv)}" if is_down else f"M{x} {self._y(cv)}h0")
             is_down = math.isfinite(cv)
         return "".join(parts)
@@ -195,13 +196,13 @@ class _Chart:
 
     @property
     def threshold_lines(self) -> list[tuple[HealthLevel, float, str]]:
-        """(level, threshold, distance from the top) of each."""
+        """(level, threshold, distance from the top) of each threshold."""
         bounds = self.thresholds.lower_bounds.items()
         return [(level, cv, f"{self._y(cv) / self.height:.1%}") for level, cv in bounds if cv]
 
     @property
     def stops(self) -> list[tuple[HealthLevel, float]]:
-        """Where the colors of the line change, from the top down."""
+        """Where the line changes its color, from top to bottom."""
         bounds = self.thresholds.lower_bounds
         edges = [0.0, *(self._y(cv) / self.height for cv in reversed(bounds.values()))]
         return [(level, edge) for level, band in zip(reversed(bounds), pairwise(edges), strict=True) for edge in band]
@@ -224,18 +225,18 @@ class _Chart:
 
 
 def _signals(run: RunSnapshot) -> list[tuple[MetricFamily, float]]:
-    """What is one number per run, as far as it is known: the same as on `/metrics`."""
+    """The known metrics with one number per run, as on `/metrics`."""
     return [(family, value) for family in _SIGNALS for _, value in family.samples(run)]
 
 
 def _unreachable(quality: GradientQuality) -> str | None:
-    """What the number of heads keeps the CV from, once heads are known."""
+    """The warning about thresholds that the CV cannot reach, once heads are known."""
     heads = len(_heads(quality))
     return unreachable_critical_warning(heads, quality.thresholds) if heads else None
 
 
 def _heads(quality: GradientQuality) -> list[str]:
-    """All heads in the order of registration, those without a gradient too."""
+    """All heads in the order of registration, including those without a gradient."""
     return list({**quality.nonfinite_steps, **quality.head_norms})
 
 

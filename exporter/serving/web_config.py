@@ -1,7 +1,7 @@
 """The web configuration file: TLS, users, headers and a rate limit, in the format of Prometheus' exporter-toolkit.
 
 https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuration.md describes the format. Each key is
-honoured or refused: a file that is not wholly understood must not protect an endpoint.
+applied or refused: a file that is only partly understood must not protect an endpoint.
 """
 
 import difflib
@@ -39,12 +39,12 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 FileState = tuple[int, int, int] | None
-"""Time of its last change, size and number of a file; None where there is none."""
+"""Modification time, size and inode of a file; None if it does not exist."""
 
 
 @dataclass(frozen=True)
 class TLSConfig:
-    """The keys of `tls_server_config`, with whole paths."""
+    """The keys of `tls_server_config`, with complete paths."""
 
     cert_file: Path
     key_file: Path
@@ -56,19 +56,19 @@ class TLSConfig:
 
     @property
     def fixed(self) -> object:
-        """What cannot change while the endpoint serves."""
+        """The part that cannot change while the endpoint serves."""
         return self.client_ca_file, self.client_auth_type, self.min_version, self.max_version
 
 
 @dataclass(frozen=True)
 class WebConfig:
-    """What the file says.
+    """The content of the file.
 
     Attributes:
         tls: None for plain HTTP.
         users: name -> bcrypt hash.
         rate_limit: (seconds between two requests, requests at once); None for no limit.
-        files: the file and those that it names, each with its state before it was read.
+        files: the file and those that it names, each with its state before reading.
     """
 
     tls: TLSConfig | None = None
@@ -79,26 +79,26 @@ class WebConfig:
     files: Mapping[Path, FileState] = field(default_factory=dict)
 
     def admits(self, certificate: Mapping[str, Any] | None) -> bool:
-        """Whether a client with this certificate, as `SSLObject.getpeercert()` gives it, may go on."""
+        """Whether a client with this certificate, from `SSLObject.getpeercert()`, is admitted."""
         allowed = self.tls.client_allowed_sans if self.tls else frozenset()
         names = {_san(value) for _, value in (certificate or {}).get("subjectAltName", ())}
         return not allowed or not names.isdisjoint(allowed)
 
     @property
     def fixed(self) -> object:
-        """What cannot change while the endpoint serves."""
+        """The part that cannot change while the endpoint serves."""
         tls = self.tls and (self.tls.fixed, self.tls.client_ca_file and self.files[self.tls.client_ca_file])
         return tls, self.http2, bool(self.users)
 
 
 class WebConfigFile:
-    """A web configuration file; a thread reads it again when it, or a file that it names, has changed.
+    """A web configuration file; a thread reads it again when it or a file that it names has changed.
 
-    A version that cannot be used is logged, and the one before stays in force.
+    A version that cannot be used is logged, and the previous version stays in use.
 
     Attributes:
-        current: the newest version that can be used.
-        context: for the server, with the newest certificate; None for plain HTTP.
+        current: the newest usable version.
+        context: TLS context of the server, with the newest certificate; None for plain HTTP.
 
     Raises:
         WebConfigError: the file cannot be used; the message names it and the key.
@@ -130,14 +130,14 @@ class WebConfigFile:
                 complaint = ""
             except Exception as error:
                 if str(error) != complaint:
-                    _log.error("%s; the configuration before stays in force", error)
+                    _log.error("%s; the previous configuration stays in use", error)
                 complaint = str(error)
 
     def _take_over(self, new: WebConfig) -> None:
         if new.fixed != self.current.fixed:
             raise WebConfigError(
-                f"{self._path}: a restart is needed to switch TLS or users on or off, and for everything in "
-                "tls_server_config but the certificate, its key and client_allowed_sans"
+                f"{self._path}: restart to switch TLS or users on or off, or to change anything in tls_server_config "
+                "except the certificate, its key and client_allowed_sans"
             )
         if self.context is not None and new.tls is not None:
             self.context.load_cert_chain(new.tls.cert_file, new.tls.key_file)
@@ -153,12 +153,12 @@ def _state(path: Path) -> FileState:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would take the last."""
+    """Refuses a duplicate key; YAML would use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
-            raise yaml.MarkedYAMLError(problem="a key is there twice", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem="a key is set twice", problem_mark=node.start_mark)
         return mapping
 
 
@@ -208,7 +208,7 @@ def _require(condition: bool, name: str, what: str, *got: object) -> None:
 
 
 def _section(name: str, value: Any, known: Collection[str] | None = None) -> dict[str, Any]:
-    """The keys of a mapping; where they must be among `known`, those without a value are left out."""
+    """The keys of a mapping. With `known`, other keys are refused and keys without a value are left out."""
     _require(value is None or isinstance(value, dict), name or "the file", "`key: value` lines")
     keys: dict[str, Any] = value or {}
     if known is None:
@@ -224,7 +224,7 @@ def _section(name: str, value: Any, known: Collection[str] | None = None) -> dic
 def _rate_limit(keys: Mapping[str, Any]) -> tuple[float, int] | None:
     interval, burst = str(keys.get("interval", "0")), keys.get("burst")
     if interval in ("0", "0s") and not burst:
-        return None  # which is how the format switches it off
+        return None  # the format's way to switch it off
     parts = _DURATION_PART.findall(interval)
     is_duration = "".join(map("".join, parts)) == interval != ""
     _require(is_duration, "rate_limit.interval", "a duration such as 1m30s or 100ms", interval)
@@ -276,7 +276,7 @@ def _context(tls: TLSConfig, http2: bool) -> ssl.SSLContext:
     context.set_alpn_protocols(["h2", "http/1.1"] if http2 else ["http/1.1"])
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
     context.num_tickets = 0  # scrapers do not resume sessions
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as in Go, an authority need not be a root
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # like Go, accept an authority that is not a root
     context.minimum_version, context.maximum_version = tls.min_version, tls.max_version
     try:
         context.load_cert_chain(tls.cert_file, tls.key_file, refuse_to_prompt)
@@ -290,7 +290,7 @@ def _context(tls: TLSConfig, http2: bool) -> ssl.SSLContext:
 
 
 def _san(value: object) -> str:
-    """An alternative name as it is compared: addresses in one spelling."""
+    """An alternative name for comparison: addresses in a canonical form."""
     try:
         return str(ipaddress.ip_address(str(value)))
     except ValueError:

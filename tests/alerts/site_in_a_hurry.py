@@ -1,4 +1,4 @@
-"""A site in a hurry: real servers, rules and routes thirty times as fast, and runs by script.
+"""A fast site: real servers, rules and routes thirty times as fast, and scripted runs.
 
 What a run does is a function of the number of its scrape, which stands for half a minute. Its metrics are those of the
 real exporter.
@@ -16,7 +16,7 @@ from conftest import Observability
 from prometheus_client import CollectorRegistry, generate_latest
 
 from exporter import PPOUpdatePayload, RunAggregator
-from exporter.metrics import RunCollector
+from exporter.collectors import RunCollector
 
 SEVEN = ("slot", "blueprint", "alpha", "target", "speed", "curve", "op")
 

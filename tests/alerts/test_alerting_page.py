@@ -1,4 +1,4 @@
-"""What docs/alerting.md says to copy and to write are configurations that Prometheus and Alertmanager take."""
+"""Prometheus and Alertmanager accept the configurations that docs/alerting.md tells people to copy and write."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What a person is told, by a real Alertmanager with the repository's configuration and a real receiver."""
+"""Notifications of a real Alertmanager with the repository's configuration and a real receiver."""
 
 import json
 import signal

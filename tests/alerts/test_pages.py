@@ -1,4 +1,4 @@
-"""Who is told what, by real servers: the cases in which pages were missed, came in storms, or silenced each other.
+"""Who gets which notification from real servers: pages that were missed, came in storms, or silenced each other.
 
 One Prometheus watches all runs at the same time, with rules thirty times as fast; see site_in_a_hurry.py.
 """

@@ -1,4 +1,4 @@
-"""Every alert has a runbook: an order at its beginning, links to panels that exist, and queries that work as pasted."""
+"""Every alert has a runbook: an instruction first, links to existing panels, and queries that work as written."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The text that people read, rendered by a real Alertmanager and read where it arrives: Slack and e-mail."""
+"""The texts for people, rendered by a real Alertmanager and read as they arrive at Slack and by e-mail."""
 
 import email
 import email.policy

@@ -1,4 +1,4 @@
-"""The benchmarks that train: they leave nothing behind, go on where they ended, and say what an interval says."""
+"""The benchmarks that train: they leave nothing behind, continue after an interruption, and compute right intervals."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""deploy/kubernetes against what it is made of; no cluster runs here."""
+"""deploy/kubernetes compared with its source files; no cluster runs here."""
 
 import re
 import shutil

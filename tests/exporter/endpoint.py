@@ -1,4 +1,4 @@
-"""Clients and certificates with which tests of the endpoint go at it."""
+"""Clients and certificates for tests of the endpoint."""
 
 import contextlib
 import http.client
@@ -66,6 +66,7 @@ def make_certificate(path: Path, sans: str = "IP:127.0.0.1", authority: Path | N
         [
             *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
             *("-subj", f"/CN={path.stem}", "-addext", f"subjectAltName={sans}", "-days", "2"),
+            *("-addext", "keyUsage=critical,digitalSignature,keyCertSign"),  # else Python 3.13 refuses it
             *("-keyout", path.with_suffix(".key"), "-out", path, *signer),
         ],
         check=True,

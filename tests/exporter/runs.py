@@ -1,4 +1,4 @@
-"""Processes with a run, for tests of what is delivered of it."""
+"""Processes with a run, for tests of its deliveries."""
 
 import os
 import socket

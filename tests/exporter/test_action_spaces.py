@@ -89,7 +89,7 @@ def test_a_single_choice_is_no_head_and_the_log_says_so(caplog):
     space = spaces.MultiDiscrete([3, 1, 2])
     with caplog.at_level(logging.INFO):
         assert rows_of(space_heads(nn.Linear(4, 6), space, ["a", "b", "c"])) == {"a": (0, 3), "c": (4, 6)}
-    assert caplog.messages == ["no heads, for they have a single choice: b"]
+    assert caplog.messages == ["left out of the heads, because they have a single choice: b"]
     with pytest.raises(ValueError, match="nothing to measure"):
         space_heads(nn.Linear(4, 1), spaces.Discrete(1))
 
@@ -108,7 +108,7 @@ def test_other_libraries_spaces_will_do():
         (spaces.MultiDiscrete([3, 2]), {"names": ["a"]}, ValueError, "the action has 2 parts"),
         (spaces.MultiDiscrete([3, 2]), {"names": "ab"}, ValueError, "the action has 2 parts"),
         (spaces.MultiDiscrete([3, 2]), {"names": ["a", "a"]}, ValueError, "distinct names"),
-        (spaces.Text(5), {}, TypeError, "no heads in an action space Text"),
+        (spaces.Text(5), {}, TypeError, "the action space Text has no heads"),
         (spaces.Box(-1, 1, (5,)), {"log_std": torch.zeros(4)}, ValueError, r"log_std has the shape \[4\]"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`before_clipping`: a step has the norms of its own backward passes, and of no others."""
+"""`before_clipping`: a step has the norms of its own backward passes only."""
 
 import math
 

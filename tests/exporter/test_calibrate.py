@@ -1,4 +1,4 @@
-"""`python -m exporter calibrate`: thresholds from healthy runs, and the fault that they tell."""
+"""`python -m exporter calibrate`: thresholds from healthy runs, and a fault that they detect."""
 
 import csv
 import gzip
@@ -20,7 +20,7 @@ from prometheus_client import generate_latest
 from torch import nn
 
 from exporter import GradientMonitor, HealthLevel, RunAggregator, Thresholds, calibrate
-from exporter.metrics import build_registry
+from exporter.collectors import build_registry
 from stack.servers import ROOT
 
 CHOICES = {"move": 4, "aim": 3, "fire": 2}
@@ -161,13 +161,11 @@ def test_prometheus_text_files_and_table_give_the_same_thresholds(healthy, tmp_p
     assert without_steps(capsys.readouterr().out) == without_steps(asked.stdout)
 
     told = failure(capsys, "--prometheus", url, "--selector", '{run="seed9"}')
-    assert told.endswith(
-        'no update of ppo_gradient_cv{run="seed9"} in this time; runs that it has then: other, seed1, seed2'
-    )
+    assert told.endswith('no update of ppo_gradient_cv{run="seed9"} in this time; its runs then: other, seed1, seed2')
     assert told.startswith(url)
     assert "parse error" in failure(capsys, "--prometheus", url, "--selector", '{run="')
     long_ago = ("--start", "2020-01-01", "--end", "2020-01-02")
-    assert failure(capsys, "--prometheus", url, *long_ago).endswith("runs that it has then: none")
+    assert failure(capsys, "--prometheus", url, *long_ago).endswith("its runs then: none")
 
 
 def test_thresholds_are_passed_as_often_as_chosen(tmp_path, capsys):
@@ -266,11 +264,11 @@ def test_rows_with_a_fault_are_left_out_only_when_somebody_says_so(tmp_path, cap
     ("name", "content", "message"),
     [
         ("t.csv", b"run,heads\na,3\n", "has no column gradient_cv, but run, heads"),
-        ("t.csv", b"run,heads,gradient_cv\na,3,high\n", "line 2: no numbers: gradient_cv 'high', heads '3'"),
+        ("t.csv", b"run,heads,gradient_cv\na,3,high\n", "line 2: not numbers: gradient_cv 'high', heads '3'"),
         ("t.csv.gz", b"run,heads,gradient_cv\n", "cannot read"),
-        ("t.prom", b'ppo_gradient_cv{run="a"} high\n', "line 1: no sample of the text format"),
-        ("t.prom", b"\xff\xfe", "is no text"),
-        ("t.prom", b"", "no update of a run is in"),
+        ("t.prom", b'ppo_gradient_cv{run="a"} high\n', "line 1: not a sample of the text format"),
+        ("t.prom", b"\xff\xfe", "is not a text file"),
+        ("t.prom", b"", "there is no update of a run in"),
         (None, b"", "No such file or directory"),
     ],
 )
@@ -325,7 +323,7 @@ def test_headers_are_sent_and_servers_that_cannot_be_asked_are_named(guarded, tm
     assert failure(capsys, "--prometheus", guarded, "--headers", headers).endswith("no: Bearer abc")
     closed = f"http://127.0.0.1:{free_ports().prometheus}"
     assert "Connection refused" in failure(capsys, "--prometheus", closed)
-    assert "is no URL of a Prometheus" in failure(capsys, "--prometheus", "file:///etc/passwd")
+    assert "is not the URL of a Prometheus" in failure(capsys, "--prometheus", "file:///etc/passwd")
 
 
 def test_nothing_to_read_is_a_usage_error(capsys):

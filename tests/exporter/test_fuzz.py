@@ -1,4 +1,4 @@
-"""Malformed requests: none is an error of the server's, none ends it, and the next scrape is intact.
+"""Malformed requests: none causes an error in the server or ends it, and the next scrape is intact.
 
 `FUZZ_SEED` gives other ones.
 """

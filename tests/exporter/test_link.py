@@ -147,7 +147,7 @@ def test_another_exporter_process_takes_the_place_of_one_that_is_killed(tmp_path
         os.kill(exporter_process(), signal.SIGKILL)
         wait_until(lambda: caplog.messages and updates(server), "another one serves")
         assert run_samples(server) == before
-        assert caplog.messages == [f"the exporter process has ended (exit code -9); another one serves {server.url}"]
+        assert caplog.messages == [f"the exporter process has ended (exit code -9); a new one serves {server.url}"]
         assert names(tmp_path) == {"ppo-r.json", "ppo-r.prom"}
         os.kill(exporter_process(), signal.SIGKILL)
         server.end("r")
@@ -181,7 +181,7 @@ def test_a_port_that_is_taken_by_others_meanwhile_is_told_once_and_served_when_i
                 with pytest.raises(OSError, match="Address already in use"):
                     server.flush()
             (message,) = caplog.messages
-            assert "no other can be started: cannot serve /metrics on 127.0.0.1:" in message
+            assert "a new one cannot start: cannot serve /metrics on 127.0.0.1:" in message
         wait_until(lambda: updates(server) == 4.0, "it serves again")
 
 

@@ -1,4 +1,4 @@
-"""Every metric family as it is scraped, and the collectors behind `/metrics`."""
+"""Every metric family in a scrape, and the collectors behind `/metrics`."""
 
 import math
 import re
@@ -15,14 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from exporter import HealthLevel, MetricsServer, RunAggregator, Thresholds, emit_ppo_update
 from exporter import metrics as declared
-from exporter.metrics import (
-    METRIC_FAMILIES,
-    GuardedCollectors,
-    MetricFamily,
-    RunCollector,
-    build_collectors,
-    build_registry,
-)
+from exporter.collectors import GuardedCollectors, RunCollector, build_collectors, build_registry
+from exporter.metrics import METRIC_FAMILIES, MetricFamily
 from exporter.snapshot import Snapshot
 from exporter.telemetry import GradientStep, summarize_gradient_steps
 

@@ -82,9 +82,9 @@ def test_an_endpoint_is_not_shared_with_less_protection_or_other_metrics_than_as
     Gauge("mine", "for the test", registry=registry).set(7)
     with Training("a", aggregator).monitor as first, Training("b", aggregator).monitor as second:
         url = first.serve(port=0, registry=registry)
-        with pytest.raises(ValueError, match="served already, with another web_config_file or none"):
+        with pytest.raises(ValueError, match="already has another web_config_file or none"):
             second.serve(port=port_of(url), web_config_file=tmp_path / "web.yml")
-        with pytest.raises(ValueError, match="served already, with another registry or none"):
+        with pytest.raises(ValueError, match="already has another registry or none"):
             second.serve(port=port_of(url), registry=CollectorRegistry())
         assert second.serve(port=port_of(url), registry=registry) == url
         assert "\nmine 7.0\n" in fetch(url)[1]
@@ -220,7 +220,7 @@ def test_a_cell_that_runs_again_takes_over(before, cell, monkeypatch, tmp_path):
 
 def test_two_living_monitors_of_one_name_are_refused_in_a_script(aggregator):
     living = Training("a", aggregator)
-    with pytest.raises(ValueError, match=r"'a' is measured by another monitor already: close\(\) .* or give .* name"):
+    with pytest.raises(ValueError, match=r"another monitor already measures run 'a': close\(\) .* or give .* name"):
         Training("a", aggregator)
     living.step()
     assert aggregator.snapshot.runs["a"].updates == 1

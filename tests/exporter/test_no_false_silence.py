@@ -1,4 +1,4 @@
-"""What hides a bad gradient, or the lack of any, is said: each case by its real cause."""
+"""Bad gradients, or a lack of gradients, are reported in every case that could hide them. Causes are real."""
 
 import logging
 import math
@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call, grad
 
 from exporter import GradientMonitor, HealthLevel, RunAggregator
+from exporter.collectors import build_registry
 from exporter.health import STALLED_SECONDS
-from exporter.metrics import build_registry
 from exporter.serving.state import State
 from exporter.serving.status import StatusPage
 
@@ -90,7 +90,7 @@ def test_a_trunk_that_is_not_finite_is_said_where_it_is_measured(heads, aggregat
     backward(heads)
     (model["trunk"](torch.randn(8, 4)).mean() * math.nan).backward()
     optimizer.step()
-    assert "the gradient of what belongs to no head is NaN or infinite at gradient step 1" in caplog.text
+    assert "the gradient of parameters of no head is NaN or infinite at gradient step 1" in caplog.text
     assert run_of(aggregator).gradient_quality.gradient_cv == math.inf
 
 
@@ -164,6 +164,19 @@ def test_an_overflow_that_a_scaler_gives_up_is_not_said_unless_it_is_switched_of
     scaler.update()
     assert ("NaN or infinite" in caplog.text) is not is_enabled
     assert (run_of(aggregator).gradient_quality.health is HealthLevel.HEALTHY) is is_enabled
+
+
+@pytest.mark.parametrize(("named", "said"), [(False, 1), (True, 0)])
+def test_a_scaler_of_which_the_monitor_was_not_told_is_said_once(heads, aggregator, caplog, named, said):
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), sgd(heads)
+    GradientMonitor(
+        heads, "r", before_clipping=True, grad_scaler=scaler if named else None, aggregator=aggregator
+    ).attach(optimizer)
+    for _ in range(3):
+        scaler.scale(sum(head(torch.randn(8, 4)).square().mean() for head in heads.values())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert caplog.text.count("there is a GradScaler, but the monitor was given none") == said
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])
@@ -293,6 +306,37 @@ def test_steps_in_which_no_head_has_a_gradient_are_said_without_any_word_of_the_
     assert run_of(aggregator).exporter_errors == 1 and math.isnan(run_of(aggregator).gradient_quality.gradient_cv)
 
 
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_heads_that_are_replaced_while_the_trainer_keeps_zeros_in_their_place_are_not_healthy(
+    aggregator, caplog, zero_grad
+):
+    """Replaced in the model, but not in the optimizer; or a loss that does not reach any head."""
+    heads, levels = nn.ModuleDict({name: nn.Linear(4, 2) for name in HEADS}), []
+    optimizer = sgd(heads)
+    GradientMonitor(
+        *(heads, "r"), window_steps=2, on_level=lambda level, run: levels.append(level), aggregator=aggregator
+    ).attach(optimizer)
+    for head in heads.values():
+        head(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    for _ in range(11):
+        if zero_grad:
+            optimizer.zero_grad(set_to_none=False)  # and what is trained now is elsewhere
+        else:
+            heads.zero_grad()
+            (sum(head(torch.randn(8, 4)).square().mean() for head in heads.values()) * 0.0).backward()
+        optimizer.step()
+    run = run_of(aggregator)
+    assert run.gradient_quality.health is HealthLevel.CRITICAL and levels[-1] is HealthLevel.CRITICAL
+    assert levels.count(HealthLevel.CRITICAL) == 1 and run.exporter_errors == 3
+    assert caplog.text.count("the gradient of every head was exactly zero in 3 windows") == 1
+    backward(heads)
+    optimizer.step()
+    backward(heads)
+    optimizer.step()
+    assert levels[-1] is not HealthLevel.CRITICAL and math.isfinite(run_of(aggregator).gradient_quality.gradient_cv)
+
+
 def test_environment_steps_without_a_gradient_step_are_said_after_a_time(heads, aggregator, clock, caplog):
     optimizer = sgd(heads)
     monitor = GradientMonitor(heads, "r", aggregator=aggregator).attach(optimizer)
@@ -330,7 +374,7 @@ def test_an_error_after_backward_never_stops_training(heads, caplog):
     for _ in range(3):
         backward(heads, bad="left")
     assert run_of(aggregator).exporter_errors >= 1
-    assert caplog.text.count("training goes on") == 1
+    assert caplog.text.count("training continues") == 1
 
 
 def test_callbacks_get_every_update_and_every_change_of_level(heads, aggregator, caplog):
@@ -357,7 +401,9 @@ def test_callbacks_get_every_update_and_every_change_of_level(heads, aggregator,
     assert logged[-1]["gradient/cv"] == run_of(aggregator).gradient_quality.gradient_cv
     assert sum(logged[-1][f"gradient/share/{head}"] for head in HEADS) == pytest.approx(1.0)
     assert (logged[-1]["policy_loss"], logged[-1]["kl_coef"]) == (3.0, 0.5)
-    assert levels == [(HealthLevel.CRITICAL, "r"), (HealthLevel.HEALTHY, "r")] and "training goes on" not in caplog.text
+    assert (
+        levels == [(HealthLevel.CRITICAL, "r"), (HealthLevel.HEALTHY, "r")] and "training continues" not in caplog.text
+    )
 
 
 def test_a_callback_that_fails_stops_nothing(heads, aggregator, caplog):
@@ -370,7 +416,7 @@ def test_a_callback_that_fails_stops_nothing(heads, aggregator, caplog):
         backward(heads)
         optimizer.step()
     assert (run_of(aggregator).updates, run_of(aggregator).exporter_errors) == (2, 2)
-    assert caplog.text.count("training goes on") == 1
+    assert caplog.text.count("training continues") == 1
 
 
 def test_signals_have_names_of_their_own(heads, aggregator, caplog):

@@ -1,4 +1,4 @@
-"""The endpoint as its clients see it: what they get, and how little they can do to it."""
+"""The endpoint from its clients' side: what they get, and that they cannot harm it."""
 
 import contextlib
 import gc

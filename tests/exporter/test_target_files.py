@@ -70,7 +70,7 @@ def test_what_a_dead_process_has_left_goes_after_an_hour_and_nothing_else(tmp_pa
         living.deliver("next", targets_dir=tmp_path)
         assert names(tmp_path) == (before | {"ppo-next.json"}) - {"ppo-old.json"}
         assert not (tmp_path / ".ppo-old.json.lock").exists()
-    assert capfd.readouterr().err.count(f"removed {path('old')}, for its process has been gone for an hour") == 1
+    assert capfd.readouterr().err.count(f"removed {path('old')}: its process has been gone for an hour") == 1
 
 
 def test_a_living_process_keeps_its_file_young_and_removes_old_ones(tmp_path: Path, monkeypatch):

@@ -116,7 +116,7 @@ def test_a_folder_that_breaks_down_is_told_once_and_caught_up_with(folder, tmp_p
         server.deliver("r", textfile_dir=folder, textfile_interval=0.01)
         folder.rename(tmp_path / "away")
         told = wait_until(lambda: capfd.readouterr().err, "a warning")
-        assert told == f"{path} is out of date: No such file or directory; it is tried again, and training goes on\n"
+        assert told == f"{path} is out of date: No such file or directory; it is tried again, training continues\n"
         emit_ppo_update(UPDATE, run="r", handler=aggregator)
         server.flush()
         assert samples(fetch(server.url)[1])["ppo_updates_total"] == {RUN: 2.0}
@@ -134,7 +134,7 @@ def test_a_file_system_that_does_not_answer_holds_up_the_end_of_a_run_for_a_mome
     monkeypatch.setattr(deliveries, "END_SECONDS", 0.1)
     assert is_asked.wait(20)
     kept.end("r", crashed=False)
-    assert f"{folder / 'ppo-r.prom'} stays as it is, for its folder has not answered for 0.1 s" in caplog.text
+    assert f"{folder / 'ppo-r.prom'} stays as it is: its folder has not answered for 0.1 s" in caplog.text
     answers.set()
     wait_until(lambda: list(folder.iterdir()) == [], "removed when it does")
 
@@ -143,7 +143,7 @@ def test_a_second_process_does_not_write_the_file_of_a_living_one(folder):
     path = folder / "ppo-r.prom"
     with script(folder) as first, MetricsServer(trained_aggregator(), port=0) as second:
         before = path.read_text()
-        with pytest.raises(OSError, match=f"cannot write a file to {folder}: another process writes a run of the name"):
+        with pytest.raises(OSError, match=f"cannot write a file to {folder}: another process writes a run named"):
             second.deliver("r", targets_dir=folder, textfile_dir=folder)
         assert names(folder) == {"ppo-r.json", "ppo-r.prom"} and path.read_text() == before
         first.kill()

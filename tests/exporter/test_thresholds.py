@@ -1,4 +1,4 @@
-"""Thresholds travel with the run: whoever shows its level shows it by them."""
+"""Thresholds belong to the run: everything that shows its level uses them."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One call for a trainer that somebody has already: wrappers, several optimizers, updates that time themselves."""
+"""`watch()` on an existing trainer: wrappers, several optimizers, timed updates."""
 
 import copy
 import math
@@ -79,7 +79,7 @@ def test_a_port_that_is_taken_ends_no_training_and_a_targets_folder_asks_for_non
         first, second = (monitor.serve() for monitor in monitors)
         assert [monitor.url for monitor in monitors] == [first, second]
         assert DEFAULT_PORT not in (port_of(first), port_of(second)) and first != second
-        assert caplog.text.count(f"port {DEFAULT_PORT} is taken") == 2
+        assert caplog.text.count(f"port {DEFAULT_PORT} is in use") == 2
         for monitor in monitors:
             monitor.close()
         assert [monitor.url for monitor in monitors] == [None, None]

@@ -1,4 +1,4 @@
-"""The web configuration file: what it protects, that no key is overlooked, and that node_exporter takes it too."""
+"""The web configuration file: what it protects, that no key is ignored, and that node_exporter accepts it too."""
 
 import base64
 import contextlib
@@ -79,8 +79,8 @@ def serve(configure: Callable[[str], Path]) -> Iterator[Callable[..., MetricsSer
         ("[" * 500, "maximum recursion depth exceeded"),
         ("\udcff", "can't decode byte 0xff"),
         ("tls_sever_config: {}\n", ": tls_sever_config: unknown key; did you mean tls_server_config?"),
-        (TLS + "  cert_file: a\n", ":2: a key is there twice"),
-        (TLS + "basic_auth_users:\n  a: x\n  a: y\n", ":5: a key is there twice"),
+        (TLS + "  cert_file: a\n", ":2: a key is set twice"),
+        (TLS + "basic_auth_users:\n  a: x\n  a: y\n", ":5: a key is set twice"),
         (TLS + "  cert: inline\n", ": tls_server_config.cert: is not supported here"),
         (TLS + "  key: inline\n", ": tls_server_config.key: is not supported here"),
         (TLS + "  client_ca: inline\n", ": tls_server_config.client_ca: is not supported here"),
@@ -93,7 +93,7 @@ def serve(configure: Callable[[str], Path]) -> Iterator[Callable[..., MetricsSer
         ("tls_server_config: {}\n", ": tls_server_config.cert_file: must be given"),
         ("tls_server_config:\n  cert_file: server.pem\n", ": tls_server_config.key_file: must be given"),
         (TLS.replace("server.pem", "no.pem"), ": tls_server_config.cert_file: must be a file that is there, got"),
-        (TLS.replace("server.pem", '"a\\0b"'), ": embedded null byte"),
+        (TLS.replace("server.pem", '"a\\0b"'), ": embedded null"),
         (TLS.replace("server.pem", "."), ": tls_server_config: .*Is a directory"),
         (TLS.replace("server.pem", "web.yml"), ": tls_server_config: "),
         (TLS.replace("server.key", "ca.key"), ": tls_server_config: .*KEY_VALUES_MISMATCH"),
@@ -265,7 +265,7 @@ def test_users_and_certificate_are_read_again(serve, configure, tmp_path, capfd)
     def is_logged() -> bool:
         nonlocal log
         log += capfd.readouterr().err
-        return "the configuration before stays in force" in log
+        return "the previous configuration stays in use" in log
 
     configure(text + "rate_limit: 5\n")
     wait_until(is_logged, "it is found broken", 5)
@@ -287,11 +287,11 @@ def test_users_and_certificate_are_read_again(serve, configure, tmp_path, capfd)
 def test_a_new_version_that_opens_or_breaks_something_is_not_taken(configure, tmp_path, caplog):
     text = VERIFIED + f"basic_auth_users:\n  alice: {ALICE}\n"
     news = {
-        "": "a restart is needed",
-        VERIFIED: "a restart is needed",
-        text.replace(TLS, TLS + "  min_version: TLS13\n"): "a restart is needed",
-        text.replace("RequireAnd", "").replace("ClientCert", "ClientCertIfGiven"): "a restart is needed",
-        text.replace("ca.pem", "stranger.pem"): "a restart is needed",
+        "": "restart to switch",
+        VERIFIED: "restart to switch",
+        text.replace(TLS, TLS + "  min_version: TLS13\n"): "restart to switch",
+        text.replace("RequireAnd", "").replace("ClientCert", "ClientCertIfGiven"): "restart to switch",
+        text.replace("ca.pem", "stranger.pem"): "restart to switch",
         text.replace("server.key", "ca.key"): "KEY_VALUES_MISMATCH",
         text + "rate_limit: 5\n": "rate_limit: must be",
         text.replace("server.pem", "gone.pem"): "cert_file: must be a file that is there",
@@ -304,7 +304,7 @@ def test_a_new_version_that_opens_or_breaks_something_is_not_taken(configure, tm
     messages = sorted(record.message for record in caplog.records)
     for number, (message, reason) in enumerate(zip(messages, news.values(), strict=True)):
         assert message.startswith(f"{tmp_path}/{number}.yml: ") and reason in message
-        assert message.endswith("; the configuration before stays in force")
+        assert message.endswith("; the previous configuration stays in use")
     assert [file.current for file in files] == before
 
 
@@ -321,7 +321,7 @@ def test_a_file_system_that_does_not_answer_keeps_nobody_out(serve, tmp_path, ca
     assert ask(server.url).status == 401
     assert ask(server.url, Authorization=basic("alice", "secret")).status == 200
     os.close(waiting)
-    wait_until(lambda: "a restart is needed" in capfd.readouterr().err, "it opens nothing", 5)
+    wait_until(lambda: "restart to switch" in capfd.readouterr().err, "it opens nothing", 5)
     assert ask(server.url).status == 401
 
 

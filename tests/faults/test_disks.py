@@ -1,4 +1,4 @@
-"""Disks that are full or read-only: a run does not start unseen, and one that has started goes on and ends well."""
+"""Full or read-only disks: an unseen run does not start, and a running one continues and ends well."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What breaks around a run, with the real parts: who is told, and what is lost. The table is docs/faults.md."""
+"""Faults around a run, with real parts: who is notified, and what is lost. docs/faults.md has the table."""
 
 import fcntl
 import json
@@ -165,8 +165,8 @@ def test_a_run_goes_on_when_its_exporter_process_is_killed_or_stopped(observabil
     assert time.monotonic() - began < 15  # it is waited for once, for five seconds
     assert "stopped by SIGTERM" in log.read_text() and list((tmp_path / "checkpoints").glob("served/*.pt"))
     assert trainer.stderr.read().splitlines() == [
-        f"the exporter process has ended (exit code -9); another one serves http://{target}/metrics",
-        "the exporter process does not answer to 'end'; files of run served stay as they are",
+        f"the exporter process has ended (exit code -9); a new one serves http://{target}/metrics",
+        "the exporter process does not answer to 'end'; the files of run served stay",
         "the exporter process does not answer to 'push'",
     ]
 

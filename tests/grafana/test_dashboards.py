@@ -1,4 +1,4 @@
-"""What a dashboard must keep to, and what an operator sees first, in which words and colours."""
+"""Rules for a dashboard, and what an operator sees first, in which words and colors."""
 
 import copy
 import json

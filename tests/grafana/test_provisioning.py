@@ -1,4 +1,4 @@
-"""Provisioning harms no site, points at what exists, and holds only keys of which Grafana's documentation knows.
+"""Provisioning changes nothing else at a site, names existing files, and has only keys that Grafana documents.
 
 Grafana ignores a key that it does not know, so a wrong one would go unnoticed.
 """

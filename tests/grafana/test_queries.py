@@ -15,8 +15,8 @@ from boards import BOARDS, FLEET, ROOT, RUN, panel, queries, with_values
 from conftest import every_servers, fetch, free_ports, wait_until
 
 from exporter.aggregator import RunAggregator
+from exporter.collectors import build_registry
 from exporter.health import Thresholds
-from exporter.metrics import build_registry
 from exporter.telemetry import HEAD_SIGNALS, PPOUpdatePayload
 
 HEADS = ("left", "middle", "right")

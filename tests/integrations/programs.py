@@ -1,4 +1,4 @@
-"""Programs of others, run to their end and scraped meanwhile."""
+"""Runs other people's programs to their end and scrapes them meanwhile."""
 
 import os
 import subprocess

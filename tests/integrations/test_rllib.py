@@ -225,7 +225,7 @@ def test_a_policy_head_of_another_form_is_refused_with_the_way_out():
         observation_space=OBSERVATIONS, action_space=spaces.Discrete(4), model_config={}, catalog_class=PPOCatalog
     )
     module.pi = torch.nn.Linear(8, 6)
-    with pytest.raises(ValueError, match=r"6 rows, but the action space Discrete\(4\) makes 4; give monitored\(heads="):
+    with pytest.raises(ValueError, match=r"6 rows, but the action space Discrete\(4\) makes 4; pass monitored\(heads="):
         module_heads(module)
     module.pi = torch.nn.Tanh()
     with pytest.raises(ValueError, match=r"has no `pi` that ends in a linear layer"):
@@ -339,15 +339,17 @@ def test_a_restored_algorithm_is_measured_again(trained, tmp_path: Path):
 def test_callbacks_of_the_user_are_kept_and_monitored_twice_is_once(trained):
     port, seen = free_ports().prometheus, []
     settings = config(learner=PPOTorchLearner).callbacks(on_train_result=lambda **_: seen.append("result"))
-    algorithm = trained(monitored(monitored(settings, "other"), "levers", port=port))
+    algorithm = trained(
+        monitored(monitored(settings, "other"), "levers", port=port, on_update=lambda run: seen.append(run.updates))
+    )
     algorithm.train()
     assert scrape(port, 1)["ppo_environment_steps_total"] == 64
-    assert seen == ["result"]
+    assert seen == ["result", 1]
 
 
 def test_what_cannot_be_measured_is_refused_before_training():
     old = PPOConfig().api_stack(enable_rl_module_and_learner=False, enable_env_runner_and_connector_v2=False)
-    with pytest.raises(TypeError, match="PPOConfig has no torch learner to measure; the new API stack"):
+    with pytest.raises(TypeError, match="PPOConfig has no torch learner to measure; use the new API stack"):
         monitored(old)
     with pytest.raises(ValueError, match="0 < warning < critical"):
         monitored(config(), thresholds=(2.0, 1.0))

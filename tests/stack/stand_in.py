@@ -1,4 +1,4 @@
-"""What looks like Grafana to those who fetch and start it."""
+"""A stand-in for Grafana, for code that downloads and starts it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or refused, whatever became of them; and the two commands that read them."""
+"""Checkpoint files: a damaged one is always refused; and the two commands that read them."""
 
 import errno
 import fcntl

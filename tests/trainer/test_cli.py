@@ -1,4 +1,4 @@
-"""`python -m trainer` as a person or a process runner meets it."""
+"""`python -m trainer` as a person or a process manager uses it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The same seed gives the same run to the last bit, whoever watches it, in whichever process."""
+"""The same seed gives the same run bit for bit, with or without a monitor, in any process."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""SIGKILL, again and again: a run can be resumed afterwards, and no update of it is another one than without."""
+"""SIGKILL at random moments: the run resumes, and every update is the same as without."""
 
 import json
 import multiprocessing

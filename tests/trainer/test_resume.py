@@ -1,4 +1,4 @@
-"""A run that was interrupted goes on as if nothing had happened."""
+"""An interrupted run continues as if nothing had happened."""
 
 import json
 import multiprocessing

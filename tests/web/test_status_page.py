@@ -1,4 +1,4 @@
-"""The status page as somebody sees it: in a real browser, from a real exporter process."""
+"""The status page in a real browser, from a real exporter process."""
 
 import math
 import re
@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import bcrypt
 import chromium
 import pytest
+from colors import color, contrast, luminance
 from conftest import fetch
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from prometheus_client.parser import text_string_to_metric_families
@@ -97,23 +98,6 @@ def update(aggregator: RunAggregator, cv: float = 0.3, run: str = "r", norm: flo
 
 def live(page: Page):
     return page.get_by_role("banner").get_by_role("status").get_by_text("Live")
-
-
-def color(page: Page, selector: str, what: str = "color") -> tuple[float, ...]:
-    value = page.evaluate(f"getComputedStyle(document.querySelector({selector!r})).getPropertyValue({what!r})")
-    return tuple(float(part) / 255 for part in re.findall(r"[\d.]+", value)[:3])
-
-
-def contrast(page: Page, text: str) -> float:
-    """Of the text with the page behind it: https://www.w3.org/TR/WCAG21/#dfn-contrast-ratio, AA wants 4.5."""
-    dark, light = sorted(map(luminance, (color(page, text), color(page, "body", "background-color"))))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def luminance(rgb: tuple[float, ...]) -> float:
-    """https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
-    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
 
 
 def icon(page: Page) -> str:
