@@ -53,7 +53,7 @@ def _solved(study: Study, path: Path) -> None:
         "episode return": lambda run: run.column("episode_return"),
         "gradient CV": lambda run: run.column("gradient_cv"),
         # Of the head that has the least of the gradient: starved, or done?
-        "entropy ratio of the head with the smallest share": lambda run: np.take_along_axis(
+        "entropy of the head with the smallest share": lambda run: np.take_along_axis(
             run.column("head_entropy_ratios"), run.column("head_gradient_norms").argmin(1)[:, None], 1
         )[:, 0],
     }
@@ -61,7 +61,7 @@ def _solved(study: Study, path: Path) -> None:
         for label, (task, fault) in shown.items():
             if runs := _runs(study, task, fault):
                 axis.plot(range(1, len(runs[0].rows) + 1), _mean(runs, of), label=label)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
     axes[0, 1].axhline(0.5, color="gray", linestyle=":")

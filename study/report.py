@@ -15,7 +15,7 @@ from study.alerts import SECONDS, Firing
 from study.faults import FAULTS
 from study.runs import BENIGN, BY_HEADS, THREE
 from study.table import Run
-from study.truth import band, trouble
+from study.truth import AT_LEAST, band, trouble
 from study.verdicts import Key, Told, episodes, key, told
 
 OBVIOUS = ("sensor_nan",)
@@ -98,7 +98,7 @@ class Study:
             hurt = [
                 (run, self._told(run))
                 for (fault, task), runs in self.groups.items()
-                if task in THREE
+                if task in THREE and self.hurts(fault, task)
                 for run in runs
                 if key(run) in self.troubles and is_tuned_on(run) is half
             ]
@@ -116,11 +116,21 @@ class Study:
                     f"{len(leads)} of {len(hurt)} ({len(leads) / max(1, len(hurt)):.0%})",
                     f"{kinds} of {len(by_fault)} ({kinds / max(1, len(by_fault)):.0%})",
                     f"{early} ({early / max(1, len(hurt)):.0%})",
-                    f"{all_leads[len(all_leads) // 2]:+d}" if all_leads else "",
+                    *(
+                        f"{all_leads[len(all_leads) // 2] + later:+d}" if all_leads else ""
+                        for later in (0, AT_LEAST - 1)
+                    ),
                     *self.false_alarms(half),
                 ]
             )
-        header = ["seeds", "runs in trouble told", "faults told", "told before the return", "median lead, updates"]
+        header = [
+            "seeds",
+            "runs in trouble told",
+            "faults told",
+            "before the return",
+            "median lead, updates",
+            "if the return takes 10 to be sure",
+        ]
         return table([*header, "healthy hours", "pages", "warnings"], lines)
 
     def false_alarms(self, half: bool) -> list[str]:
