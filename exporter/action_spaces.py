@@ -63,7 +63,10 @@ def space_heads(
     rows = next(free)
     for name, parameter in layer.named_parameters():
         if len(parameter) != rows:
-            raise ValueError(f"{name} has {len(parameter)} rows, but the action space {action_space} makes {rows}")
+            raise ValueError(
+                f"{name} has {len(parameter)} rows, but the action space {action_space} makes {rows}"
+                "; of vector environments take single_action_space"
+            )
     heads = {
         part.name: [Rows(p, *bounds) for p in layer.parameters() for bounds in _bounds(part.rows)] for part in parts
     }

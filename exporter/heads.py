@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
@@ -21,7 +21,7 @@ class Rows:
     `axis` is the axis of the rows. If it is not the first axis, all others must have length 1.
     """
 
-    parameter: Tensor
+    parameter: Tensor = field(repr=False)
     start: int
     stop: int
     axis: int = 0
@@ -89,7 +89,7 @@ def heads_from(model: nn.Module, pattern: str) -> dict[str, list[Tensor]]:
     if not heads:
         names = [name for name, _ in model.named_modules() if name]
         raise ValueError(
-            f"no module of {type(model).__name__} matches {pattern}; there are {', '.join(names[:20])}"
+            f"no module of {type(model).__name__} matches {pattern}; there are {', '.join(names[:20]) or 'none'}"
             + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         )
     return {name: list(parameters) for name, parameters in heads.items()}

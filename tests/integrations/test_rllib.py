@@ -225,7 +225,7 @@ def test_a_policy_head_of_another_form_is_refused_with_the_way_out():
         observation_space=OBSERVATIONS, action_space=spaces.Discrete(4), model_config={}, catalog_class=PPOCatalog
     )
     module.pi = torch.nn.Linear(8, 6)
-    with pytest.raises(ValueError, match=r"6 rows, but the action space Discrete\(4\) makes 4; pass monitored\(heads="):
+    with pytest.raises(ValueError, match=r"6 rows, .* Discrete\(4\) makes 4; .*; pass monitored\(heads="):
         module_heads(module)
     module.pi = torch.nn.Tanh()
     with pytest.raises(ValueError, match=r"has no `pi` that ends in a linear layer"):
