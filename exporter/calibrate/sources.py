@@ -161,7 +161,7 @@ def runs_of_files(paths: Sequence[Path], where: Mapping[str, str]) -> list[Healt
     tables: dict[str, HealthyRun] = {}
     for order, path in enumerate(_files(paths)):
         try:
-            with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="") as file:
+            with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
                 if _kind(path) == ".csv":
                     _read_table(file, path, where, tables)
                 else:

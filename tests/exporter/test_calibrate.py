@@ -280,6 +280,25 @@ def test_wrong_files_are_named(tmp_path, capsys, name, content, message):
     assert message in told and str(path) in told
 
 
+def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path, capsys):
+    path = write_table(tmp_path / "t.csv", {"a": [0.1] * 100, "b": [0.2] * 100})
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert calibrate.main([*RATE, str(path)]) == 0
+    assert "2 runs of 3 heads, 200 updates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["docs/meaning.md", "study/README.md"])
+def test_commands_of_the_study_propose_thresholds(page, capsys, monkeypatch):
+    root = Path(calibrate.__file__).resolve().parents[2]
+    monkeypatch.chdir(root)
+    text = (root / page).read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\.venv/bin/python -m exporter calibrate (.+)$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert calibrate.main(command.split()) == 0
+        proposed(capsys.readouterr().out)
+
+
 def test_own_thresholds_of_runs_that_differ_are_told(healthy, tmp_path, capsys):
     for path in (healthy / "files").iterdir():
         text = path.read_text()
