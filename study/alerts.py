@@ -17,7 +17,7 @@ import yaml
 from prometheus_client import generate_latest
 
 from exporter.aggregator import RunAggregator
-from exporter.metrics import build_registry
+from exporter.collectors import build_registry
 from exporter.telemetry import PPOUpdatePayload
 from stack.servers import provide
 from study.environments import TASKS

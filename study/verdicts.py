@@ -26,10 +26,13 @@ def verdicts(runs: Sequence[Run], folder: Path, workers: int, seconds: int = SEC
     path = folder / f"alerts-{rules}.json"
     known = {tuple(k): [Firing(*f) for f in fs] for k, fs in json.loads(path.read_text())} if path.exists() else {}
     batches = in_batches([run for run in runs if key(run) not in known])
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        jobs = [(batch, pool.apply_async(firings, (batch, RULES, seconds))) for batch in batches]
-        for batch, job in jobs:
-            known |= {key(run): found for run, found in zip(batch, job.get(), strict=True)}
+    if len(batches) == 1:
+        known |= zip(map(key, batches[0]), firings(batches[0], RULES, seconds), strict=True)
+    elif batches:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            jobs = [(batch, pool.apply_async(firings, (batch, RULES, seconds))) for batch in batches]
+            for batch, job in jobs:
+                known |= zip(map(key, batch), job.get(), strict=True)
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(known.items())))
     return {key(run): known[key(run)] for run in runs}
