@@ -64,8 +64,8 @@ class Layers(nn.Module):
 def watch(job: Job) -> dict[str, list[bool]]:
     """For each peer, whether it warns at each update of the run."""
     import torchdiag
-    import traintools
     import trainpulse
+    import traintools
 
     said: dict[str, list[bool]] = defaultdict(list)
     health = traintools.GradientHealthMonitor()

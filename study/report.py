@@ -336,7 +336,9 @@ def put_into(path: Path, tables: dict[str, str]) -> None:
     text = path.read_text()
     for name, content in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text, found = re.subn(pattern, lambda match: match[1] + content + "\n" + match[2], text, flags=re.DOTALL)
+        text, found = re.subn(
+            pattern, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL
+        )
         if not found:
             raise ValueError(f"{path} has no place for {name}: <!-- {name} --> and <!-- end -->")
     path.write_text(text)

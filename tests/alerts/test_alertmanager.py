@@ -90,7 +90,7 @@ def test_a_critical_alert_silences_the_warnings_of_its_own_run_only(desk: Desk):
         ("firing", "PPOGradientCVHigh", "critical", "sick"),
         ("firing", "PPOHeadDead", "warning", "sick"),
     ]
-    assert desk.about("other") == [("firing", "PPOGradientCVHigh", "warning", "other")]
+    desk.wait_for("firing", "PPOGradientCVHigh", "warning", "other")
 
     desk.send(alert("PPOGradientCVHigh", "critical", "sick"), resolved=True)
     desk.wait_for("firing", "PPOGradientCVHigh", "warning", "sick")
