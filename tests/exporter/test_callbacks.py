@@ -1,40 +1,23 @@
 """What a user hands to a monitor: callbacks, and signals under names of their own."""
 
 import logging
-import math
 
 import pytest
 import torch
+from three_heads import HEADS, backward, run_of, sgd, three_heads
 from torch import nn
 
 from exporter import GradientMonitor, HealthLevel, RunAggregator
 
-HEADS = ("left", "middle", "right")
-
 
 @pytest.fixture
 def heads() -> nn.ModuleDict:
-    torch.manual_seed(0)
-    return nn.ModuleDict({name: nn.Linear(4, 2) for name in HEADS})
+    return three_heads()
 
 
 @pytest.fixture
 def aggregator() -> RunAggregator:
     return RunAggregator()
-
-
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
-
-
-def backward(heads: nn.ModuleDict, bad: str | None = None) -> None:
-    heads.zero_grad()
-    for name, head in heads.items():
-        (head(torch.randn(8, 4)).square().mean() * (math.nan if name == bad else 1.0)).backward()
-
-
-def run_of(aggregator: RunAggregator):
-    return aggregator.snapshot.runs["r"]
 
 
 def test_callbacks_get_every_update_and_every_change_of_level(heads, aggregator, caplog):

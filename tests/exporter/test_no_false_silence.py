@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from prometheus_client import generate_latest
+from three_heads import HEADS, backward, run_of, sgd, three_heads
 from torch import nn
 from torch.func import functional_call, grad
 
@@ -14,32 +15,15 @@ from exporter.health import STALLED_SECONDS
 from exporter.serving.state import State
 from exporter.serving.status import StatusPage
 
-HEADS = ("left", "middle", "right")
-
 
 @pytest.fixture
 def heads() -> nn.ModuleDict:
-    torch.manual_seed(0)
-    return nn.ModuleDict({name: nn.Linear(4, 2) for name in HEADS})
+    return three_heads()
 
 
 @pytest.fixture
 def aggregator() -> RunAggregator:
     return RunAggregator()
-
-
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1)
-
-
-def backward(heads: nn.ModuleDict, bad: str | None = None) -> None:
-    heads.zero_grad()
-    for name, head in heads.items():
-        (head(torch.randn(8, 4)).square().mean() * (math.nan if name == bad else 1.0)).backward()
-
-
-def run_of(aggregator: RunAggregator):
-    return aggregator.snapshot.runs["r"]
 
 
 def steps(aggregator: RunAggregator) -> int:
